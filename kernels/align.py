@@ -1,0 +1,380 @@
+"""L_align: cosine + smooth-L1 between two feature maps, with the resize and the standardisation fused (KPU, eq. 1)."""
+
+# Tokens i of the common grid, channels j, s the source, t = (target − mean) / std, both already on that grid:
+#   ŝ = max(|s_i|, ε), t̂ = max(|t_i|, ε), ε = 1e-8, cos_i = s_i·t_i / (ŝ t̂)
+#   token_i = w_cos·(1 − cos_i) + w_l1·(1/C) Σ_j φ_β(s_ij − t_ij)
+#   φ_β(d) = d²/(2β) for |d| < β, |d| − β/2 otherwise; φ_0(d) = |d|
+# Gradient, u_i the weight of token i in the result times the upstream gradient:
+#   dL/ds_ij = −u_i·w_cos·[|s_i| > ε]·(t_ij/(ŝ t̂) − cos_i·s_ij/ŝ²) + (u_i·w_l1/C)·φ'_β(s_ij − t_ij)
+#   dL/dt_ij = the same with s and t exchanged; d/dtarget = dL/dt / std
+# The bracket: a vector of no length has no direction, so its cosine gives no gradient (torch's would be ~5e7).
+# cos_over="map": one cosine per sample, over all its valid H·W·C numbers; its token weights become sample weights.
+#
+# "mean" makes the gradient in the forward pass, while both tokens are in registers, and the backward only scales it;
+# elsewhere three sums per token (s·t, s·s, t·t) are kept and the gradient is made in the backward. So is that of
+# float16, which would lose a gradient of size 1/(N·C) to underflow before a loss scaler could save it.
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import align_torch
+from .launch import MAX_CHANNELS, choose_impl
+from .resize import channels_last, empty_map, resize_backward, resize_bilinear_reference
+
+EPS = align_torch.EPS
+_NO_DOUBLE = "align_loss: its backward cannot be differentiated again; use align_loss_reference with create_graph=True"
+
+
+def align_loss_reference(
+    source: Tensor,
+    target: Tensor,
+    *,
+    cos_weight: float = 0.9,
+    l1_weight: float = 0.1,
+    beta: float = 1.0,
+    resize: str | None = None,
+    target_mean: Tensor | None = None,
+    target_std: Tensor | None = None,
+    cos_over: str = "token",
+    valid: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """`align_loss` in plain torch with autograd, computed in the inputs' own dtype (use float64 to judge others)."""
+    if resize == "source" and source.dim() == 4:
+        source = resize_bilinear_reference(source, target.shape[1:3])
+    if resize == "target" and source.dim() == 4:
+        target = resize_bilinear_reference(target, source.shape[1:3])
+    target = target if target_mean is None else target - target_mean
+    target = target if target_std is None else target / target_std
+    common = torch.promote_types(source.dtype, target.dtype)
+    keep = torch.ones(source.shape[:-1], dtype=torch.bool, device=source.device) if valid is None else valid
+    source = source.to(common).masked_fill(~keep[..., None], 0)
+    target = target.to(common).masked_fill(~keep[..., None], 0)
+
+    smooth = F.smooth_l1_loss(source, target, beta=beta, reduction="none").mean(-1)  # (B, H, W)
+    count = keep.reshape(len(keep), -1).sum(1)  # (B,)
+    if cos_over == "map":
+        cosine = _cosine_reference(source.flatten(1), target.flatten(1))  # (B,)
+        l1 = smooth.reshape(len(keep), -1).sum(1) / count.clamp(min=1)
+        sample = torch.where(count > 0, cos_weight * (1 - cosine) + l1_weight * l1, 0)
+        return sample if reduction == "sample" else sample.sum() / (count > 0).sum().clamp(min=1)
+    token = torch.where(keep, cos_weight * (1 - _cosine_reference(source, target)) + l1_weight * smooth, 0)
+    if reduction == "token":
+        return token
+    if reduction == "sample":
+        return token.reshape(len(keep), -1).sum(1) / count.clamp(min=1)
+    return token.sum() / count.sum().clamp(min=1)
+
+
+def _cosine_reference(s: Tensor, t: Tensor) -> Tensor:
+    eps = max(EPS, torch.finfo(s.dtype).tiny)  # 1e-8 is 0 in float16
+    s_norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+    t_norm = torch.linalg.vector_norm(t, dim=-1, keepdim=True)
+    s = torch.where(s_norm > eps, s, s.detach()) / s_norm.clamp(min=eps)
+    t = torch.where(t_norm > eps, t, t.detach()) / t_norm.clamp(min=eps)
+    return (s * t).sum(-1)
+
+
+_OPTIONS = "float cos_weight, float l1_weight, float beta, str resize"
+
+
+@torch.library.custom_op(
+    "kpu_fast::align_forward",
+    mutates_args=(),
+    schema="(Tensor source, Tensor target, Tensor? mean, Tensor? std, Tensor? valid, "
+    f"{_OPTIONS}, str cos_over, str reduction, bool triton, bool need_source, bool need_target)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(
+    source, target, mean, std, valid, cos_weight, l1_weight, beta, resize, cos_over, reduction, triton, need_s, need_t
+):
+    """(loss, share, stats, gradient to source, gradient to target); what is not kept is an empty tensor."""
+    kept = _allocate(source, target, resize, cos_over, reduction, need_s, need_t)
+    loss, rows, stats, grad_source, grad_target = kept
+    by_map = cos_over == "map"
+    share = align_torch.shares(valid, rows, by_map, reduction)
+    if triton:
+        from .align_triton import launch_forward as run
+    else:
+        run = align_torch.forward
+    sums = rows.new_empty((3, *rows.shape)) if by_map else stats
+    run(
+        source, target, mean, std, valid, share, cos_weight, l1_weight, beta, resize, by_map,
+        rows, sums, grad_source, grad_target,
+    )  # fmt: skip
+    if by_map:
+        torch.sum(sums, (2, 3), keepdim=True, out=stats)
+        sample = share[0] * cos_weight * (1 - align_torch.cosine(*stats.flatten(1))) + rows.sum((1, 2))
+        loss = sample.sum() if reduction == "mean" else sample
+    elif reduction == "mean":
+        loss = rows.sum()
+    else:
+        loss = rows.sum((1, 2)) if reduction == "sample" else rows
+    return loss, share, stats, grad_source, grad_target
+
+
+@_forward.register_fake
+def _(source, target, mean, std, valid, cos_w, l1_w, beta, resize, cos_over, reduction, triton, need_s, need_t):
+    loss, rows, stats, grad_s, grad_t = _allocate(source, target, resize, cos_over, reduction, need_s, need_t)
+    return loss, rows.new_empty((2, rows.shape[0])), stats, grad_s, grad_t
+
+
+def _allocate(source, target, resize, cos_over, reduction, need_source, need_target):
+    """Uninitialised (loss, rows, stats, gradient to source, to target) of one call; empty where not kept."""
+    batch, height, width, _ = (target if resize == "source" else source).shape
+    rows = source.new_empty((batch, height, width), dtype=align_torch.compute_dtype(source, target))
+    loss = rows.new_empty({"mean": (), "sample": (batch,), "token": (batch, height, width)}[reduction])
+    early = _gradient_in_forward(source, target, cos_over, reduction)
+    stats = rows.new_empty(0)
+    if cos_over == "map":
+        stats = rows.new_empty((3, batch, 1, 1))
+    elif not early and (need_source or need_target):
+        stats = rows.new_empty((3, batch, height, width))
+    grad_source, grad_target = _allocate_gradients(source, target, resize, early and need_source, early and need_target)
+    return loss, rows, stats, grad_source, grad_target
+
+
+def _allocate_gradients(source, target, resize, need_source, need_target):
+    """Gradients on the common grid: like the side itself, or channels-last where the side will be resized."""
+    grad_source, grad_target = source.new_empty(0), target.new_empty(0)
+    if need_source:
+        resized = resize == "source"
+        grad_source = source.new_empty((*target.shape[:3], source.shape[3])) if resized else torch.empty_like(source)
+    if need_target:
+        resized = resize == "target"
+        grad_target = target.new_empty((*source.shape[:3], target.shape[3])) if resized else torch.empty_like(target)
+    return grad_source, grad_target
+
+
+def _gradient_in_forward(source: Tensor, target: Tensor, cos_over: str, reduction: str) -> bool:
+    return reduction == "mean" and cos_over == "token" and torch.float16 not in (source.dtype, target.dtype)
+
+
+@torch.library.custom_op(
+    "kpu_fast::align_backward",
+    mutates_args=(),
+    schema="(Tensor upstream, Tensor source, Tensor target, Tensor? mean, Tensor? std, Tensor? valid, Tensor share, "
+    f"Tensor stats, {_OPTIONS}, bool triton, bool need_source, bool need_target) -> (Tensor, Tensor)",
+)
+def _recompute(
+    upstream, source, target, mean, std, valid, share, stats, cos_w, l1_w, beta, resize, triton, need_s, need_t
+):
+    """Gradients from the kept sums; upstream is (), (B,) or (B, H, W)."""
+    grads = _allocate_gradients(source, target, resize, need_s, need_t)
+    batch, height, width, _ = (target if resize == "source" else source).shape
+    per_token = (upstream[:, None, None] if upstream.dim() == 1 else upstream).expand(batch, height, width)
+    if triton:
+        from .align_triton import launch_backward as run
+    else:
+        run = align_torch.backward
+    run(per_token, source, target, mean, std, valid, share, stats, cos_w, l1_w, beta, resize, *grads)
+    if resize == "source" and need_s:
+        grads = (resize_backward(grads[0], None, *source.shape[1:3], channels_last(source), triton), grads[1])
+    if resize == "target" and need_t:
+        grads = (grads[0], resize_backward(grads[1], None, *target.shape[1:3], channels_last(target), triton))
+    return grads
+
+
+@_recompute.register_fake
+def _(upstream, source, target, mean, std, valid, share, stats, cos_w, l1_w, beta, resize, triton, need_s, need_t):
+    grad_source, grad_target = _allocate_gradients(source, target, resize, need_s, need_t)
+    if resize == "source" and need_s:
+        grad_source = empty_map(source, *source.shape[1:3])
+    if resize == "target" and need_t:
+        grad_target = empty_map(target, *target.shape[1:3])
+    return grad_source, grad_target
+
+
+@torch.library.custom_op(
+    "kpu_fast::align_scale_", mutates_args={"grad"}, schema="(Tensor(a!) grad, Tensor factor, bool triton) -> ()"
+)
+def _scale_(grad, factor, triton):
+    """Multiply a dense gradient by a scalar tensor; on the GPU a factor of 1 ends the kernel before it reads."""
+    if triton:
+        from .align_triton import launch_scale
+
+        launch_scale(grad, factor)
+    elif grad.is_cuda or factor != 1:
+        grad.mul_(factor)
+
+
+@_scale_.register_fake
+def _(grad, factor, triton):
+    return None
+
+
+def _save(ctx, inputs, output):
+    source, target, mean, std, valid, *weights, resize, cos_over, reduction, triton, need_source, need_target = inputs
+    _, share, stats, *grads = output
+    ctx.mark_non_differentiable(share, stats, *grads)
+    ctx.set_materialize_grads(False)
+    ctx.early = _gradient_in_forward(source, target, cos_over, reduction)
+    ctx.sides = tuple((*side.shape[1:3], channels_last(side)) for side in (source, target))
+    ctx.weights, ctx.resize, ctx.triton, ctx.needs = weights, resize, triton, (need_source, need_target)
+    ctx.save_for_backward(*(grads if ctx.early else (source, target, mean, std, valid, share, stats)))
+
+
+def _backward(ctx, upstream, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError(_NO_DOUBLE)
+    grads = (None, None)
+    if upstream is not None and ctx.early:
+        grads = tuple(
+            _scaled(ctx, grad, upstream, name, side) if needed else None
+            for name, side, grad, needed in zip(
+                ("source", "target"), ctx.sides, ctx.saved_tensors, ctx.needs, strict=True
+            )
+        )
+    elif upstream is not None:
+        grads = _recompute(upstream, *ctx.saved_tensors, *ctx.weights, ctx.resize, ctx.triton, *ctx.needs)
+        grads = tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True))
+    return (*grads, *[None] * 12)
+
+
+def _scaled(ctx, grad: Tensor, upstream: Tensor, name: str, side: tuple) -> Tensor:
+    if ctx.resize == name:
+        return resize_backward(grad, upstream, *side, ctx.triton)
+    # In place, unless this graph will be walked again and needs the gradient as the forward left it, or a compiler is
+    # tracing it and can fuse the product.
+    if type(grad) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
+        return grad * upstream
+    _scale_(grad, upstream, ctx.triton)
+    return grad
+
+
+_forward.register_autograd(_backward, setup_context=_save)
+
+
+def align_loss(
+    source: Tensor,
+    target: Tensor,
+    *,
+    cos_weight: float = 0.9,
+    l1_weight: float = 0.1,
+    beta: float = 1.0,
+    resize: str | None = None,
+    target_mean: Tensor | None = None,
+    target_std: Tensor | None = None,
+    cos_over: str = "token",
+    valid: Tensor | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    """cos_weight·(1 − cosine) + l1_weight·smooth-L1 between two feature maps (KPU eq. 1; RADIO's and theia's too).
+
+    source, target: (B, H, W, C), (B, N, C) or (B, C), any strides (NCHW as `.permute(0, 2, 3, 1)`), floating dtypes
+    that may differ, up to 4096 channels in the kernels (more take the torch path); gradients to either or both.
+    resize: "source" | "target" bilinearly moves that side to the other's grid (align_corners=False); None: grids match.
+    target_mean, target_std: (C,) make the target (target − mean) / std; constants, no gradient; std must not be 0.
+    cos_over: "token" takes one cosine per token, "map" one per sample over its flattened H·W·C.
+    valid: bool, shape of the common grid, (B, H, W), (B, N) or (B,); False tokens count neither in sum nor in mean and
+    get gradient 0 whatever they hold. With no valid token at all the result and the gradients are 0.
+    reduction: "mean" → (): over all valid tokens (with cos_over="map": over samples that have one); "sample" → (B,):
+    over each sample's valid tokens; "token" → the common grid's shape, 0 where invalid.
+
+    Returns float32, or float64 when an input is float64. All arithmetic is float32 (float64) inside. A side of norm
+    ≤ 1e-8 has cosine 0 within rounding and takes no gradient from the cosine term. Two runs are bit-equal, except with
+    impl="torch" and a resize on CUDA. The gradient cannot itself be differentiated.
+    Raises ValueError for shapes, grids, devices and options that do not fit, TypeError for dtypes.
+    """
+    _check_options(cos_weight, l1_weight, beta, resize, cos_over, reduction)
+    _check_tensors(source, target, resize, target_mean, target_std, valid)
+    rank = source.dim()
+    shape = (target if resize == "source" else source).shape[:-1]
+    if rank == 2:  # B one-token samples are one sample of B tokens: "sample" is "token", and a map is a token
+        cos_over, reduction = "token", "token" if reduction == "sample" else reduction
+        source, target = source[None, None], target[None, None]
+        valid = None if valid is None else valid[None, None]
+    elif rank == 3:
+        source, target = source[:, None], target[:, None]
+        valid = None if valid is None else valid[:, None]
+    chosen = choose_impl(impl, source, target, supported=source.shape[-1] <= MAX_CHANNELS)
+    moved = "none" if resize is None or source.shape[1:3] == target.shape[1:3] else resize
+    recording = torch.is_grad_enabled()
+    loss = _forward(
+        source, target, target_mean, target_std, valid, float(cos_weight), float(l1_weight), float(beta),
+        moved, cos_over, reduction, chosen == "triton",
+        recording and source.requires_grad, recording and target.requires_grad,
+    )[0]  # fmt: skip
+    return loss.reshape(shape) if reduction == "token" else loss
+
+
+class AlignLoss(nn.Module):
+    """`align_loss` with its options fixed; `target_mean` and `target_std` become non-persistent buffers."""
+
+    def __init__(
+        self,
+        *,
+        cos_weight: float = 0.9,
+        l1_weight: float = 0.1,
+        beta: float = 1.0,
+        resize: str | None = None,
+        target_mean: Tensor | None = None,
+        target_std: Tensor | None = None,
+        cos_over: str = "token",
+        reduction: str = "mean",
+        impl: str = "auto",
+    ):
+        super().__init__()
+        weights = {"cos_weight": cos_weight, "l1_weight": l1_weight, "beta": beta}
+        choices = {"resize": resize, "cos_over": cos_over, "reduction": reduction}
+        _check_options(**weights, **choices)
+        self.options = {**weights, **choices, "impl": impl}
+        self.register_buffer("target_mean", target_mean, persistent=False)
+        self.register_buffer("target_std", target_std, persistent=False)
+
+    def forward(self, source: Tensor, target: Tensor, *, valid: Tensor | None = None) -> Tensor:
+        """Same shapes, results and errors as `align_loss`."""
+        mean, std = self.target_mean, self.target_std
+        return align_loss(source, target, target_mean=mean, target_std=std, valid=valid, **self.options)
+
+
+def _check_options(cos_weight, l1_weight, beta, resize, cos_over, reduction) -> None:
+    for name, found, allowed in (
+        ("resize", resize, ("source", "target", None)),
+        ("cos_over", cos_over, ("token", "map")),
+        ("reduction", reduction, ("mean", "sample", "token")),
+    ):
+        if found not in allowed:
+            raise ValueError(f"{name}: expected one of {allowed}, found {found!r}")
+    if cos_over == "map" and reduction == "token":
+        raise ValueError('reduction: expected "mean" or "sample" with cos_over="map" (one cosine), found "token"')
+    if beta < 0:
+        raise ValueError(f"beta: expected a number ≥ 0, found {beta}")
+
+
+def _check_tensors(source, target, resize, mean, std, valid) -> None:
+    for name, x in (("source", source), ("target", target)):
+        if x.dim() not in (2, 3, 4):
+            raise ValueError(f"{name}: expected (B, H, W, C), (B, N, C) or (B, C), found shape {tuple(x.shape)}")
+        if 0 in x.shape:
+            raise ValueError(f"{name}: expected at least one sample, token and channel, found shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point dtype, found {x.dtype}; convert it first")
+    both = f"source {tuple(source.shape)} and target {tuple(target.shape)}"
+    if source.dim() != target.dim() or source.shape[0] != target.shape[0]:
+        raise ValueError(f"source, target: expected equal rank and batch, found {both}")
+    if source.shape[-1] != target.shape[-1]:
+        raise ValueError(f"source, target: expected equal channels (last dimension), found {both}; project one")
+    if source.shape != target.shape and (resize is None or source.dim() != 4):
+        fix = 'pass resize="source" or "target"' if source.dim() == 4 else "only (B, H, W, C) maps can be resized"
+        raise ValueError(f"source, target: expected equal grids, found {both}; {fix}")
+    grid = tuple((target if resize == "source" else source).shape[:-1])
+    for name, x, shape in (
+        ("target", target, tuple(target.shape)),
+        ("target_mean", mean, (source.shape[-1],)),
+        ("target_std", std, (source.shape[-1],)),
+        ("valid", valid, grid),
+    ):
+        if x is None:
+            continue
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, found {tuple(x.shape)}")
+        if x.device != source.device:
+            raise ValueError(f"{name}: expected the device of source, {source.device}, found {x.device}; move it first")
+        if name == "valid" and x.dtype != torch.bool:
+            raise TypeError(f"valid: expected torch.bool, True where a token counts, found {x.dtype}")
+        if name.startswith("target_") and (not x.is_floating_point() or x.requires_grad):
+            found = f"{x.dtype}, requires_grad={x.requires_grad}"
+            raise TypeError(f"{name}: expected a floating-point constant without gradient, found {found}; detach it")

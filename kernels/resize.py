@@ -1,0 +1,160 @@
+"""Bilinear resize of channels-last maps: forward, and a backward that gathers instead of scattering."""
+
+# out[o] = (1 − λ)·x[i0] + λ·x[i1] along each axis, with align_corners=False:
+#   c = max((o + ½)·in/out − ½, 0),  i0 = ⌊c⌋,  λ = c − i0,  i1 = min(i0 + 1, in − 1)
+# Backward: dx[i] = Σ_o w(o, i)·dout[o] over the few o that read i, visited in a fixed order, so two runs are bit-equal.
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .launch import choose_impl
+
+LAYOUTS = ("NHWC", "NCHW")
+
+
+def resize_bilinear_reference(
+    x: Tensor, size: tuple[int, int], *, layout: str = "NHWC", antialias: bool = False
+) -> Tensor:
+    """The same resize by `F.interpolate(mode="bilinear", align_corners=False)`, in x's own dtype."""
+    x = x.permute(0, 3, 1, 2) if layout == "NHWC" else x
+    out = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
+    return out.permute(0, 2, 3, 1) if layout == "NHWC" else out
+
+
+def resize_bilinear(
+    x: Tensor,
+    size: tuple[int, int],
+    *,
+    layout: str = "NHWC",
+    antialias: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Resize a map (B, H, W, C), or (B, C, H, W) with layout="NCHW", to `size` = (height, width).
+
+    Equal to `F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=antialias)`; any strides,
+    no copy to change layout; the result has x's dtype and its channels are adjacent in memory exactly when x's are.
+    A size equal to x's returns x itself. float32 inside the kernels. The backward is deterministic with
+    impl="triton" and with antialias=True; with impl="torch" it is PyTorch's own, which uses atomics on CUDA.
+    antialias=True multiplies by two small matrices, in float32 or float64, whatever `impl` says.
+
+    Raises ValueError for a wrong rank, size or option and TypeError for integer dtypes.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {LAYOUTS}, found {layout!r}")
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError(f"x: expected a non-empty map of rank 4 ({layout}), found shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point dtype, found {x.dtype}; convert the map first")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size: expected (height, width), both at least 1, found {tuple(size)}")
+    height, width = int(size[0]), int(size[1])
+    nhwc = x if layout == "NHWC" else x.permute(0, 2, 3, 1)
+    chosen = choose_impl(impl, x)
+    if (height, width) == tuple(nhwc.shape[1:3]):
+        return x
+    if antialias:
+        out = _resize_antialias(nhwc, height, width)
+    elif chosen == "torch":
+        out = resize_bilinear_reference(nhwc, (height, width))
+    else:
+        out = _resize(nhwc, height, width)
+    return out if layout == "NHWC" else out.permute(0, 3, 1, 2)
+
+
+def _resize_antialias(x: Tensor, height: int, width: int) -> Tensor:
+    """Separable triangle filter as two matrix products: no atomics in the backward, unlike PyTorch's CUDA kernel."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    rows = _triangle_weights(x.shape[1], height, x.device, compute)  # (height, H)
+    cols = _triangle_weights(x.shape[2], width, x.device, compute)  # (width, W)
+    wide = x.to(compute)
+    if channels_last(x):
+        out = torch.matmul(rows, wide.flatten(2)).unflatten(2, x.shape[2:])  # (B, height, W, C)
+        return torch.matmul(cols, out).to(x.dtype)
+    planes = torch.matmul(wide.permute(0, 3, 1, 2), cols.t())  # (B, C, H, width)
+    return torch.matmul(rows, planes).to(x.dtype).permute(0, 2, 3, 1)
+
+
+def _triangle_weights(n_in: int, n_out: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(n_out, n_in) rows of the triangle filter that PyTorch and Pillow use; every row sums to 1."""
+    scale = n_in / n_out
+    support = max(scale, 1.0)
+    center = scale * (torch.arange(n_out, device=device, dtype=dtype)[:, None] + 0.5)
+    pixel = torch.arange(n_in, device=device, dtype=dtype)[None, :] + 0.5
+    weights = (1 - (pixel - center).abs() / support).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether the channels of a (B, H, W, C) view are adjacent in memory."""
+    return x.stride(3) == 1
+
+
+def empty_map(like: Tensor, height: int, width: int) -> Tensor:
+    """Uninitialised (B, height, width, C) in `like`'s dtype, channels adjacent exactly when `like`'s are."""
+    batch, _, _, channels = like.shape
+    if channels_last(like):
+        return like.new_empty((batch, height, width, channels))
+    return like.new_empty((batch, channels, height, width)).permute(0, 2, 3, 1)
+
+
+@torch.library.custom_op(
+    "kpu_fast::resize_bilinear", mutates_args=(), schema="(Tensor x, SymInt h, SymInt w) -> Tensor"
+)
+def _resize(x, h, w):
+    from .resize_triton import launch_resize
+
+    return launch_resize(x, empty_map(x, h, w))
+
+
+@_resize.register_fake
+def _(x, h, w):
+    return empty_map(x, h, w)
+
+
+@torch.library.custom_op(
+    "kpu_fast::resize_bilinear_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor? scale, SymInt h, SymInt w, bool adjacent, bool triton) -> Tensor",
+)
+def resize_backward(grad, scale, h, w, adjacent, triton):
+    """Gradient (B, h, w, C) of a resize whose output gradient is `grad`, times the scalar tensor `scale`.
+
+    `adjacent`: lay the channels of the result next to each other in memory.
+    """
+    out = _empty_gradient(grad, h, w, adjacent)
+    if triton:
+        from .resize_triton import launch_resize_backward
+
+        return launch_resize_backward(grad, scale, out)
+    compute = torch.promote_types(grad.dtype, torch.float32)
+    batch, height, width, channels = grad.shape
+    wide = grad.to(compute) if scale is None else grad.to(compute) * scale
+    full = torch.ops.aten.upsample_bilinear2d_backward(
+        wide.permute(0, 3, 1, 2), [height, width], [batch, channels, h, w], False
+    )
+    return out.copy_(full.permute(0, 2, 3, 1))
+
+
+@resize_backward.register_fake
+def _(grad, scale, h, w, adjacent, triton):
+    return _empty_gradient(grad, h, w, adjacent)
+
+
+def _empty_gradient(grad: Tensor, height: int, width: int, adjacent: bool) -> Tensor:
+    batch, _, _, channels = grad.shape
+    if adjacent:
+        return grad.new_empty((batch, height, width, channels))
+    return grad.new_empty((batch, channels, height, width)).permute(0, 2, 3, 1)
+
+
+def _save_shape(ctx, inputs, output):
+    x = inputs[0]
+    ctx.height, ctx.width, ctx.adjacent = x.shape[1], x.shape[2], channels_last(x)
+
+
+def _backward(ctx, grad):
+    return resize_backward(grad, None, ctx.height, ctx.width, ctx.adjacent, True), None, None
+
+
+_resize.register_autograd(_backward, setup_context=_save_shape)

@@ -1,0 +1,376 @@
+"""The tree of configs/*.json: strict, checked before anything heavy is imported, errors that name the key.
+
+`load_config` reads a file (and the file its `extends` names), applies `--set` overrides and validates. Unknown keys,
+wrong types and impossible combinations raise `ConfigError`, one line per mistake: key, what was found, what would do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$", description="letters, digits, _ and -")]
+Source = str | list[str]  # folder, shards, glob, package:NAME/path, or a list of these
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Multiple32 = Annotated[int, Field(ge=32, multiple_of=32)]
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used. The message has one line per mistake."""
+
+
+def _impossible(message: str) -> PydanticCustomError:
+    # PydanticCustomError formats with {}; the message is final already.
+    return PydanticCustomError("impossible", "{message}", {"message": message})
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(_Strict):
+    """Images of one teacher: where from, how many at once, how large, how fitted."""
+
+    source: Source  # left out: the config's own `source`
+    batch_size: int = Field(ge=1)  # images per rank and step
+    size: tuple[Multiple32, Multiple32]  # (H, W) in pixels
+    fit: Literal["crop", "pad"] = "crop"  # random-resized crop | keep aspect, pad, mask
+    crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)  # share of the image's area that a crop keeps
+    flip: bool = True
+    threads: int = Field(default=4, ge=1)  # decoding threads
+    hw_decoder_load: Fraction = 0.65  # share of JPEGs for the GPU's hardware decoder
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> DataConfig:
+        low, high = self.crop_scale
+        if not 0.0 < low <= high:
+            raise _impossible(f"crop_scale: found [{low}, {high}]; expected 0 < low <= high <= 1")
+        return self
+
+
+class TeacherConfig(_Strict):
+    """One frozen teacher and the images it teaches on."""
+
+    kind: Literal["clip", "grounding_dino", "dinov2", "backbone"]
+    weights: str = Field(min_length=1)  # hub id, local folder, or "random"
+    arch: dict[str, Any] = {}  # keyword arguments of the transformers config; only with weights "random"
+    levels: list[int] | None = None  # kind "backbone": which feature levels
+    data: DataConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TeacherConfig:
+        _arch_only_with_random(self.weights, self.arch)
+        if (self.kind == "backbone") != (self.levels is not None):
+            raise _impossible(f'levels: found {self.levels} with kind "{self.kind}"; kind "backbone" needs it, no other takes it')
+        if self.kind == "backbone" and self.weights == "random" and "model_type" not in self.arch:
+            raise _impossible('arch: random weights of kind "backbone" need arch.model_type, e.g. "swin"')
+        return self
+
+
+class ViTConfig(_Strict):
+    """The sentinel: a DINOv2 checkpoint, or random weights of a given shape."""
+
+    weights: str = Field(min_length=1)
+    arch: dict[str, Any] = {}  # keyword arguments of ViT; only with weights "random"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ViTConfig:
+        _arch_only_with_random(self.weights, self.arch)
+        return self
+
+
+def _arch_only_with_random(weights: str, arch: dict[str, Any]) -> None:
+    if arch and weights != "random":
+        raise _impossible(f'arch: found with weights "{weights}", which bring their own; remove it or set weights to "random"')
+
+
+class AdapterConfig(_Strict):
+    """ViT-Adapter (arXiv 2205.08534). "flash" is dense softmax cross-attention, another architecture than "deformable"."""
+
+    cross_attention: Literal["flash", "deformable"] = "flash"
+    interactions: int = Field(default=4, ge=1)
+    heads: int | None = Field(default=None, ge=1)  # of deformable attention; None: as many as the ViT
+    points: int = Field(default=4, ge=1)  # sampling points per head and level
+    inner_ratio: float = Field(default=0.5, gt=0.0, le=1.0)
+    ffn_ratio: float = Field(default=0.25, gt=0.0)
+    inplanes: int = Field(default=64, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AdapterConfig:
+        changed = {"heads", "points"} & self.model_fields_set
+        if self.cross_attention == "flash" and changed:
+            raise _impossible(f'{min(changed)}: belongs to cross_attention "deformable"; found "flash"')
+        return self
+
+
+class StudentConfig(_Strict):
+    """The model that is trained."""
+
+    vit: ViTConfig
+    freeze_vit: bool = True
+    adapter: AdapterConfig | None = AdapterConfig()
+    attention: Literal["auto", "sdpa", "cudnn", "fa2", "fa3", "fa4"] = "auto"
+    head_hidden: int = Field(default=1280, ge=1)  # width of every MLP head
+
+    @model_validator(mode="after")
+    def _something_to_train(self) -> StudentConfig:
+        if self.adapter is None and self.freeze_vit:
+            raise _impossible("freeze_vit: true without an adapter leaves no encoder to train; set it to false or give an adapter")
+        return self
+
+
+class ObjectiveConfig(_Strict):
+    """L_KPU = L_s2t + L_t2s + rec_weight L_rec; each L_align = x_weight Lcos(x) + cos_weight Lcos(V) + l1_weight SmoothL1(V)."""
+
+    t2s: bool = True
+    rec: bool = True
+    rec_weight: float = Field(default=1.0, ge=0.0)
+    x_weight: float = Field(default=1.0, ge=0.0)
+    cos_weight: float = Field(default=0.9, ge=0.0)
+    l1_weight: float = Field(default=0.1, ge=0.0)
+    beta: float = Field(default=1.0, ge=0.0)
+
+    @model_validator(mode="after")
+    def _rec_needs_t2s(self) -> ObjectiveConfig:
+        if self.rec and not self.t2s:
+            raise _impossible("rec: reconstruction starts from the common space; set objective.t2s to true or rec to false")
+        return self
+
+
+class OptimizerConfig(_Strict):
+    """AdamW with linear warm-up and cosine decay."""
+
+    impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
+    lr: float = Field(default=2e-4, gt=0.0)
+    min_lr: float = Field(default=0.0, ge=0.0)
+    weight_decay: float = Field(default=0.05, ge=0.0)  # matrices and convolutions only: not biases, norms, scales
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0.0)
+    warmup_steps: int = Field(default=0, ge=0)
+    clip_grad_norm: float | None = Field(default=None, gt=0.0)
+
+
+class CheckpointConfig(_Strict):
+    """How often to keep the state of the run, and how many of them."""
+
+    every: int = Field(default=1000, ge=1)  # steps
+    keep: int = Field(default=3, ge=1)
+
+
+class Config(_Strict):
+    """A whole run."""
+
+    name: Name
+    output: str = "runs"
+    steps: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0)
+    precision: Literal["bf16", "fp32"]
+    activation_checkpointing: bool = False
+    compile: bool = False
+    source: Source | None = None  # images for every teacher that names none of its own
+    student: StudentConfig
+    teachers: dict[Name, TeacherConfig] = Field(min_length=1)
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    deepspeed: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.optimizer.warmup_steps > self.steps:
+            raise _impossible(f"optimizer.warmup_steps: found {self.optimizer.warmup_steps}, more than steps = {self.steps}")
+        _check_deepspeed(self)
+        return self
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        """The `deepspeed` block as given, plus the keys DeepSpeed requires and the block leaves to this config."""
+        ours = {
+            "train_micro_batch_size_per_gpu": sum(t.data.batch_size for t in self.teachers.values()),
+            "bf16": {"enabled": self.precision == "bf16"},
+            "steps_per_print": self.steps + 1,  # our own monitor reports
+        }
+        if self.optimizer.clip_grad_norm is not None:
+            ours["gradient_clipping"] = self.optimizer.clip_grad_norm
+        if self.optimizer.impl == "apex":
+            ours["zero_allow_untested_optimizer"] = True
+        return ours | self.deepspeed
+
+
+def _check_deepspeed(cfg: Config) -> None:
+    """The block goes through untouched, so what would silently fight the rest of the config is an error here."""
+    block = cfg.deepspeed
+    for key, instead in (("optimizer", "optimizer"), ("scheduler", "optimizer.warmup_steps and min_lr")):
+        if key in block:
+            raise _impossible(f"deepspeed.{key}: set it through {instead}")
+    if block.get("gradient_accumulation_steps", 1) != 1:
+        found = block["gradient_accumulation_steps"]
+        raise _impossible(f"deepspeed.gradient_accumulation_steps: found {found}; a step is one backward, so 1 or nothing")
+    if _enabled(block, "fp16"):
+        raise _impossible('deepspeed.fp16: not supported; set precision to "bf16" or "fp32"')
+    if "bf16" in block and _enabled(block, "bf16") != (cfg.precision == "bf16"):
+        raise _impossible(f'deepspeed.bf16: found {block["bf16"]}, which contradicts precision = "{cfg.precision}"')
+    if "gradient_clipping" in block and block["gradient_clipping"] != cfg.optimizer.clip_grad_norm:
+        found = block["gradient_clipping"]
+        raise _impossible(f"deepspeed.gradient_clipping: found {found}, but optimizer.clip_grad_norm = {cfg.optimizer.clip_grad_norm}")
+    zero = block.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise _impossible(f"deepspeed.zero_optimization: found {zero}; expected an object with stage 0, 1, 2 or 3")
+
+
+def _enabled(block: dict[str, Any], key: str) -> bool:
+    value = block.get(key, {})
+    if not isinstance(value, dict):
+        raise _impossible(f'deepspeed.{key}: found {value!r}; expected an object such as {{"enabled": true}}')
+    return bool(value.get("enabled", False))
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read, merge, override and validate a config file.
+
+    path: a JSON file; its optional top-level `extends` names another file, relative to it, that it is merged over.
+    overrides: `path.to.key=value` strings; the value is JSON, or else a string; `*` stands for every key of an object.
+    Raises ConfigError with one line per mistake.
+    """
+    tree = _read_tree(Path(path), seen=())
+    for override in overrides or []:
+        _apply_override(tree, override)
+    _share_source(tree)
+    try:
+        return Config.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error, tree))) from None
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: extends: the files extend each other in a circle")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a JSON file such as configs/demo.json") from None
+    except ValueError as error:  # includes bad UTF-8
+        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: found {_kind_of(tree)} at the top; expected an object")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends: found {_kind_of(base)}; expected the name of another config file")
+    return _merge(_read_tree(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"key {key!r} appears twice in one object")
+    return dict(pairs)
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return {key: _merge(base[key], over[key]) if key in base and key in over else (over | base)[key] for key in base | over}
+
+
+def _share_source(tree: dict[str, Any]) -> None:
+    teachers, source = tree.get("teachers"), tree.get("source")
+    if not isinstance(source, str | list):
+        return
+    for teacher in teachers.values() if isinstance(teachers, dict) else ():
+        data = teacher.get("data") if isinstance(teacher, dict) else None
+        if isinstance(data, dict):
+            data.setdefault("source", source)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override}: expected path.to.key=value, e.g. --set optimizer.lr=1e-4")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    targets = [tree]
+    for i, key in enumerate(keys[:-1]):
+        targets = [child for target in targets for child in _children(target, key)]
+        if not targets or not all(isinstance(target, dict) for target in targets):
+            raise ConfigError(f"--set {override}: {'.'.join(keys[: i + 1])} is not an object with keys below it")
+    for target in targets:
+        for key in list(target) if keys[-1] == "*" else [keys[-1]]:
+            target[key] = value
+
+
+def _children(target: dict[str, Any], key: str) -> list[Any]:
+    if key == "*":
+        return list(target.values())
+    if target.get(key) is None:
+        target[key] = {}
+    return [target[key]]
+
+
+def _explain(error: ValidationError, tree: dict[str, Any]) -> list[str]:
+    """One line per mistake: the key, what was found, what would do."""
+    lines = []
+    for item in error.errors(include_url=False):
+        loc = [part for part in item["loc"] if not _is_union_tag(part, item["loc"])]
+        key, found = ".".join(str(part) for part in loc), _kind_of(item.get("input"))
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key{_suggest(loc)}")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: missing; it has no default")
+        elif item["type"] == "impossible":
+            lines.append(f"{key}.{item['msg']}" if key else item["msg"])
+        else:
+            what = _lower_first(item["msg"].replace("Input should", "it should"))
+            if lines and lines[-1].startswith(f"{key}: found"):  # the next branch of a union
+                lines[-1] += f" or {what.removeprefix('it should be ')}"
+            else:
+                lines.append(f"{key}: found {found}; {what}")
+    return lines
+
+
+def _is_union_tag(part: Any, loc: tuple[Any, ...]) -> bool:
+    # pydantic names the branch of a union (`str`, `list[str]`) as if it were a key.
+    return isinstance(part, str) and (part in ("str", "list[str]") or part == "[key]") and part != loc[0]
+
+
+def _suggest(loc: list[Any]) -> str:
+    fields = _fields_at(Config, loc[:-1])
+    close = difflib.get_close_matches(str(loc[-1]), fields, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(fields)}"
+
+
+def _fields_at(model: type[BaseModel], loc: list[Any]) -> list[str]:
+    for part in loc:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        for nested in _models_in(annotation):
+            model = nested
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, types.UnionType | types.GenericAlias) or typing.get_origin(annotation):
+        return [model for arg in typing.get_args(annotation) for model in _models_in(arg)]
+    return []
+
+
+def _kind_of(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    kind = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "an integer", float: "a number"}
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind.get(type(value), 'null')})"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,180 @@
+"""One endless stream of image batches per teacher: bytes read ahead by threads, decoded and cut by DALI.
+
+DALI holds no state here. The order, the crops and the flips come from `sampler.py`, which needs only the position; so
+a stream continues exactly from a position, whatever DALI had in flight, and shards are shuffled as thoroughly as files.
+"""
+
+import json
+import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kpu_fast.data.dali import import_dali
+from kpu_fast.data.index import Index
+from kpu_fast.data.sampler import Sampler
+from kpu_fast.data.sources import SourceError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in [0, 1]: what padding is filled with
+READERS = 8  # threads that read files; they hide latency, not work: a read keeps no core busy
+READ_AHEAD = 3  # batches being read beside the PREFETCH ones that DALI decodes
+PREFETCH = 2
+_READ_CHUNK = 16
+
+
+class Batch(NamedTuple):
+    """images: (B, 3, H, W) float32 RGB in [0, 1]; valid: (B, H, W) bool, True on real pixels, or None (fit "crop")."""
+
+    images: torch.Tensor
+    valid: torch.Tensor | None
+
+
+class Stream:
+    """Endless full batches for one rank; `next(stream)` → Batch on `device`.
+
+    data_cfg: an object with source, batch_size, size (H, W), fit, hw_decoder_load, threads, crop_scale, flip.
+      fit "crop": a random part with crop_scale of the area and ratio 3/4–4/3, resized to size.
+      fit "pad": the whole image resized to fit into size, placed top left, the rest IMAGENET_MEAN.
+      Both: antialiased bilinear; half of the images mirrored if flip.
+    index: of data_cfg.source, from `load_or_scan`. device: "cpu" or a CUDA device, which then decodes too.
+    seed: ≥ 0; fixes order, crops and flips. state: a string from `state()` to go on from.
+
+    In each epoch every image comes once, at one rank; an epoch may end inside a batch, the next one fills it.
+    Raises SourceError when there are fewer images than ranks, ValueError on a bad argument or a state of another seed.
+    """
+
+    def __init__(self, data_cfg, index: Index, *, rank, world_size, device, seed, state=None):
+        self._index = index
+        self._seed = seed
+        self._source = data_cfg.source
+        self._device = torch.device(device)
+        self._check(data_cfg, rank, world_size)
+        self._crop = data_cfg.fit == "crop"
+        self._stride = world_size * data_cfg.batch_size
+        self._images_seen = self._position_of(state) if state is not None else 0
+        self._sampler = Sampler(
+            np.stack([index.height, index.width], axis=1),
+            batch_size=data_cfg.batch_size,
+            size=data_cfg.size,
+            fit=data_cfg.fit,
+            crop_scale=data_cfg.crop_scale,
+            flip=data_cfg.flip,
+            rank=rank,
+            seed=seed,
+        )
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="kpu_fast-read")
+        self._reads = deque()
+        self._next_read = self._images_seen
+        for _ in range(READ_AHEAD):
+            self._read_next()
+        self._pipe = _build(data_cfg, self._device, self._feed)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            images, *size = self._pipe.run()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"source {self._source!r}: DALI could not make a batch. If a file changed since the scan, run "
+                f"`python -m kpu_fast.data.scan` on it again. DALI said: {error}"
+            ) from error
+        self._images_seen += self._stride
+        images = torch.from_dlpack(images.as_tensor())
+        return Batch(images, _valid(torch.from_dlpack(size[0].as_tensor()), images.shape[2:]) if size else None)
+
+    @property
+    def images_seen(self) -> int:
+        """Images handed out so far by all ranks together; batches that were only prefetched do not count."""
+        return self._images_seen
+
+    def state(self) -> str:
+        """What `Stream(…, state=…)` needs to hand out the batches that would come next. The same at every rank."""
+        return json.dumps({"images_seen": self._images_seen, "seed": self._seed, "images": self._index.digest()})
+
+    def _check(self, data_cfg, rank, world_size):
+        if data_cfg.fit not in ("crop", "pad"):
+            raise ValueError(f"data.fit is {data_cfg.fit!r}: expected 'crop' or 'pad'")
+        if self._device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device is {str(self._device)!r}: images go to 'cpu' or 'cuda'")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank} of {world_size}: expected 0 ≤ rank < world_size")
+        if len(self._index) < world_size:
+            raise SourceError(
+                f"source {self._source!r} has {len(self._index)} usable images for {world_size} ranks: "
+                "each rank needs at least one; add images or use fewer ranks"
+            )
+
+    def _position_of(self, state: str) -> int:
+        saved = json.loads(state)
+        if saved["seed"] != self._seed:
+            raise ValueError(
+                f"source {self._source!r}: the stream was saved with seed {saved['seed']}, the run has "
+                f"seed {self._seed}; set it back, or start anew without the checkpoint"
+            )
+        if saved["images"] != self._index.digest():
+            warnings.warn(
+                f"source {self._source!r}: the images changed since the checkpoint; the stream goes on after "
+                f"{saved['images_seen']:,} images, but not with the batches it would have had",
+                stacklevel=3,
+            )
+        return saved["images_seen"]
+
+    def _read_next(self):
+        plan = self._sampler.plan(self._next_read)
+        self._next_read += self._stride
+        chunks = [plan.image[i : i + _READ_CHUNK] for i in range(0, len(plan.image), _READ_CHUNK)]
+        self._reads.append((plan, [self._pool.submit(self._read, chunk) for chunk in chunks]))
+
+    def _read(self, images: np.ndarray) -> list[np.ndarray]:
+        return [self._index.read(image) for image in images]
+
+    def _feed(self):
+        plan, chunks = self._reads.popleft()
+        self._read_next()
+        data = [data for chunk in chunks for data in chunk.result()]
+        return (data, plan.target, plan.flip) + ((plan.start, plan.shape) if self._crop else ())
+
+
+def _build(data_cfg, device: torch.device, feed):
+    """The DALI graph; the same on both devices but for where the decoder runs."""
+    dali = import_dali()
+    fn, types = dali.fn, dali.types
+    crop = data_cfg.fit == "crop"
+    gpu = device.type == "cuda"
+    device_id = (device.index if device.index is not None else torch.cuda.current_device()) if gpu else None
+    pipe = dali.Pipeline(data_cfg.batch_size, data_cfg.threads, device_id, prefetch_queue_depth=PREFETCH)
+    with pipe:
+        data, target, flip, *part = fn.external_source(feed, num_outputs=5 if crop else 3, batch=True)
+        decoder = {"device": "mixed" if gpu else "cpu", "hw_decoder_load": data_cfg.hw_decoder_load}
+        # Cut while decoding: the rest of the image is never decoded. "pad" has no part to cut.
+        images = (
+            fn.decoders.image_slice(data, *part, axes=(0, 1), **decoder) if crop else fn.decoders.image(data, **decoder)
+        )
+        images = fn.resize(images, size=fn.cast(target, dtype=types.FLOAT), antialias=True)
+        images = fn.crop_mirror_normalize(
+            images,
+            crop=data_cfg.size,
+            crop_pos_y=0.0,
+            # An image narrower than the canvas lies at its left. Mirroring turns the canvas too: start at the right.
+            crop_pos_x=fn.cast(flip, dtype=types.FLOAT),
+            mirror=flip,
+            out_of_bounds_policy="pad",
+            fill_values=IMAGENET_MEAN,
+            std=[255.0] * 3,
+            dtype=types.FLOAT,
+            output_layout="CHW",
+        )
+        pipe.set_outputs(*([images] if crop else [images, target.gpu() if gpu else target]))
+    pipe.build()
+    return pipe
+
+
+def _valid(size: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor:
+    """(B, 2) heights and widths of the real pixels → (B, H, W) bool."""
+    rows, columns = (torch.arange(extent, device=size.device) for extent in canvas)
+    return (rows < size[:, :1])[:, :, None] & (columns < size[:, 1:])[:, None, :]

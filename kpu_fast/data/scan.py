@@ -1,0 +1,222 @@
+"""Preflight: decode every image once, index what is usable, set aside what is not.
+
+    python -m kpu_fast.data.scan SOURCE [SOURCE …] [--workers N]
+
+One image that DALI cannot decode ends a DALI pipeline for good. So an image is usable only after it was decoded in full
+by Pillow (which notices truncated and broken files) and by DALI (which training reads with), both agreeing on its size.
+Images that only Pillow reads, and CMYK, are converted to RGB PNG in the cache.
+"""
+
+import argparse
+import hashlib
+import io
+import multiprocessing
+import os
+import sys
+import threading
+from collections import Counter
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from kpu_fast.data import index as index_file
+from kpu_fast.data.dali import import_dali
+from kpu_fast.data.index import Index
+from kpu_fast.data.sources import Candidate, SourceError, SourceFile, is_shard, list_files, normalise, shard_candidates
+
+MAX_PIXELS = 80_000_000  # 240 MB decoded; below the size at which Pillow suspects a decompression bomb
+MAX_BYTES = 1 << 28
+_DALI_FORMATS = frozenset(["JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"])
+# From here on processes pay for their start. Below it threads do: both decoders release the interpreter lock.
+PROCESS_BYTES = 1 << 30
+_CHUNK = 32  # images per task: small enough for a lively progress bar, large enough to hide the cost of a task
+_local = threading.local()
+
+
+def load_or_scan(source: str | list[str]) -> Index:
+    """The index of `source`: the stored one if no file was added, removed or changed since, else a new scan's.
+
+    Ranks of one job: let rank 0 call it first and the others after a barrier; they then only read.
+    Raises SourceError as `scan` does.
+    """
+    stored = index_file.load(source)
+    if stored and stored.source_files() == list_files(source) and _converted_exist(stored):
+        return stored
+    return scan(source, progress=True)
+
+
+def scan(source: str | list[str], *, workers: int | None = None, progress: bool = False) -> Index:
+    """Decode every image of `source`, store the index in the cache folder, return it.
+
+    workers: threads, or processes above PROCESS_BYTES (default: the CPUs this process may use); these start afresh, so
+    a script that scans that much needs the usual `if __name__ == "__main__":`. progress: a bar on stderr.
+    Raises SourceError when the source is missing or holds no usable image, ImportError without DALI.
+    """
+    import_dali()
+    files = list_files(source)
+    with _pool(files, workers or len(os.sched_getaffinity(0))) as pool:
+        candidates, ignored, problems = _candidates(files, pool)
+        chunks = [candidates[i : i + _CHUNK] for i in range(0, len(candidates), _CHUNK)]
+        tasks = ([(candidate, files[candidate.file]) for candidate in chunk] for chunk in chunks)
+        check = partial(_check_chunk, index_file.cache_folder(source) / "converted")
+        verdicts = []
+        with tqdm(total=len(candidates), desc="scan", unit="img", disable=not progress, leave=False) as bar:
+            for chunk, found in zip(chunks, pool.map(check, tasks), strict=True):
+                verdicts += zip(chunk, found, strict=True)
+                bar.update(len(chunk))
+    found = _collect(normalise(source), files, verdicts, problems, ignored)
+    if not len(found):
+        raise SourceError(_nothing_usable(found))
+    found.save()
+    return found
+
+
+def _pool(files: list[SourceFile], workers: int) -> Executor:
+    if sum(file.size for file in files) < PROCESS_BYTES:
+        return ThreadPoolExecutor(workers)
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"))
+
+
+def _candidates(files: list[SourceFile], pool: Executor) -> tuple[list[Candidate], int, list[str]]:
+    shards = {number: file for number, file in enumerate(files) if is_shard(file.path)}
+    listed = dict(zip(shards, pool.map(shard_candidates, shards, shards.values()), strict=True))
+    candidates, ignored, problems = [], 0, []
+    for number, file in enumerate(files):
+        if number not in listed:
+            candidates.append(Candidate(number, 0, file.size, file.path))
+            continue
+        members, others, problem = listed[number]
+        candidates += members
+        ignored += others
+        if problem:
+            problems.append(f"{file.path}: {problem}")
+    return candidates, ignored, problems
+
+
+def _collect(source, files, verdicts, problems, ignored) -> Index:
+    rows, rejected, converted = [], [], []
+    for candidate, verdict in verdicts:
+        match verdict:
+            case str():
+                rejected.append((candidate.name, verdict))
+            case (height, width):
+                rows.append((candidate.file, candidate.offset, candidate.length, height, width))
+            case (height, width, path):
+                stat = os.stat(path)
+                rows.append((len(files) + len(converted), 0, stat.st_size, height, width))
+                converted.append(SourceFile(str(path), stat.st_size, stat.st_mtime_ns))
+    return index_file.from_rows(
+        rows,
+        source=source,
+        files=files + converted,
+        converted=len(converted),
+        rejected=rejected,
+        problems=problems,
+        ignored=ignored,
+    )
+
+
+def _check_chunk(folder: Path, chunk: list[tuple[Candidate, SourceFile]]) -> list:
+    return [_check(file, candidate, folder) for candidate, file in chunk]
+
+
+def _check(file: SourceFile, candidate: Candidate, folder: Path) -> str | tuple[int, int] | tuple[int, int, Path]:
+    """Why the candidate is left out; or its (height, width); or these and the PNG that stands in for it."""
+    if candidate.length == 0:
+        return "empty file"
+    if candidate.length > MAX_BYTES:
+        return f"more than {MAX_BYTES >> 20} MiB"
+    try:
+        with open(file.path, "rb") as stream:
+            stream.seek(candidate.offset)
+            data = stream.read(candidate.length)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            return f"more than {MAX_PIXELS // 1_000_000} megapixels"
+        image.load()
+    except UnidentifiedImageError:
+        return "not an image"
+    except Image.DecompressionBombError:
+        return f"more than {MAX_PIXELS // 1_000_000} megapixels"
+    except Exception:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, … on broken data
+        return "truncated or corrupt"
+    if image.mode in ("I", "F"):
+        return "32-bit pixels, whose range is unknown"
+    upright = ImageOps.exif_transpose(image)
+    size = (upright.height, upright.width)
+    if image.mode != "CMYK" and image.format in _DALI_FORMATS and _dali_size(data) == size:
+        return size
+    name = hashlib.sha256(f"{file}{candidate.offset}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    path = folder / f"{name}.png"
+    index_file.write_atomically(path, _png(upright))
+    return (*size, path)
+
+
+def _png(image: Image.Image) -> bytes:
+    if image.mode.startswith("I;16"):  # Pillow clips 16 bits to 8; DALI keeps the upper byte
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _dali_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of `data` decoded by DALI; None where DALI fails."""
+    pipe = getattr(_local, "pipe", None) or _dali_decoder()
+    _local.pipe = None  # a pipeline that raised is dead: keep it only after a success
+    pipe.feed_input("data", [np.frombuffer(data, np.uint8)])
+    try:
+        (images,) = pipe.run()
+    except RuntimeError:
+        return None
+    _local.pipe = pipe
+    return tuple(images.at(0).shape[:2])
+
+
+def _dali_decoder():
+    dali = import_dali()
+    pipe = dali.Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    with pipe:
+        data = dali.fn.external_source(name="data", dtype=dali.types.UINT8, ndim=1)
+        pipe.set_outputs(dali.fn.decoders.image(data, device="cpu"))
+    pipe.build()
+    return pipe
+
+
+def _converted_exist(stored: Index) -> bool:
+    made = stored.files[len(stored.source_files()) :]
+    return all(os.path.isfile(file.path) and os.path.getsize(file.path) == file.size for file in made)
+
+
+def _nothing_usable(found: Index) -> str:
+    reasons = Counter(reason for _, reason in found.rejected)
+    told = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(4))
+    told = "; ".join(filter(None, [told, *found.problems[:2], found.ignored and f"{found.ignored} other files"]))
+    return f"source {', '.join(found.source)}: no usable image (found {told or 'nothing'}); give it images that decode"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 when there are usable images, 2 when not."""
+    parser = argparse.ArgumentParser(prog="python -m kpu_fast.data.scan", description=__doc__.partition("\n")[0])
+    parser.add_argument("source", nargs="+", help="folder, .tar shard, glob, image file, or package:NAME/path")
+    parser.add_argument("--workers", type=int, help="parallel decoders (default: the CPUs this process may use)")
+    options = parser.parse_args(arguments)
+    try:
+        found = scan(options.source, workers=options.workers, progress=True)
+    except (SourceError, ImportError, OSError) as error:
+        print(f"scan: {error}", file=sys.stderr)
+        return 2
+    print(found.summary())
+    print(f"index: {index_file.index_path(options.source)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

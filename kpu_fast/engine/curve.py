@@ -1,0 +1,37 @@
+"""The loss curves of a run as a picture."""
+
+import os
+from pathlib import Path
+
+from kpu_fast.engine.monitor import read_metrics
+
+
+def save_curve(folder: Path) -> Path:
+    """Draw folder/metrics.jsonl as folder/losses.png: one panel per term, one line per teacher."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(folder)
+    keys = [key for key in rows[-1] if "/" in key]
+    terms = list(dict.fromkeys(key.rpartition("/")[2] for key in keys))
+    titles = {"s2t": "s2t: in the teacher's space", "t2s": "t2s: in the common space", "rec": "rec: reconstruction"}
+    figure, axes = plt.subplots(1, len(terms), figsize=(4.2 * len(terms), 3.2), squeeze=False)
+    for axis, term in zip(axes[0], terms, strict=True):
+        for key in keys:
+            if key.endswith(f"/{term}"):
+                axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=key.rpartition("/")[0], linewidth=1.2)
+        axis.set_title(titles.get(term, term), fontsize=10)
+        axis.set_xlabel("step")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("loss")
+    axes[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    path = folder / "losses.png"
+    partial = folder / ".losses.png"
+    figure.savefig(partial, dpi=120, format="png")
+    plt.close(figure)
+    os.replace(partial, path)
+    return path

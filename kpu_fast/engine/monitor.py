@@ -1,0 +1,140 @@
+"""What the owner of a run sees while it goes: bar, metrics.jsonl, TensorBoard, and the stop when a loss is not finite.
+
+The losses of a step are averaged over ranks and copied to the host while the next step already runs: reading them costs
+no wait on a GPU. So a NaN is noticed one step later, and `flush` looks at what is outstanding before a checkpoint is written.
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from kpu_fast.engine.distributed import World
+
+METRICS = "metrics.jsonl"
+
+
+class Diverged(RuntimeError):
+    """A loss term is NaN or Inf."""
+
+
+class _Pending(NamedTuple):
+    step: int
+    terms: list[str]
+    host: Tensor  # (terms + 2,) loss terms, total, ranks that want to stop
+    copied: torch.cuda.Event | None
+    facts: dict[str, float]  # what the host knew at once: lr, times
+
+
+class Monitor:
+    """Reports steps. Every rank makes one; rank 0 writes. `stop` turns true on all ranks at the same step."""
+
+    def __init__(self, folder: Path, world: World, *, start: int, steps: int, images_per_step: int):
+        self.world, self.images_per_step, self.stop = world, images_per_step, False
+        self._pending: _Pending | None = None
+        self._bar = self._file = self._board = None
+        if world.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            _keep_until(folder / METRICS, start)
+            self._file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            quiet = 0.5 if sys.stderr.isatty() else 10.0
+            self._bar = tqdm(total=steps, initial=start, desc="train", unit="step", mininterval=quiet, dynamic_ncols=True)
+
+    def push(self, step: int, terms: dict[str, Tensor], total: Tensor, want_stop: bool, facts: dict[str, float]) -> None:
+        """Hand in a step's losses (device scalars) and report the step before. Raises Diverged."""
+        vector = torch.stack([*(t.detach().float() for t in terms.values()), total.detach().float()])
+        vector = torch.cat([vector / self.world.size, vector.new_full((1,), float(want_stop))])
+        dist.all_reduce(vector)
+        host, copied = _to_host(vector)
+        self.flush()
+        self._pending = _Pending(step, list(terms), host, copied, facts)
+        if copied is None:
+            self.flush()
+
+    def flush(self) -> None:
+        """Report what is outstanding. Raises Diverged naming the terms that are not finite."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if pending.copied is not None:
+            pending.copied.synchronize()
+        *losses, total, stop = pending.host.tolist()
+        self.stop = self.stop or stop > 0
+        row = dict(zip(pending.terms, losses, strict=True)) | {"loss": total}
+        bad = [f"{name} = {value}" for name, value in row.items() if not math.isfinite(value)]
+        if bad:
+            # `loss` only repeats what the terms say, unless they are finite and their sum is not.
+            raise Diverged(f"step {pending.step}: {', '.join(bad[:-1] or bad)}")
+        self._report(pending.step, row, pending.facts)
+
+    def _report(self, step: int, row: dict[str, float], facts: dict[str, float]) -> None:
+        if self._file is None:
+            return
+        seconds = facts["step_seconds"]
+        record: dict[str, Any] = {"step": step} | row | facts
+        record |= {"images_per_second": self.images_per_step / seconds, "time": time.time()}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for key, value in row.items():
+            self._board.add_scalar(f"loss/{key}", value, step)
+        self._board.add_scalar("run/lr", facts["lr"], step)
+        self._board.add_scalar("run/images_per_second", record["images_per_second"], step)
+        self._board.add_scalar("run/data_wait_percent", facts["data_wait_percent"], step)
+        teachers = {key.partition("/")[0] for key in row if "/" in key}
+        per_teacher = {t: sum(v for k, v in row.items() if k.startswith(f"{t}/")) for t in sorted(teachers)}
+        shown = [f"{name} {value:.3f}" for name, value in per_teacher.items()]
+        shown += [f"{record['images_per_second']:.1f} img/s", f"data {facts['data_wait_percent']:.0f}%"]
+        self._bar.set_postfix_str(", ".join(shown), refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def say(self, line: str) -> None:
+        """Print a line without tearing the bar; rank 0 only."""
+        if self._bar is not None:
+            self._bar.write(line)
+
+    def close(self) -> None:
+        """End the bar and the files."""
+        if self._file is not None:
+            self._bar.close()
+            self._file.close()
+            self._board.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, oldest first; a last line cut off by a kill is left out."""
+    rows = []
+    for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _keep_until(file: Path, step: int) -> None:
+    """Drop the rows of steps that will be run again after resuming from `step`."""
+    if not file.exists():
+        return
+    rows = [row for row in read_metrics(file.parent) if row["step"] <= step]
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(file)
+
+
+def _to_host(vector: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    if vector.device.type != "cuda":
+        return vector, None
+    host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+    host.copy_(vector, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return host, copied

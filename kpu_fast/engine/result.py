@@ -1,0 +1,83 @@
+"""What a finished run leaves: the student, a picture of its features, the loss curves."""
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kpu_fast.config import Config
+from kpu_fast.data.pipeline import Stream
+from kpu_fast.engine.curve import save_curve
+from kpu_fast.engine.distributed import World
+from kpu_fast.engine.monitor import read_metrics
+from kpu_fast.engine.picture import Panel, save_feature_picture
+from kpu_fast.models.features import Features
+from kpu_fast.models.student import Student
+
+PICTURED = 3  # images per teacher in features.png
+
+
+def write_result(cfg: Config, folder: Path, world: World, student: Student, teachers: dict, indexes: dict) -> None:
+    """Write student/, features.png and losses.png into the run's folder and print where they are; every rank calls it."""
+    from deepspeed import zero
+
+    # ZeRO 3 holds a share of each parameter on every rank; elsewhere this gathers nothing.
+    with zero.GatheredParameters(list(student.parameters())):
+        if world.rank == 0:
+            student.save_pretrained(folder / "student", card=_card(cfg, read_metrics(folder)))
+    if world.rank != 0:
+        return
+    # From the export, not from memory: what is pictured is what the user gets.
+    exported = Student.from_pretrained(folder / "student").to(world.device).eval()
+    panels = [_panel(cfg, name, teacher, exported, indexes[name], world.device) for name, teacher in teachers.items()]
+    save_feature_picture(folder / "features.png", panels, title=f"{cfg.name}: features after {cfg.steps} steps")
+    curve = save_curve(folder)
+    print(f"student  {folder / 'student'}")
+    print(f"picture  {folder / 'features.png'}")
+    print(f"curve    {curve}")
+    print(f"peak     {peak_memory(world.device)}", flush=True)
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory this process held so far, in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB allocated on {torch.cuda.get_device_name(device)}"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB resident on the CPU"
+
+
+@torch.no_grad()
+def _panel(cfg: Config, name: str, teacher, student: Student, index: Any, device: torch.device) -> Panel:
+    whole = cfg.teachers[name].data.model_copy(update={"batch_size": PICTURED, "crop_scale": (1.0, 1.0), "flip": False})
+    batch = next(Stream(whole, index, rank=0, world_size=1, device=device, seed=cfg.seed))
+    target: Features = teacher(batch.images)
+    features = student(batch.images)
+    projected = student.project(features, name, [(v.shape[1], v.shape[2]) for v in target.maps])
+    level = student.level_for(teacher.spec.strides[0])
+    return Panel(name, batch.images, batch.valid, target.maps[0], projected.maps[0], features.maps[level])
+
+
+def _card(cfg: Config, rows: list[dict]) -> str:
+    losses = "\n".join(f"| {key} | {rows[0][key]:.4f} | {value:.4f} |" for key, value in rows[-1].items() if "/" in key)
+    adapter = cfg.student.adapter.cross_attention if cfg.student.adapter else "none, the whole ViT is trained"
+    teachers = "\n".join(f"- {name}: {t.kind}, weights `{t.weights}`" for name, t in cfg.teachers.items())
+    return f"""# {cfg.name}
+
+A vision student trained with kpu_fast by KPU (arXiv 2508.14707).
+
+- ViT: weights `{cfg.student.vit.weights}`, {"frozen" if cfg.student.freeze_vit else "trained"}; adapter: {adapter}
+- {cfg.steps} steps, {cfg.precision}, seed {cfg.seed}
+{teachers}
+
+```python
+from kpu_fast.models import Student
+
+student = Student.from_pretrained("path/to/this/folder")
+features = student(images)                     # (B, 3, H, W) in [0, 1], H and W multiples of 32
+features = student.project(features, "{next(iter(cfg.teachers))}")  # in that teacher's space
+```
+
+| loss term | first step | last step |
+|---|---|---|
+{losses}
+"""

@@ -1,0 +1,145 @@
+"""One call for every softmax attention of the student, and the choice of the kernel behind it."""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    list_flash_attention_impls,
+    sdpa_kernel,
+)
+
+BACKENDS = ("auto", "sdpa", "cudnn", "fa2", "fa3", "fa4")
+
+# name: (module that torch loads the kernels from, compute capability majors they run on, how to get them)
+_FLASH = {
+    "fa3": ("flash_attn_interface", (9,), "build the hopper/ folder of Dao-AILab/flash-attention"),
+    "fa4": ("flash_attn.cute.interface", (9, 10), "pip install --pre flash-attn-4"),
+}
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def check_backend(name: str) -> None:
+    """Raise unless attention backend `name` can run on this machine; changes nothing.
+
+    Raises ValueError for a name outside BACKENDS and RuntimeError saying what is missing: a CUDA device, a compute
+    capability or a package. Another backend is never taken instead.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"attention backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}.")
+    if name in ("auto", "sdpa"):
+        return
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"attention backend {name!r} needs a CUDA device and torch sees none; use 'auto' here.")
+    major, minor = torch.cuda.get_device_capability()
+    if name == "cudnn":
+        if major < 8 or not torch.backends.cudnn.is_available():
+            raise RuntimeError(
+                "attention backend 'cudnn' needs cuDNN and compute capability 8.0 or higher; "
+                f"found {major}.{minor}, cuDNN {torch.backends.cudnn.version()}; use 'auto' here."
+            )
+    elif name == "fa2":
+        if major < 8:
+            raise RuntimeError(
+                f"attention backend 'fa2' needs compute capability 8.0 or higher; found {major}.{minor}."
+            )
+        _flash_attn_2()
+    else:
+        module, majors, how = _FLASH[name]
+        if major not in majors:
+            wanted = " or ".join(f"{m}.x" for m in majors)
+            raise RuntimeError(
+                f"attention backend {name!r} needs compute capability {wanted}; found {major}.{minor}; use 'auto' here."
+            )
+        if not _importable(module):
+            raise RuntimeError(f"attention backend {name!r} needs the module {module}, not found; to get it: {how}.")
+        if name.upper() not in list_flash_attention_impls():
+            raise RuntimeError(f"attention backend {name!r} is not known to torch {torch.__version__}; upgrade torch.")
+
+
+@functools.cache
+def activate_backend(name: str) -> None:
+    """Check `name` and get it ready; models call it once when they are built.
+
+    "fa3" and "fa4" replace the flash kernel behind F.scaled_dot_product_attention for the whole process, so only one of
+    the two can be in use: asking for the other raises RuntimeError. Otherwise raises as `check_backend` does.
+    """
+    check_backend(name)
+    if name in _FLASH:
+        active = current_flash_attention_impl()
+        if active not in (None, name.upper()):
+            raise RuntimeError(
+                f"attention backend {name!r} cannot be used: {active} is already active in this process, and torch "
+                "holds one of them at a time; give every model the same attention backend."
+            )
+        if active is None:
+            activate_flash_attention_impl(name.upper())
+
+
+def describe(name: str) -> str:
+    """One line for the log: what attention backend `name` runs on this machine. Raises as `check_backend` does."""
+    check_backend(name)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    where = f"torch {torch.__version__} on {device}"
+    if name in ("auto", "sdpa"):
+        flash = current_flash_attention_impl()
+        note = f", with {flash} as its flash kernel" if flash else ""
+        return f"{name}: F.scaled_dot_product_attention, the kernel chosen per call by {where}{note}"
+    what = {
+        "cudnn": "F.scaled_dot_product_attention held to cuDNN",
+        "fa2": "flash_attn.flash_attn_func",
+        "fa3": "F.scaled_dot_product_attention held to FlashAttention 3",
+        "fa4": "F.scaled_dot_product_attention held to FlashAttention 4",
+    }
+    return f"{name}: {what[name]}, {where}"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tensor:
+    """softmax(q·kᵀ / √d)·v over all keys.
+
+    q: (B, heads, N, d); k, v: (B, heads, M, d), any strides. Returns (B, heads, N, d) in q's dtype.
+    backend: one of BACKENDS. "auto" and "sdpa" let torch choose among its kernels; the others run that kernel or raise.
+    Raises ValueError for an unknown backend or a dtype it cannot take, RuntimeError where it cannot run.
+    """
+    if not torch.compiler.is_compiling():  # under torch.compile the model has activated it when it was built
+        activate_backend(backend)
+    if backend in ("auto", "sdpa"):
+        return F.scaled_dot_product_attention(q, k, v)
+    if q.dtype not in _HALF:
+        raise ValueError(
+            f"attention backend {backend!r} takes float16 or bfloat16, got {q.dtype}; "
+            "run the model in bf16 or use 'auto'."
+        )
+    if backend == "fa2":
+        out = _flash_attn_2()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, N, heads, d)
+        return out.transpose(1, 2)
+    # Held to one kernel: torch raises where it cannot take the input, instead of running another.
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if backend == "cudnn" else SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def _importable(module: str) -> bool:
+    # find_spec imports the parent packages, and raises where one is missing or broken.
+    with contextlib.suppress(ImportError, ValueError):
+        return importlib.util.find_spec(module) is not None
+    return False
+
+
+@functools.cache
+def _flash_attn_2():
+    # flash-attn-4 installs under the same package name without this function, hence the look inside.
+    how = "it has no wheel on PyPI: pip install flash-attn --no-build-isolation builds it with nvcc"
+    try:
+        package = importlib.import_module("flash_attn")
+    except ImportError as error:
+        raise RuntimeError(f"attention backend 'fa2' needs the package flash_attn ({error}); {how}.") from error
+    if not hasattr(package, "flash_attn_func"):
+        raise RuntimeError(f"attention backend 'fa2' needs flash_attn.flash_attn_func, absent here; {how}.")
+    return package.flash_attn_func

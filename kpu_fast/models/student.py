@@ -1,0 +1,249 @@
+"""The student: a ViT, the adapter around it, and the heads h_s2t that carry its features to each teacher's space."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kpu_fast.models.adapter import STRIDES, Adapter
+from kpu_fast.models.attention import activate_backend
+from kpu_fast.models.features import Features, FeatureSpec
+from kpu_fast.models.projector import FeatureHeads
+from kpu_fast.models.vit import ViT, resize_to_stride_16
+
+_LOG = logging.getLogger(__name__)
+
+_FORMAT = "kpu_fast.student"
+_VERSION = 1
+_CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
+_ADAPTER_KEYS = ("cross_attention", "interactions", "heads", "points", "inner_ratio", "ffn_ratio", "inplanes")
+
+
+class Student(nn.Module):
+    """ViT (+ adapter) (+ a head per teacher).
+
+    vit: keyword arguments of `ViT`. adapter: those of `Adapter` beyond dim and depth (heads: as many as the ViT's
+    unless given), or None for the bare ViT. heads: teacher name → FeatureSpec, or its fields as a dict. head_hidden:
+    hidden width of the heads. freeze_vit: the ViT gets no gradient of its own; gradient still passes through it to the
+    injectors. attention: see `models.attention`. activation_checkpointing: recompute activations in backward.
+
+    forward(images (B, 3, H, W) in [0, 1]) → Features: x (B, D) is the ViT's normed cls; maps are channels-last, at
+    strides 4, 8, 16, 32 with an adapter (H, W multiples of 32), else the ViT's normed patches at stride 16 (H, W
+    multiples of 16). spec describes them. Raises ValueError for sizes that do not fit and teacher names PyTorch keeps.
+    """
+
+    def __init__(
+        self,
+        *,
+        vit: Mapping,
+        adapter: Mapping | None,
+        heads: Mapping[str, FeatureSpec | Mapping] | None = None,
+        head_hidden: int = 1280,
+        freeze_vit: bool = True,
+        attention: str = "auto",
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        runtime = {"attention": attention, "activation_checkpointing": activation_checkpointing}
+        self.vit = ViT(**vit, **runtime)
+        self.vit.requires_grad_(not freeze_vit)
+        self.dim = self.vit.dim
+        self.strides: tuple[int, ...] = (16,) if adapter is None else STRIDES
+        self.spec = FeatureSpec(self.dim, (self.dim,) * len(self.strides), tuple(map(float, self.strides)))
+        self.adapter = None
+        if adapter is not None:
+            adapter = {"heads": self.vit.heads, **adapter}
+            self.adapter = Adapter(self.dim, self.vit.depth, **adapter, **runtime)
+        self.head_specs = {name: _as_spec(name, spec) for name, spec in (heads or {}).items()}
+        self.heads = nn.ModuleDict()
+        for name, spec in self.head_specs.items():
+            if "." in name or hasattr(self.heads, name):
+                raise ValueError(f"Student: {name!r} cannot be a teacher's name, PyTorch keeps it; choose another.")
+            picked = FeatureSpec(self.dim, (self.dim,) * len(spec.map_dims), spec.strides)
+            self.heads[name] = FeatureHeads(picked, spec, head_hidden)
+        self.config = {
+            "vit": self.vit.config,
+            "adapter": adapter,
+            "heads": {name: spec._asdict() for name, spec in self.head_specs.items()},
+            "head_hidden": head_hidden,
+            "freeze_vit": freeze_vit,
+        }
+
+    def forward(self, images: Tensor) -> Features:
+        if self.adapter is not None:
+            return self.adapter(images, self.vit)
+        x, patches = self.vit(resize_to_stride_16(images, self.vit.patch_size))
+        return Features(x, (patches,))
+
+    def level_for(self, stride: float) -> int:
+        """Index of the student map closest in size to a map of `stride` (log distance; on a tie, the finer one)."""
+        distances = [abs(math.log(own / stride)) for own in self.strides]
+        return distances.index(min(distances))
+
+    def project(self, features: Features, teacher: str, sizes: Sequence[tuple[int, int]] | None = None) -> Features:
+        """h_s2t: this student's features in the space and on the grids of `teacher`, as a stand-in for its encoder.
+
+        sizes: (H, W) of each teacher map; None: the input's size over the teacher's strides, rounded down as a patch
+        embedding does. Raises KeyError for a teacher this student has no head for.
+        """
+        if teacher not in self.head_specs:
+            raise KeyError(f"Student: no head for teacher {teacher!r}; it has heads for {sorted(self.head_specs)}.")
+        spec = self.head_specs[teacher]
+        if sizes is None:
+            height, width = (n * self.strides[0] for n in features.maps[0].shape[1:3])
+            sizes = [(_cells(height, stride), _cells(width, stride)) for stride in spec.strides]
+        picked = tuple(features.maps[self.level_for(stride)] for stride in spec.strides)
+        return self.heads[teacher](Features(features.x, picked), sizes)
+
+    def freeze_unused_levels(self) -> tuple[int, ...]:
+        """Freeze what only maps without a teacher use, as no loss reaches it. Returns the levels frozen, finest 0."""
+        if self.adapter is None:
+            return ()
+        used = {self.level_for(stride) for spec in self.head_specs.values() for stride in spec.strides}
+        unused = tuple(level for level in range(len(self.strides)) if level not in used)
+        for level in unused:
+            for parameter in self.adapter.level_parameters(level):
+                parameter.requires_grad_(False)
+        return unused
+
+    @classmethod
+    def from_config(
+        cls, cfg, specs: Mapping[str, FeatureSpec] | None = None, *, activation_checkpointing: bool = False
+    ) -> "Student":
+        """A student to train, from the `student` block of a config; its ViT's weights are loaded or random.
+
+        cfg: has vit.weights ("random", a hub id or a folder), vit.arch (keyword arguments of `ViT`, used when random),
+        freeze_vit, adapter (None, a dict, or an object with `Adapter`'s settings), attention, head_hidden.
+        specs: teacher name → FeatureSpec; one head each. Raises as `ViT.from_hf` does.
+        """
+        activate_backend(cfg.attention)  # before a long download
+        weights = cfg.vit.weights
+        loaded = None if weights == "random" else ViT.from_hf(weights)
+        student = cls(
+            vit=cfg.vit.arch if loaded is None else loaded.config,
+            adapter=_adapter_settings(cfg.adapter),
+            heads=specs,
+            head_hidden=cfg.head_hidden,
+            freeze_vit=cfg.freeze_vit,
+            attention=cfg.attention,
+            activation_checkpointing=activation_checkpointing,
+        )
+        if loaded is None:
+            frozen = ", and they are frozen" if cfg.freeze_vit else ""
+            _LOG.warning('student.vit.weights is "random": the ViT starts from random weights%s.', frozen)
+        else:
+            student.vit.load_state_dict(loaded.state_dict())
+        return student
+
+    def save_pretrained(self, folder: str | Path, card: str = "") -> None:
+        """Write config.json, model.safetensors (each tensor in its dtype) and README.md (`card`) into `folder`.
+
+        Every file is written beside its place, synced and then moved there, so a file is never half there.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"format": _FORMAT, "version": _VERSION, "student": self.config}
+        temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (_WEIGHTS, _CARD, _CONFIG)}
+        try:
+            state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+            save_file(state, temporary[_WEIGHTS], metadata={"format": "pt"})
+            temporary[_CARD].write_text(card, encoding="utf-8")
+            temporary[_CONFIG].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for path in temporary.values():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+            for name, path in temporary.items():
+                os.replace(path, folder / name)
+        finally:
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, attention: str = "auto") -> "Student":
+        """The student that `save_pretrained` wrote, on the CPU, in eval mode, in the dtypes that were saved.
+
+        Needs torch and safetensors only. attention: chosen here, it is not part of an export.
+        Raises FileNotFoundError for a missing file, ValueError for one that is damaged or does not fit the other.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        config_path, weights_path = Path(folder) / _CONFIG, Path(folder) / _WEIGHTS
+        for path in (config_path, weights_path):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing; {folder} must be a folder written by save_pretrained.")
+        student_config = _read_config(config_path)
+        try:
+            with torch.device("meta"):  # the weights come from the file: nothing to initialise
+                student = cls(**student_config, attention=attention)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{config_path} describes no student ({error}); export it again.") from error
+        try:
+            state = load_file(weights_path)
+        except SafetensorError as error:
+            raise ValueError(f"{weights_path} is damaged ({error}); copy or export it again.") from error
+        problems = _mismatches(student.state_dict(), state)
+        if problems:
+            raise ValueError(
+                f"{weights_path} does not fit {config_path} in {len(problems)} tensors "
+                f"({'; '.join(problems[:3])}); the two files must come from one export."
+            )
+        student.load_state_dict(state, assign=True)
+        return student.eval()
+
+
+def _as_spec(name: str, spec: FeatureSpec | Mapping) -> FeatureSpec:
+    if isinstance(spec, Mapping):
+        if set(spec) != set(FeatureSpec._fields):
+            raise ValueError(f"Student: heads.{name} has the keys {sorted(spec)}; expected {FeatureSpec._fields}.")
+        spec = FeatureSpec(**spec)
+    if len(spec.map_dims) != len(spec.strides):
+        raise ValueError(
+            f"Student: heads.{name} has {len(spec.map_dims)} map_dims and {len(spec.strides)} strides; "
+            "give one of each per map."
+        )
+    return FeatureSpec(spec.x_dim, tuple(spec.map_dims), tuple(float(stride) for stride in spec.strides))
+
+
+def _cells(pixels: int, stride: float) -> int:
+    # A stride measured as pixels / cells can come out a hair too large: the margin keeps its last cell.
+    return max(1, math.floor(pixels / stride + 1e-3))
+
+
+def _adapter_settings(adapter) -> dict | None:
+    if adapter is None:
+        return None
+    if not isinstance(adapter, Mapping):
+        adapter = {key: getattr(adapter, key, None) for key in _ADAPTER_KEYS}
+    return {key: value for key, value in adapter.items() if value is not None}  # None: Adapter's own default
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); export the student again.") from error
+    if not isinstance(config, dict) or config.get("format") != _FORMAT or "student" not in config:
+        raise ValueError(f'{path} is not a student of kpu_fast (no "format": "{_FORMAT}").')
+    if config.get("version") != _VERSION:
+        raise ValueError(
+            f"{path} has format version {config.get('version')!r}, this kpu_fast reads {_VERSION}; "
+            "install the version that wrote it."
+        )
+    return config["student"]
+
+
+def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not expected" for name in found if name not in expected]
+    for name, tensor in found.items():
+        if name in expected and expected[name].shape != tensor.shape:
+            problems.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+    return problems

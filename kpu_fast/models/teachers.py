@@ -1,0 +1,400 @@
+"""Frozen teachers: CLIP, GroundingDINO, DINOv2 or any vision backbone of transformers; images in [0, 1] → `Features`.
+
+Which features each kind gives, and why: docs/teachers.md.
+"""
+
+import difflib
+import inspect
+import json
+import logging
+import math
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kpu_fast.models.features import Features, FeatureSpec
+
+log = logging.getLogger(__name__)
+
+IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+# What config.json may call itself; None: every model type transformers has a backbone class for.
+_MODEL_TYPES = {
+    "clip": ("clip", "clip_vision_model"),
+    "grounding_dino": ("grounding-dino",),
+    "dinov2": ("dinov2", "dinov2_with_registers"),
+    "backbone": None,
+}
+# Random networks take the sizes of CLIP-B/16, Swin-T and DINOv2-B/14 where transformers' own defaults differ.
+_RANDOM_SIZES = {
+    "clip": {"patch_size": 16},
+    "grounding_dino": {"out_indices": [2, 3, 4]},
+    "dinov2": {"patch_size": 14, "image_size": 518},
+    "backbone": {},
+}
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# Index tables that are computed, not learned, and a token only masked pre-training reads.
+_NOT_WEIGHTS = ("position_ids", "relative_position_index", "relative_coords_table", "mask_token")
+_DINO_BACKBONE = "backbone.conv_encoder."
+
+
+class TeacherError(ValueError):
+    """A teacher cannot be built; the message names the configuration key, what was found and what to do."""
+
+
+class Teacher(nn.Module):
+    """A frozen network: images (B, 3, H, W) in [0, 1] → `Features` in the network's dtype, never with a gradient.
+
+    Images are normalised in fp32 and then cast. A side that is no multiple of the patch size is first resized (bicubic,
+    antialiased) to the nearest multiple, so that no pixel is cut off. `spec` describes the features of images of
+    `image_size` (H, W). The module stays in eval mode whatever `.train()` is told.
+
+    net: a network of transformers, on its device and in its dtype. mean, std: three numbers each, for [0, 1] images.
+    """
+
+    def __init__(self, name: str, kind: str, net: nn.Module, mean, std, image_size: tuple[int, int]):
+        super().__init__()
+        self.name, self.kind, self.net = name, kind, net
+        patch = getattr(net.config, "patch_size", None) or 1
+        self.patch_size = max(patch) if isinstance(patch, (list, tuple)) else patch
+        self.first_patch = 1 + getattr(net.config, "num_register_tokens", 0)
+        weight = next(net.parameters())
+        self.dtype = weight.dtype
+        self.register_buffer("mean", torch.tensor(mean, device=weight.device).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, device=weight.device).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+        self.spec = self._probe(image_size)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stays in eval mode: a teacher's dropout, drop path and batch statistics never move."""
+        return super().train(False)
+
+    # no_grad and not inference_mode: the student's losses save these features for their backward pass.
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        """images (B, 3, H, W) in [0, 1], any float dtype → Features; maps are views, channels last, finest first."""
+        pixels = (self._fit(images.float()) - self.mean) / self.std
+        pixels = pixels.to(self.dtype)
+        if self.kind == "clip":
+            out = self.net(pixel_values=pixels, interpolate_pos_encoding=True)
+            return Features(out.image_embeds, (self._grid(out.last_hidden_state, pixels),))
+        if self.kind == "dinov2":
+            out = self.net(pixel_values=pixels)
+            return Features(out.pooler_output, (self._grid(out.last_hidden_state, pixels),))
+        return Features(None, tuple(m.permute(0, 2, 3, 1) for m in self.net(pixel_values=pixels).feature_maps))
+
+    def _fit(self, images: Tensor) -> Tensor:
+        p = self.patch_size
+        size = [max(1, round(side / p)) * p for side in images.shape[-2:]]
+        if size == list(images.shape[-2:]):
+            return images
+        return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
+
+    def _grid(self, tokens: Tensor, pixels: Tensor) -> Tensor:
+        h, w = (side // self.patch_size for side in pixels.shape[-2:])
+        return tokens[:, self.first_patch :].unflatten(1, (h, w))  # (B, h, w, C)
+
+    def _probe(self, image_size: tuple[int, int]) -> FeatureSpec:
+        height, width = image_size
+        x, maps = self(torch.zeros(1, 3, height, width, device=self.mean.device))
+        for m in maps:
+            if m.ndim != 4:
+                raise TeacherError(
+                    f"teachers.{self.name}: a feature map of shape {tuple(m.shape)}, expected (B, h, w, C)"
+                )
+        # Resized inputs may have cells that are not quite square; the stride is then the geometric mean of the sides.
+        strides = tuple(math.sqrt(height / m.shape[1] * (width / m.shape[2])) for m in maps)
+        return FeatureSpec(None if x is None else x.shape[1], tuple(m.shape[3] for m in maps), strides)
+
+
+def build_teacher(name: str, cfg, *, device, dtype: torch.dtype, image_size: tuple[int, int], seed: int = 0) -> Teacher:
+    """The teacher `teachers.NAME` of a configuration, frozen, on `device` and in `dtype`.
+
+    cfg: kind ("clip" | "grounding_dino" | "dinov2" | "backbone"); weights: a local folder, a hub id (the local cache
+    is asked first) or "random"; arch: keyword arguments of transformers' configuration class, for random weights only;
+    levels: stage indices of a "backbone" (None: its last). image_size: (H, W) in pixels of the images to come, for
+    `spec`. seed: of random weights, mixed with `name`; torch's global generator is left as it was.
+
+    Raises TeacherError when the key, the files or the weights are not right.
+    """
+    if cfg.kind not in _MODEL_TYPES:
+        raise TeacherError(f"teachers.{name}.kind: {cfg.kind!r} is not one of {', '.join(_MODEL_TYPES)}")
+    if cfg.levels is not None and cfg.kind != "backbone":
+        raise TeacherError(
+            f'teachers.{name}.levels: only kind "backbone" has levels, this is {cfg.kind!r}; remove the key'
+        )
+    if cfg.arch and cfg.weights != "random":
+        raise TeacherError(
+            f'teachers.{name}.arch: only "weights": "random" takes an architecture, {cfg.weights!r} brings its own; '
+            "remove one of the two"
+        )
+    with _quiet_transformers():
+        if cfg.weights == "random":
+            net = _random_net(name, cfg, seed)
+            mean, std = CLIP_MEAN_STD if cfg.kind == "clip" else IMAGENET_MEAN_STD
+        else:
+            folder = _find_folder(name, cfg.weights)
+            net = _load_net(name, cfg, folder, dtype)
+            mean, std = _read_mean_std(name, cfg.kind, folder)
+        return Teacher(name, cfg.kind, net.to(device=device, dtype=dtype), mean, std, image_size)
+
+
+def _transformers():
+    try:
+        import transformers
+    except ImportError as error:
+        raise TeacherError(
+            "teachers come from transformers, which is missing: pip install 'kpu_fast[train]'"
+        ) from error
+    return transformers
+
+
+@contextmanager
+def _quiet_transformers():
+    # Its report of unused weights (CLIP's text tower) is no news here; missing ones are errors of ours.
+    logging_of = _transformers().utils.logging
+    before = logging_of.get_verbosity()
+    logging_of.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging_of.set_verbosity(before)
+
+
+def _backbone_types() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
+
+    return [t for t in MODEL_FOR_BACKBONE_MAPPING_NAMES if t != "timm_backbone"]
+
+
+def _choose_levels(name: str, config, levels) -> None:
+    if levels is None:
+        return
+    try:
+        config.out_indices = list(levels)
+    except ValueError as error:
+        stages = ", ".join(f"{i} = {stage}" for i, stage in enumerate(config.stage_names))
+        raise TeacherError(f"teachers.{name}.levels: {list(levels)} are not ascending levels of {stages}") from error
+
+
+# ---------------------------------------------------------------------------------------------------- random weights
+
+
+def _random_net(name: str, cfg, seed: int) -> nn.Module:
+    hf = _transformers()
+    arch = dict(cfg.arch)
+    if cfg.kind == "backbone":
+        model_type = arch.pop("model_type", None)
+        if model_type not in _backbone_types():
+            raise TeacherError(
+                f'teachers.{name}.arch: a random "backbone" needs "model_type", found {model_type!r}; '
+                + (_close(str(model_type), _backbone_types()) or f"one of {', '.join(_backbone_types())}")
+            )
+        config_class = hf.CONFIG_MAPPING[model_type]
+        net_class = hf.MODEL_FOR_BACKBONE_MAPPING[config_class]
+    elif cfg.kind == "dinov2" and "num_register_tokens" in arch:
+        config_class, net_class = hf.Dinov2WithRegistersConfig, hf.Dinov2WithRegistersModel
+    elif cfg.kind == "dinov2":
+        config_class, net_class = hf.Dinov2Config, hf.Dinov2Model
+    elif cfg.kind == "clip":
+        config_class, net_class = hf.CLIPVisionConfig, hf.CLIPVisionModelWithProjection
+    else:
+        config_class, net_class = hf.SwinConfig, hf.SwinBackbone
+
+    known = inspect.signature(config_class.__init__).parameters.keys() | config_class.attribute_map.keys()
+    known = {key for key in known - inspect.signature(hf.PreTrainedConfig.__init__).parameters.keys() if key[0] != "_"}
+    if cfg.kind == "dinov2":
+        known.add("num_register_tokens")  # chooses the class above
+    for key in arch:
+        if key not in known:
+            raise TeacherError(
+                f"teachers.{name}.arch.{key}: no such keyword of transformers.{config_class.__name__}; "
+                + (_close(key, known) or f"it has {', '.join(sorted(known))}")
+            )
+    try:
+        config = config_class(**{**_RANDOM_SIZES[cfg.kind], **arch})
+        for field, value in vars(config).items():
+            if isinstance(value, tuple):  # a default; some backbones only add lists, which is what config.json gives
+                setattr(config, field, list(value))
+        _choose_levels(name, config, cfg.levels)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + zlib.crc32(name.encode()))  # two random teachers of one kind must differ
+            net = net_class(config)
+            _init_random(net)
+    except TeacherError:
+        raise
+    except Exception as error:
+        raise TeacherError(
+            f"teachers.{name}.arch: {config_class.__name__} does not take {cfg.arch}: {error}"
+        ) from error
+    log.warning(
+        'teacher %r (%s) has RANDOM weights ("weights": "random"): good for trying out, not for training',
+        name,
+        cfg.kind,
+    )
+    return net
+
+
+def _init_random(net: nn.Module) -> None:
+    # The usual std of 0.02 leaves x the same for every image (cosine to the mean 0.998 in CLIP-B/16). With variance
+    # 1/fan_in, and queries and keys twice as large so that attention is selective, it is 0.88 (docs/teachers.md).
+    for path, module in net.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            gain = 2.0 if path.rsplit(".", 1)[-1] in ("q_proj", "k_proj", "query", "key") else 1.0
+            nn.init.normal_(module.weight, std=gain * module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _close(word: str, known) -> str:
+    matches = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(matches)}?" if matches else ""
+
+
+# --------------------------------------------------------------------------------------------------- weights on disk
+
+
+def _how_to_get(hub_id: str) -> str:
+    return f'`hf download {hub_id}` on a machine with network, a local folder, or "weights": "random"'
+
+
+def _find_folder(name: str, weights: str) -> Path:
+    """The local folder of `weights`: itself, else the hub's local cache, else a download."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    key, folder = f"teachers.{name}.weights", Path(weights).expanduser()
+    if folder.is_dir():
+        if _is_complete(folder):
+            return folder
+        raise TeacherError(
+            f"{key}: {folder} has {', '.join(sorted(p.name for p in folder.iterdir())) or 'no file'}; expected "
+            f"config.json and {_WEIGHT_FILES[0]} (or {_WEIGHT_FILES[2]}), as `hf download` and save_pretrained leave it"
+        )
+    if weights.startswith((".", "/", "~")) or folder.exists():
+        raise TeacherError(f'{key}: {weights!r} is not a folder; give a folder, a hub id, or "random"')
+    try:
+        # The cache first: with no network, transformers itself retries each file for some 20 s.
+        cached = Path(snapshot_download(weights, local_files_only=True))
+        if _is_complete(cached):
+            return cached
+    except HFValidationError as error:
+        raise TeacherError(f"{key}: {weights!r} is neither a folder nor a hub id ({error})") from error
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        files = [sibling.rfilename for sibling in HfApi().model_info(weights, timeout=10).siblings]
+        return Path(snapshot_download(weights, allow_patterns=_wanted_files(files)))
+    except RepositoryNotFoundError as error:
+        raise TeacherError(
+            f"{key}: the hub has no model {weights!r} that you may read; check the id, or log in with `hf auth login`"
+        ) from error
+    except Exception as error:
+        raise TeacherError(
+            f"{key}: {weights!r} is no local folder, is not in the local cache, and the hub cannot be reached "
+            f"({type(error).__name__}: {error}). Get it by {_how_to_get(weights)}"
+        ) from error
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any((folder / file).is_file() for file in _WEIGHT_FILES)
+
+
+def _wanted_files(files: list[str]) -> list[str]:
+    """Of a hub repository's files, those a teacher reads: safetensors, or pickled weights where there are none."""
+    weights = [f for f in files if f.startswith("model") and f.endswith((".safetensors", ".safetensors.index.json"))]
+    weights = weights or [f for f in files if f.startswith("pytorch_model") and f.endswith((".bin", ".bin.index.json"))]
+    return weights + [f for f in files if f in ("config.json", "preprocessor_config.json", "processor_config.json")]
+
+
+def _read_json(name: str, path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TeacherError(f"teachers.{name}.weights: {path} is not readable JSON ({error}); fetch it again") from error
+
+
+def _read_mean_std(name: str, kind: str, folder: Path) -> tuple:
+    """Mean and std for images in [0, 1] from the folder's image processor, else CLIP's or ImageNet's."""
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / file).is_file():
+            processor = _read_json(name, folder / file)
+            processor = processor.get("image_processor", processor)
+            if processor.get("do_normalize") is False:
+                return (0.0,) * 3, (1.0,) * 3
+            if "image_mean" in processor and "image_std" in processor:
+                return tuple(processor["image_mean"]), tuple(processor["image_std"])
+    return CLIP_MEAN_STD if kind == "clip" else IMAGENET_MEAN_STD
+
+
+def _load_net(name: str, cfg, folder: Path, dtype: torch.dtype) -> nn.Module:
+    hf = _transformers()
+    key = f"teachers.{name}.weights"
+    model_type = _read_json(name, folder / "config.json").get("model_type")
+    expected = _MODEL_TYPES[cfg.kind] or _backbone_types()
+    if model_type not in expected:
+        fits = [kind for kind, types in _MODEL_TYPES.items() if model_type in (types or _backbone_types())]
+        raise TeacherError(
+            f"{key}: {folder} holds a model of type {model_type!r}, which kind {cfg.kind!r} cannot use"
+            + (f"; set teachers.{name}.kind to {' or '.join(map(repr, fits))}" if fits else "")
+            + (f", or give weights of type {' or '.join(map(repr, expected))}" if len(expected) < 4 else "")
+        )
+    options = {"dtype": dtype, "output_loading_info": True, "local_files_only": True, "ignore_mismatched_sizes": True}
+    classes = {"clip": hf.CLIPVisionModelWithProjection, "grounding_dino": hf.GroundingDinoModel}
+    classes |= {"dinov2": hf.Dinov2Model if model_type == "dinov2" else hf.Dinov2WithRegistersModel}
+    try:
+        if cfg.kind == "backbone":
+            options["config"] = hf.AutoConfig.from_pretrained(folder, local_files_only=True)
+            _choose_levels(name, options["config"], cfg.levels)
+            # Not AutoBackbone.from_pretrained: it asks the hub whether a local folder exists there.
+            net_class = hf.MODEL_FOR_BACKBONE_MAPPING[type(options["config"])]
+        else:
+            net_class = classes[cfg.kind]
+        net, info = net_class.from_pretrained(folder, **options)
+    except TeacherError:
+        raise
+    except Exception as error:
+        raise TeacherError(
+            f"{key}: the {cfg.kind} teacher in {folder} does not load ({type(error).__name__}: {error}). If a file is "
+            f"damaged, fetch it again; otherwise check that config.json and the weights belong together"
+        ) from error
+    _check_keys(name, cfg, folder, net, info)
+    # Of GroundingDINO only the image backbone is kept: text tower, neck, encoder and decoder are freed here.
+    return net.backbone.conv_encoder.model if cfg.kind == "grounding_dino" else net
+
+
+def _check_keys(name: str, cfg, folder: Path, net: nn.Module, info: dict) -> None:
+    """Where transformers would fill in weights at random, or drop some, raise."""
+    modules = dict(net.named_children())
+
+    def matters(weight: str) -> bool:
+        first, second = [*weight.split("."), ""][:2]
+        ours = first in modules or (first in (net.base_model_prefix, "model") and second in modules)
+        return ours and not weight.endswith(_NOT_WEIGHTS) and (cfg.kind != "grounding_dino" or _DINO_BACKBONE in weight)
+
+    missing = list(filter(matters, info["missing_keys"]))
+    # A classifier's checkpoint has no norms for its stages: the backbone's are then plain LayerNorms, scale 1, shift 0.
+    if cfg.kind == "backbone":
+        missing = [weight for weight in missing if not weight.startswith("hidden_states_norms.")]
+    surplus = list(filter(matters, info["unexpected_keys"]))
+    misfits = [
+        f"{key} {tuple(has)}, expected {tuple(wants)}" for key, has, wants in info["mismatched_keys"] if matters(key)
+    ]
+    faults = {"lacks": missing, "has weights its config.json has no place for:": surplus, "has other shapes:": misfits}
+    for fault, weights in faults.items():
+        if weights:
+            raise TeacherError(
+                f"teachers.{name}.weights: the checkpoint in {folder} {fault} {', '.join(sorted(weights)[:4])}"
+                + (f" and {len(weights) - 4} more" if len(weights) > 4 else "")
+                + ". Give a complete checkpoint whose config.json belongs to its weights"
+            )

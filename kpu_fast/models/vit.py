@@ -1,0 +1,323 @@
+"""DINOv2-compatible vision transformer, with or without registers (arXiv 2304.07193, 2309.16588)."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kpu_fast.models.attention import activate_backend, attention
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_EPS = 1e-6
+_FOLDER_HOLDS = "a local folder must hold config.json and model.safetensors, as save_pretrained writes them."
+
+
+def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """(image − mean) / std per channel (ImageNet) in fp32, then cast. images: (B, 3, H, W) in [0, 1]."""
+    # Numbers, not buffers: `.bfloat16()` would round a buffer, and a tensor made here would cost a copy to the device.
+    channels = [(c - m) / s for c, m, s in zip(images.float().unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+    return torch.stack(channels, dim=1).to(dtype)
+
+
+def resize_to_stride_16(images: Tensor, patch_size: int) -> Tensor:
+    """Resize (B, 3, H, W) to (H/16·patch_size, W/16·patch_size), bicubic with antialias in fp32.
+
+    A ViT of that patch size then has its patches on the stride-16 grid of the image as given.
+    Raises ValueError unless H and W are multiples of 16.
+    """
+    height, width = images.shape[-2:]
+    if height % 16 or width % 16:
+        raise ValueError(f"image height and width must be multiples of 16, got {height}×{width}.")
+    if patch_size == 16:
+        return images
+    size = (height // 16 * patch_size, width // 16 * patch_size)
+    return F.interpolate(images.float(), size, mode="bicubic", align_corners=False, antialias=True)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one Linear for q, k and v. (B, N, D) → (B, N, D)."""
+
+    def __init__(self, dim: int, heads: int, backend: str):
+        super().__init__()
+        self.heads = heads
+        self.backend = backend
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # 3 × (B, heads, N, d)
+        out = attention(q, k, v, backend=self.backend)
+        return self.proj(out.transpose(1, 2).reshape(b, n, d))
+
+
+class MLP(nn.Module):
+    """Linear – GELU – Linear."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """(silu(x·W_gate) ⊙ x·W_up)·W_down, with two thirds of the MLP's hidden width, rounded up to a multiple of 8."""
+
+    def __init__(self, dim: int, mlp_hidden: int):
+        super().__init__()
+        hidden = (int(mlp_hidden * 2 / 3) + 7) // 8 * 8
+        self.gate_up = nn.Linear(dim, 2 * hidden)
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x += ls1 ⊙ Attention(LN x); x += ls2 ⊙ MLP(LN x)."""
+
+    def __init__(self, dim: int, heads: int, mlp_hidden: int, swiglu: bool, layer_scale: float, backend: str):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=_EPS)
+        self.attn = Attention(dim, heads, backend)
+        self.ls1 = nn.Parameter(torch.full((dim,), float(layer_scale)))
+        self.norm2 = nn.LayerNorm(dim, eps=_EPS)
+        self.mlp = SwiGLU(dim, mlp_hidden) if swiglu else MLP(dim, mlp_hidden)
+        self.ls2 = nn.Parameter(torch.full((dim,), float(layer_scale)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1 * self.attn(self.norm1(x))
+        return x + self.ls2 * self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """DINOv2's vision transformer.
+
+    patch_size: pixels. dim, depth, heads: width, blocks, attention heads. registers: extra tokens after cls.
+    image_size: pixels a side of the square the learned positions were made for; they are resized to any other grid.
+    swiglu: SwiGLU instead of the GELU MLP (ViT-g). layer_scale: start value. attention: see `models.attention`.
+    activation_checkpointing: `forward` keeps only each block's input and recomputes the rest in backward.
+
+    Tokens are ordered cls, registers, patches row by row. `config` holds what `ViT(**config)` needs to build it again.
+    Raises ValueError where sizes do not divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        registers: int = 0,
+        image_size: int = 518,
+        swiglu: bool = False,
+        layer_scale: float = 1.0,
+        attention: str = "auto",
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"ViT: dim {dim} must be a multiple of heads {heads}.")
+        if image_size % patch_size:
+            raise ValueError(f"ViT: image_size {image_size} must be a multiple of patch_size {patch_size}.")
+        activate_backend(attention)
+        self.config = {
+            "patch_size": patch_size,
+            "dim": dim,
+            "depth": depth,
+            "heads": heads,
+            "mlp_ratio": mlp_ratio,
+            "registers": registers,
+            "image_size": image_size,
+            "swiglu": swiglu,
+            "layer_scale": layer_scale,
+        }
+        self.patch_size, self.dim, self.depth, self.heads = patch_size, dim, depth, heads
+        self.prefix = 1 + registers  # tokens before the patches
+        self.activation_checkpointing = activation_checkpointing
+
+        self.grid = image_size // patch_size
+        self.patch_embed = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))  # cls, then the patches
+        hidden = int(dim * mlp_ratio)
+        self.blocks = nn.ModuleList(Block(dim, heads, hidden, swiglu, layer_scale, attention) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=_EPS)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Learned positions for a grid of height × width patches, bicubic in fp32. Returns (1, 1 + height·width, D)."""
+        if (height, width) == (self.grid, self.grid):
+            return self.pos_embed
+        cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        maps = patches.float().unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
+        # The released weights with registers were trained with an antialiased resize, those without were not.
+        antialias = self.register_tokens is not None
+        maps = F.interpolate(maps, (height, width), mode="bicubic", align_corners=False, antialias=antialias)
+        return torch.cat([cls, maps.permute(0, 2, 3, 1).flatten(1, 2).to(cls.dtype)], dim=1)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Normalise images (B, 3, H, W) in [0, 1] and turn them into tokens (B, prefix + H/p·W/p, D).
+
+        Raises ValueError unless H and W are multiples of the patch size p.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"ViT: images must be (B, 3, H, W), got shape {tuple(images.shape)}.")
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"ViT: image height and width must be multiples of patch_size {self.patch_size}, got {height}×{width}."
+            )
+        patches = self.patch_embed(normalise(images, self.patch_embed.weight.dtype))  # (B, D, H/p, W/p)
+        positions = self.positions(*patches.shape[-2:])
+        patches = patches.flatten(2).transpose(1, 2) + positions[:, 1:]  # (B, N, D)
+        prefix = [(self.cls_token + positions[:, :1]).expand(len(images), -1, -1)]
+        if self.register_tokens is not None:
+            prefix.append(self.register_tokens.expand(len(images), -1, -1))
+        return torch.cat([*prefix, patches], dim=1)  # (B, prefix + N, D)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Final-normed cls (B, D) and patch map (B, H/p, W/p, D) of images (B, 3, H, W) in [0, 1]."""
+        tokens = self.embed(images)
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # Nothing in a block is random, so there is no random state to keep.
+                tokens = checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens)
+        tokens = self.norm(tokens)
+        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+        return tokens[:, 0], tokens[:, self.prefix :].unflatten(1, grid)
+
+    @classmethod
+    def from_hf(
+        cls, weights: str | Path | nn.Module, *, attention: str = "auto", activation_checkpointing: bool = False
+    ) -> "ViT":
+        """A ViT with the weights of transformers' Dinov2Model or Dinov2WithRegistersModel.
+
+        weights: a hub id (facebook/dinov2-base, facebook/dinov2-with-registers-base, …), a local folder, or the model.
+        The mask token, used in DINOv2's own pre-training only, is left out.
+        Raises FileNotFoundError when the weights cannot be had and ValueError when they are not a DINOv2.
+        """
+        model = weights if isinstance(weights, nn.Module) else _load_hf(str(weights))
+        vit = cls(**_hf_arch(model.config), attention=attention, activation_checkpointing=activation_checkpointing)
+        vit.load_state_dict(_hf_state(model.state_dict(), vit.depth))
+        return vit
+
+
+def _load_hf(weights: str) -> nn.Module:
+    looks_local = weights.startswith((".", "/", "~")) or weights.count("/") > 1
+    folder = Path(weights).expanduser()
+    if looks_local and not folder.is_dir():
+        raise FileNotFoundError(f"ViT weights: the folder {weights} does not exist; give a local folder or a hub id.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"ViT weights: {folder / 'config.json'} is missing; {_FOLDER_HOLDS}")
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ImportError as error:
+        raise ImportError(
+            "ViT.from_hf needs the package transformers: pip install 'kpu_fast[train]'. "
+            "(An exported student loads without it: Student.from_pretrained.)"
+        ) from error
+    source = str(folder) if folder.is_dir() else weights
+    try:
+        _check_model_type(AutoConfig.from_pretrained(source), weights)
+        return AutoModel.from_pretrained(source, dtype=torch.float32)
+    except OSError as error:  # what transformers raises for an unknown id, no network, and a folder without weights
+        raise FileNotFoundError(
+            f"ViT weights {weights!r} cannot be loaded ({str(error).splitlines()[0]}). If this machine is offline, run "
+            f"`hf download {weights}` where it is not and copy the cache; {_FOLDER_HOLDS}"
+        ) from error
+
+
+def _check_model_type(config, weights: str) -> None:
+    if config.model_type not in ("dinov2", "dinov2_with_registers"):
+        raise ValueError(
+            f"ViT weights {weights!r} are of type {config.model_type!r}; expected dinov2 or dinov2_with_registers, "
+            "such as facebook/dinov2-base."
+        )
+
+
+def _hf_arch(config) -> dict:
+    _check_model_type(config, config.name_or_path)
+    for key, expected in (("hidden_act", "gelu"), ("qkv_bias", True), ("layer_norm_eps", _EPS), ("num_channels", 3)):
+        if getattr(config, key) != expected:
+            raise ValueError(f"ViT: {key} is {getattr(config, key)!r} in the weights' config, only {expected!r} works.")
+    return {
+        "patch_size": config.patch_size,
+        "dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "mlp_ratio": config.mlp_ratio,
+        "registers": getattr(config, "num_register_tokens", 0),
+        "image_size": config.image_size,
+        "swiglu": config.use_swiglu_ffn,
+        "layer_scale": config.layerscale_value,
+    }
+
+
+# Ours: theirs, where one tensor becomes one tensor. transformers renamed some of them during version 5; both are read.
+_HF_NAMES = {
+    "norm1": ("norm1",),
+    "norm2": ("norm2",),
+    "attn.proj": ("attention.o_proj", "attention.output.dense"),
+    "mlp.fc1": ("mlp.fc1",),
+    "mlp.fc2": ("mlp.fc2",),
+    "mlp.down": ("mlp.down_proj", "mlp.weights_out"),
+    "mlp.gate_up": ("mlp.weights_in",),
+}
+_HF_FUSED = {
+    "attn.qkv": (
+        [f"attention.{n}_proj" for n in "qkv"],
+        [f"attention.attention.{n}" for n in ("query", "key", "value")],
+    ),
+    "mlp.gate_up": (["mlp.gate_proj", "mlp.up_proj"],),
+}
+
+
+def _hf_state(hf: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    state = {
+        "cls_token": hf["embeddings.cls_token"],
+        "pos_embed": hf["embeddings.position_embeddings"],
+        "patch_embed.weight": hf["embeddings.patch_embeddings.projection.weight"],
+        "patch_embed.bias": hf["embeddings.patch_embeddings.projection.bias"],
+        "norm.weight": hf["layernorm.weight"],
+        "norm.bias": hf["layernorm.bias"],
+    }
+    if "embeddings.register_tokens" in hf:
+        state["register_tokens"] = hf["embeddings.register_tokens"]
+    for i in range(depth):
+        theirs, ours = f"encoder.layer.{i}", f"blocks.{i}"
+        for n in (1, 2):
+            state[f"{ours}.ls{n}"] = hf[f"{theirs}.layer_scale{n}.lambda1"]
+        for kind in ("weight", "bias"):
+            for name, candidates in _HF_NAMES.items():
+                for candidate in candidates:
+                    if f"{theirs}.{candidate}.{kind}" in hf:
+                        state[f"{ours}.{name}.{kind}"] = hf[f"{theirs}.{candidate}.{kind}"]
+            for name, groups in _HF_FUSED.items():
+                for group in groups:
+                    if f"{theirs}.{group[0]}.{kind}" in hf:
+                        state[f"{ours}.{name}.{kind}"] = torch.cat([hf[f"{theirs}.{part}.{kind}"] for part in group])
+    return state

@@ -1,0 +1,46 @@
+"""Packaging. `kernels/` installs as `kpu_fast.kernels`; the core needs torch, triton (Linux) and numpy only."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+PACKAGES = [
+    "kpu_fast",
+    "kpu_fast.kernels",
+    "kpu_fast.models",
+    "kpu_fast.objectives",
+    "kpu_fast.data",
+    "kpu_fast.engine",
+]
+
+TRAIN = [
+    "deepspeed>=0.19",
+    "nvidia-dali-cuda130>=2.0; sys_platform == 'linux'",
+    "transformers>=5.0",
+    "pydantic>=2.7",
+    "safetensors>=0.5",
+    "tqdm",
+    "tensorboard",
+    "pillow",
+    "scikit-learn",
+    "matplotlib",
+]
+
+setup(
+    name="kpu_fast",
+    version="0.1.0",
+    description="Train one vision student from several frozen teachers, fast: KPU with fused alignment losses.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=PACKAGES,
+    package_dir={"kpu_fast": "kpu_fast", "kpu_fast.kernels": "kernels"},
+    install_requires=["torch>=2.11", "numpy", "triton>=3.6; sys_platform == 'linux'"],
+    extras_require={
+        "train": TRAIN,
+        # Pre-release, Hopper and Blackwell only; FlashAttention 2 has no wheel and is built by hand (see README).
+        "flash": ["flash-attn-4>=4.0.0b1; sys_platform == 'linux'"],
+        "dev": ["pytest", "pytest-benchmark", "pytest-timeout", "hypothesis", "ruff", "scikit-image"],
+    },
+)

@@ -1,0 +1,261 @@
+"""Nothing that the scan lets through may stop a stream, and nothing good may be lost without a word."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps, features
+
+from kpu_fast.data.index import index_path
+from kpu_fast.data.pipeline import Stream
+from kpu_fast.data.scan import MAX_PIXELS, load_or_scan, main, scan
+from kpu_fast.data.sources import SourceError
+
+
+def reasons(index):
+    return {os.path.basename(name).partition("::")[2] or os.path.basename(name): why for name, why in index.rejected}
+
+
+def run_an_epoch(index, make, **changes):
+    stream = Stream(make.config(**changes), index, rank=0, world_size=1, device="cpu", seed=0)
+    while stream.images_seen < len(index):
+        images = next(stream).images
+        assert images.isfinite().all()
+        assert images.min() >= 0
+        assert images.max() <= 1
+
+
+def test_bad_files_are_set_aside_with_a_reason_and_the_stream_lives(tmp_path, make, monkeypatch):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    jpeg, png = make.encoded(noise, "JPEG"), make.encoded(noise)
+    flipped = bytearray(png)
+    flipped[len(png) // 2] ^= 0x55
+    bad = {
+        "half.jpg": (jpeg[: len(jpeg) // 2], "truncated or corrupt"),
+        "no_end.jpg": (jpeg[:-2], "truncated or corrupt"),
+        "header.jpg": (jpeg[:200], "truncated or corrupt"),
+        "half.png": (png[: len(png) // 2], "truncated or corrupt"),
+        "flipped.png": (bytes(flipped), "truncated or corrupt"),
+        "text.jpg": (b"I am a poem. " * 50, "not an image"),
+        "zero.jpg": (b"", "empty file"),
+        "huge.png": (make.encoded(Image.new("1", (40_000, MAX_PIXELS // 40_000 + 1))), "more than 80 megapixels"),
+        "float.tif": (make.encoded(Image.new("F", (8, 8)), "TIFF"), "32-bit pixels, whose range is unknown"),
+    }
+    good = {
+        "good.jpg": jpeg,
+        "tail.jpg": jpeg + b"more bytes after the end",
+        "png_inside.jpg": png,
+        "pixel.png": make.encoded(Image.new("RGB", (1, 1))),
+        "line.png": make.encoded(Image.new("RGB", (700, 1))),
+    }
+    for name, data in [*good.items(), *((name, data) for name, (data, _) in bad.items()), ("readme.txt", b"x")]:
+        (tmp_path / name).write_bytes(data)
+    index = scan(str(tmp_path))
+    assert reasons(index) == {name: why for name, (_, why) in bad.items()}
+    assert sorted(os.path.basename(index.name(i)) for i in range(len(index))) == sorted(good)
+    assert index.summary().splitlines()[0] == "5 images usable, 9 left out"
+    for fit in ("crop", "pad"):
+        run_an_epoch(index, make, fit=fit, batch_size=3)
+
+
+def variants(make):
+    """Name → (bytes, what Pillow's upright RGB of it is, whether the scan converts it)."""
+    base = Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 56, 3), np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    sixteen = (np.arange(40 * 56, dtype=np.uint16).reshape(40, 56) * 29).astype(np.uint16)
+    upper = Image.fromarray((sixteen >> 8).astype(np.uint8))
+    made = {
+        "rgb.jpg": (make.encoded(base, "JPEG"), None, False),
+        "progressive.jpg": (make.encoded(base, "JPEG", progressive=True), None, False),
+        "gray.jpg": (make.encoded(base.convert("L"), "JPEG"), None, False),
+        "cmyk.jpg": (make.encoded(base.convert("CMYK"), "JPEG"), None, True),
+        "turned.jpg": (make.encoded(base, "JPEG", exif=turned), None, False),
+        "turned.png": (make.encoded(base, exif=turned), None, False),
+        "palette.png": (make.encoded(base.convert("P")), None, False),
+        "alpha.png": (make.encoded(base.convert("RGBA")), None, False),
+        "sixteen.png": (make.encoded(Image.fromarray(sixteen)), upper, False),
+        "one_bit.png": (make.encoded(base.convert("1")), None, False),
+        "rgb.bmp": (make.encoded(base, "BMP"), None, False),
+        "rgb.tif": (make.encoded(base, "TIFF"), None, False),
+        "animated.gif": (make.encoded(base, "GIF", save_all=True, append_images=[base.rotate(90)]), None, True),
+        "lossless.webp": (make.encoded(base, "WEBP", lossless=True), None, False),
+        "animated.webp": (make.encoded(base, "WEBP", save_all=True, append_images=[base.rotate(90)]), None, False),
+    }
+    if features.check("avif"):
+        made["rgb.avif"] = (make.encoded(base, "AVIF"), None, True)
+    return made
+
+
+def test_every_kind_of_image_comes_out_of_the_stream_as_pillow_shows_it(tmp_path, make):
+    made = variants(make)
+    for name, (data, _, _) in made.items():
+        (tmp_path / name).write_bytes(data)
+        index = scan(str(tmp_path / name))
+        data, expected, converted = made[name]
+        if expected is None:
+            expected = ImageOps.exif_transpose(Image.open(tmp_path / name))
+        expected = np.asarray(expected.convert("RGB"))
+        assert (index.height[0], index.width[0]) == expected.shape[:2], name
+        assert index.converted == converted, name
+        cfg = make.config(fit="pad", flip=False, size=expected.shape[:2], batch_size=1)
+        batch = next(Stream(cfg, index, rank=0, world_size=1, device="cpu", seed=0))
+        assert batch.valid.all()
+        got = batch.images[0].permute(1, 2, 0).numpy() * 255
+        assert np.abs(got - expected).max() < 1.01, name  # one level: two JPEG decoders may round differently
+
+
+def test_a_jpeg_that_only_pillow_reads_is_converted(tmp_path, make):
+    # Damage to the header, the same each time: Pillow and DALI disagree on some of these files.
+    rng = np.random.default_rng(5)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    clean = np.frombuffer(make.encoded(make.ramp(3, 48, 64), "JPEG", exif=turned), np.uint8)
+    for number in range(300):
+        damaged = clean.copy()
+        damaged[rng.integers(0, 300, 2)] = rng.integers(0, 256, 2)
+        (tmp_path / f"{number:03d}.jpg").write_bytes(damaged.tobytes())
+    index = scan(str(tmp_path))
+    assert index.converted > 0
+    assert len(index.rejected) > 0
+    assert len(index) + len(index.rejected) == 300
+    run_an_epoch(index, make, batch_size=50)
+
+
+def test_processes_find_what_threads_find(folder, shards, make, monkeypatch):
+    (folder / "bad.jpg").write_bytes(b"text")
+    (folder / "cmyk.jpg").write_bytes(make.encoded(make.ramp(1).convert("CMYK"), "JPEG"))
+    source = [str(folder), shards]
+    threads = scan(source)
+    monkeypatch.setattr("kpu_fast.data.scan.PROCESS_BYTES", 0)
+    processes = scan(source, workers=2)
+    assert len(processes) == 21
+    assert processes.digest() == threads.digest()
+    assert processes.rejected == threads.rejected
+    assert [file.path for file in processes.files] == [file.path for file in threads.files]
+
+
+def test_half_a_shard_keeps_its_whole_samples_and_says_so(tmp_path, make):
+    images = [make.encoded(make.ramp(number)) for number in range(8)]
+    path = tmp_path / "a.tar"
+    make.tar(path, [(f"{number}.png", data) for number, data in enumerate(images)])
+    whole = path.read_bytes()
+    ends = np.cumsum([512 + -(-len(data) // 512) * 512 for data in images])  # header block, then data in blocks of 512
+    for cut, expected in [(ends[3] + 700, 4), (ends[3] + 100, 4), (ends[3], 4), (ends[-1], 8)]:
+        path.write_bytes(whole[:cut])
+        index = scan(str(path))
+        assert len(index) == expected
+        assert "cut short" in index.summary()
+        run_an_epoch(index, make)
+    path.write_bytes(whole)
+    assert "cut short" not in scan(str(path)).summary()
+
+
+def test_damage_inside_a_shard_is_reported(tmp_path, make):
+    path = tmp_path / "a.tar"
+    make.tar(path, [(f"{number}.png", make.encoded(make.ramp(number))) for number in range(4)])
+    data = bytearray(path.read_bytes())
+    second = 512 + -(-len(make.encoded(make.ramp(0))) // 512) * 512
+    data[second : second + 512] = b"\x07" * 512
+    path.write_bytes(data)
+    index = scan(str(path))
+    assert len(index) == 1
+    assert f"unreadable from byte {second:,} on" in index.summary()
+
+
+def test_bad_members_and_bad_shards_beside_good_ones(tmp_path, make):
+    good = make.encoded(make.ramp(1))
+    make.tar(
+        tmp_path / "a.tar", [("0.png", good), ("1.png", good[:90]), ("2.jpg", b"text"), ("3.jpg", b""), ("3.cls", b"1")]
+    )
+    (tmp_path / "b.tar").write_bytes(b"no tar at all" * 100)
+    (tmp_path / "c.tar").write_bytes(b"\x1f\x8b" + b"zipped" * 100)
+    (tmp_path / "d.tar").write_bytes(b"")
+    index = scan(str(tmp_path / "*.tar"))
+    assert len(index) == 1
+    assert reasons(index) == {"1.png": "truncated or corrupt", "2.jpg": "not an image", "3.jpg": "empty file"}
+    assert [os.path.basename(problem).partition(":")[0] for problem in index.problems] == ["b.tar", "c.tar", "d.tar"]
+    assert "gunzip" in index.summary()
+    run_an_epoch(index, make)
+
+
+def test_a_sample_of_several_images_gives_the_plain_one(tmp_path, make):
+    first, second = make.encoded(make.ramp(1)), make.encoded(make.ramp(2))
+    make.tar(tmp_path / "a.tar", [("0.depth.png", second), ("0.png", first), ("1.png", first), ("1.seg.png", second)])
+    index = scan(str(tmp_path / "a.tar"))
+    assert [index.read(i).tobytes() for i in range(len(index))] == [first, first]
+    assert index.ignored == 2
+
+
+def test_nothing_usable_is_an_error_that_says_what_was_there(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"text")
+    (tmp_path / "b.jpg").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"no usable image .*1 × not an image, 1 × empty file"):
+        scan(str(tmp_path))
+
+
+def test_the_stored_index_is_used_while_the_source_stays(folder, monkeypatch):
+    first = scan(str(folder))
+    monkeypatch.setattr("kpu_fast.data.scan.scan", lambda *args, **kwargs: pytest.fail("scanned again"))
+    stored = load_or_scan(str(folder))
+    for column in ("file", "offset", "length", "height", "width"):
+        assert np.array_equal(getattr(stored, column), getattr(first, column))
+    assert stored.files == first.files
+    assert stored.digest() == first.digest()
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "touched", "rewritten", "cache damaged", "converted lost"])
+def test_a_change_is_noticed(folder, make, change, monkeypatch):
+    (folder / "cmyk.jpg").write_bytes(make.encoded(make.ramp(1).convert("CMYK"), "JPEG"))
+    index = load_or_scan(str(folder))
+    assert (len(index), index.converted) == (11, 1)
+    if change == "added":
+        make.ramp(11).save(folder / "new.png")
+    elif change == "removed":
+        (folder / "0.png").unlink()
+    elif change == "touched":
+        os.utime(folder / "0.png", (1, 1))
+    elif change == "rewritten":
+        (folder / "0.png").write_bytes(b"text")
+    elif change == "cache damaged":
+        index_path(str(folder)).write_text("{")
+    else:
+        os.unlink(index.files[-1].path)
+    scanned = []
+    monkeypatch.setattr("kpu_fast.data.scan.scan", lambda *args, **kwargs: scanned.append(scan(*args)) or scanned[0])
+    again = load_or_scan(str(folder))
+    assert len(scanned) == 1
+    assert len(again) == {"added": 12, "removed": 10, "rewritten": 10}.get(change, 11)
+    assert os.path.exists(again.files[-1].path)
+
+
+def test_a_cache_that_takes_no_files_is_named(folder, tmp_path, monkeypatch):
+    (tmp_path / "blocked").write_text("a file where a folder should be")
+    monkeypatch.setenv("KPU_FAST_CACHE", str(tmp_path / "blocked"))
+    with pytest.raises(OSError, match="KPU_FAST_CACHE"):
+        scan(str(folder))
+
+
+def test_command_line(folder, capsys):
+    (folder / "bad.jpg").write_bytes(b"text")
+    assert main([str(folder), "--workers", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "10 images usable, 1 left out" in out
+    assert "not an image: 1" in out
+    assert str(index_path([str(folder)])) in out
+
+
+def test_command_line_on_a_missing_source_is_one_line_and_exit_2(tmp_path):
+    command = [sys.executable, "-m", "kpu_fast.data.scan", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "nowhere" in done.stderr
+
+
+def test_without_dali_the_error_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia", None)
+    with pytest.raises(ImportError, match=r"pip install 'kpu_fast\[train\]'"):
+        scan(str(folder))

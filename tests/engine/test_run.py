@@ -1,0 +1,221 @@
+"""The command as its users run it: finished, killed, stopped, diverged, misused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import finish
+from safetensors.torch import load_file
+
+BIN = Path(sys.executable).parent
+LOSSES = [f"{t}/{k}" for t in ("clip", "gdino") for k in ("s2t", "t2s", "rec")]
+
+
+def losses(run: Path) -> list[tuple]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], *(row[key] for key in [*LOSSES, "loss"])) for row in rows]
+
+
+def weights(run: Path) -> bytes:
+    return (run / "student" / "model.safetensors").read_bytes()
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "the run did not get that far"
+        time.sleep(0.005)
+
+
+def steps_done(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, environment, tmp_path_factory) -> Path:
+    """A run of 8 steps that nobody disturbed."""
+    output = tmp_path_factory.mktemp("whole")
+    train = Path(__file__).parents[2] / "kpu_fast" / "train.py"
+    command = [sys.executable, str(train), "--config", str(tiny), "--set", f"output={output}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (output / "stdout").write_text(done.stdout)
+    (output / "stderr").write_text(done.stderr)
+    return output / "tiny"
+
+
+def test_a_run_leaves_what_its_owner_expects(whole):
+    from kpu_fast.models import Student
+
+    resolved = json.loads((whole / "config.resolved.json").read_text())
+    assert resolved["config"]["teachers"]["clip"]["data"]["crop_scale"] == [0.2, 1.0]  # defaults are written out
+    assert resolved["versions"]["torch"] == torch.__version__
+    assert "commit" in resolved
+    assert [row[0] for row in losses(whole)] == list(range(1, 9))
+    assert list((whole / "tensorboard").glob("events*"))
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["latest", "step-00000006", "step-00000008"]
+    assert (whole / "checkpoints" / "latest").read_text() == "step-00000008"
+    for picture in ("features.png", "losses.png"):
+        assert (whole / picture).read_bytes().startswith(b"\x89PNG")
+        assert str(whole / picture) in (whole.parent / "stdout").read_text()
+    bar = (whole.parent / "stderr").read_text()
+    assert all(part in bar for part in ("clip ", "gdino ", "img/s", "data "))
+    student = Student.from_pretrained(whole / "student")
+    features = student.project(student(torch.rand(1, 3, 64, 64)), "clip")
+    assert features.x.shape == (1, 24)
+    card = (whole / "student" / "README.md").read_text()
+    assert "| clip/s2t |" in card
+
+
+@pytest.mark.parametrize("moment", ["after step 3", "after step 5", "while a checkpoint is written"])
+def test_killed_and_resumed_equals_never_killed(moment, whole, start, tmp_path):
+    run = tmp_path / "tiny"
+    first = start()
+    if moment.startswith("after"):
+        wait_for(lambda: steps_done(run) >= int(moment[-1]), first)
+    else:
+        wait_for(lambda: list((run / "checkpoints").glob(".partial-step-00000004/*")), first)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not (run / "student").exists()
+    finish(start(resume="auto"))
+    assert losses(run) == losses(whole)
+    assert weights(run) == weights(whole)
+
+
+def test_two_ranks_killed_and_resumed_equal_never_killed(start, tmp_path):
+    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29620"]
+    stage2 = "deepspeed.zero_optimization.stage=2"
+    finish(start(stage2, launcher=launcher, output=tmp_path / "whole"))
+    killed = start(stage2, launcher=launcher, output=tmp_path / "cut")
+    wait_for(lambda: steps_done(tmp_path / "cut" / "tiny") >= 3, killed)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    subprocess.run(["pkill", "-9", "-f", f"output={tmp_path}/cut"], check=False)  # ranks that left the process group
+    finish(start(stage2, launcher=launcher, output=tmp_path / "cut", resume="auto"))
+    assert losses(tmp_path / "cut" / "tiny") == losses(tmp_path / "whole" / "tiny")
+    assert weights(tmp_path / "cut" / "tiny") == weights(tmp_path / "whole" / "tiny")
+    # Not the run of one rank: two ranks see twice the images.
+    assert losses(tmp_path / "whole" / "tiny")[0][1] > 0
+
+
+def test_sigterm_writes_a_checkpoint_and_exits_0(whole, start, tmp_path):
+    run = tmp_path / "tiny"
+    first = start("checkpoint.every=1000")
+    wait_for(lambda: steps_done(run) >= 3, first)
+    first.send_signal(signal.SIGTERM)
+    out, _ = finish(first)
+    stopped = steps_done(run)
+    assert f"stopped after step {stopped}; go on with --resume auto" in out
+    assert 3 <= stopped < 8
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{stopped:08d}"
+    finish(start("checkpoint.every=1000", resume="auto"))
+    assert losses(run) == losses(whole)
+    assert weights(run) == weights(whole)
+
+
+def test_zero_3_under_torchrun_trains_and_exports(start, tmp_path):
+    launcher = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", "29621"]
+    out, _ = finish(start("deepspeed.zero_optimization.stage=3", "steps=3", launcher=launcher))
+    assert "student  " in out
+    exported = load_file(tmp_path / "tiny" / "student" / "model.safetensors")
+    assert all(t.numel() > 0 and t.isfinite().all() for t in exported.values())
+
+
+def test_every_switch_at_once_trains(start, tmp_path):
+    """bf16, activation checkpointing, the deformable adapter and ZeRO 2."""
+    switches = ["precision=bf16", "activation_checkpointing=true", "deepspeed.zero_optimization.stage=2", "steps=3"]
+    finish(start(*switches, "student.adapter.cross_attention=deformable"))
+    exported = load_file(tmp_path / "tiny" / "student" / "model.safetensors")
+    assert {t.dtype for t in exported.values()} == {torch.bfloat16}
+    assert all(torch.isfinite(torch.tensor(row)).all() for row in losses(tmp_path / "tiny"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(start, tmp_path):
+    _, err = finish(start("optimizer.lr=1e30", "optimizer.clip_grad_norm=null", "optimizer.warmup_steps=0"), code=3)
+    assert err.splitlines()[-1].startswith("error: step ")
+    assert "clip/s2t = nan" in err or "clip/t2s = nan" in err or "= inf" in err
+    assert "The last good checkpoint is none" in err
+    assert not list((tmp_path / "tiny" / "checkpoints").glob("step-*"))
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(start, tmp_path, environment):
+    """RLIMIT_FSIZE stands for the full disk: writing beyond it fails as ENOSPC does."""
+    run = tmp_path / "tiny"
+    finish(start("steps=4"))
+    before = {p: p.read_bytes() for p in (run / "checkpoints" / "step-00000004").iterdir()}
+    limited = ["bash", "-c", 'ulimit -f 100; trap "" XFSZ; exec "$0" "$@"', sys.executable]
+    _, err = finish(start("steps=6", launcher=limited, resume="auto"), code=4)
+    assert "the checkpoint of step 6 was not written" in err
+    assert f"the last good checkpoint is {run / 'checkpoints' / 'step-00000004'}" in err
+    assert {p: p.read_bytes() for p in (run / "checkpoints" / "step-00000004").iterdir()} == before
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000002", "step-00000004"]
+    finish(start("steps=6", resume="auto"))
+
+
+def test_a_second_run_needs_resume(whole, start, tmp_path):
+    shutil.copytree(whole, tmp_path / "tiny")
+    _, err = finish(start(), code=2)
+    assert "holds step-00000008 of an earlier run; add --resume auto" in err
+    out, _ = finish(start(resume="auto"))  # nothing left to do: the result is written again
+    assert f"from step 8 of {tmp_path / 'tiny' / 'checkpoints' / 'step-00000008'}" in out
+    assert weights(tmp_path / "tiny") == weights(whole)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "resume", "message"),
+    [
+        (["source=EMPTY"], None, "EMPTY"),
+        (["source=/no/such/folder"], None, "/no/such/folder"),
+        (["output=/proc/nowhere"], None, "output: /proc/nowhere/tiny cannot be written"),
+        (["teachers.clip.weights=openai/no-such-model", "teachers.clip.arch={}"], None, "teachers.clip.weights"),
+        (["student.vit.weights=facebook/no-such-model", "student.vit.arch={}"], None, "facebook/no-such-model"),
+        (["teachers.clip.arch.hiden_size=32"], None, "hiden_size"),
+        (["student.vit.arch.dimm=32"], None, "dimm"),
+        (["student.attention=fa3"], None, "fa3"),
+        (["optimizer.impl=apex"], None, "optimizer.impl"),
+        ([], "/no/such/run", "--resume /no/such/run: no checkpoint there"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_cannot_run_says_so_and_exits_2(overrides, resume, message, start, tmp_path):
+    (tmp_path / "EMPTY").mkdir()
+    overrides = [o.replace("EMPTY", str(tmp_path / "EMPTY")) for o in overrides]
+    _, err = finish(start(*overrides, resume=resume), code=2)
+    assert message in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in err
+
+
+def test_fewer_images_than_ranks(start, photos, tmp_path):
+    (tmp_path / "one").mkdir()
+    shutil.copy(photos / "0.jpg", tmp_path / "one")
+    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29622"]
+    process = start(f"source={tmp_path / 'one'}", launcher=launcher)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode != 0
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "1 image" in errors[0]
+    assert "2 ranks" in errors[0]
+
+
+def test_bad_images_are_left_out_and_counted(start, photos, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(photos, source)
+    jpeg = (photos / "0.jpg").read_bytes()
+    (source / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    (source / "text.jpg").write_text("not an image")
+    out, _ = finish(start(f"source={source}", "steps=2"))
+    assert "2 left out" in out
+    assert "cut.jpg" in out
+    assert "text.jpg" in out

@@ -1,0 +1,73 @@
+"""Two ranks under the deepspeed launcher, ZeRO 0-3, against one process of plain torch on the same global batch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from zero_worker import STEPS, fixed_batches
+
+from kpu_fast.config import load_config
+from kpu_fast.engine.optimizer import build_scheduler
+from kpu_fast.models.student import Student
+from kpu_fast.models.teachers import build_teacher
+from kpu_fast.objectives.kpu import KPU
+
+WORKER = Path(__file__).parents[1] / "helpers" / "zero_worker.py"
+
+
+@pytest.fixture(scope="module")
+def plain(tiny) -> tuple[dict, dict]:
+    """(parameters before, after) five steps of textbook torch: no engine, no fused optimiser, the whole batch at once."""
+    cfg = load_config(tiny)
+    teachers = {
+        name: build_teacher(name, t, device="cpu", dtype=torch.float32, image_size=t.data.size) for name, t in cfg.teachers.items()
+    }
+    specs = {name: teacher.spec for name, teacher in teachers.items()}
+    torch.manual_seed(cfg.seed)
+    student = Student.from_config(cfg.student, specs)
+    student.freeze_unused_levels()
+    module = KPU(student, specs, cfg.objective)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    decay = cfg.optimizer.weight_decay
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.optimizer.lr, betas=cfg.optimizer.betas, eps=cfg.optimizer.eps, fused=False)
+    scheduler = build_scheduler(cfg.optimizer, optimizer, cfg.steps)
+    for step in range(STEPS):
+        terms = {}
+        for name, batch in fixed_batches(cfg, step, ranks=2, rank=None).items():
+            terms |= module(name, batch.images, teachers[name](batch.images))
+        optimizer.zero_grad()
+        (sum(terms.values()) / len(teachers)).backward()
+        torch.nn.utils.clip_grad_norm_(trainable, cfg.optimizer.clip_grad_norm)
+        optimizer.step()
+        scheduler.step()
+    return before, {name: p.detach() for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_equal_plain_torch(stage, plain, tiny, environment, tmp_path):
+    out = tmp_path / "after.pt"
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(29610 + stage)]
+    done = subprocess.run(
+        [*launcher, str(WORKER), str(tiny), str(stage), str(out)],
+        env=environment, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found, (before, after) = torch.load(out), plain
+    assert found["stage"] == stage
+    assert found["state"].keys() == after.keys()
+    moved = 0
+    for name, expected in after.items():
+        torch.testing.assert_close(found["state"][name], expected, rtol=0, atol=1e-5)
+        frozen = name.startswith("student.vit.")
+        assert torch.equal(found["state"][name], before[name]) or not frozen
+        moved += not torch.equal(expected, before[name])
+    # Nearly all that trains has moved by more than the tolerance, so that equality says something.
+    far = sum((after[name] - before[name]).abs().max() > 1e-4 for name in after)
+    assert far > 0.9 * moved > 50

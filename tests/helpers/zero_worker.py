@@ -1,0 +1,51 @@
+"""Five steps on fixed batches under a launcher; rank 0 saves the gathered parameters. Run by test_zero.py.
+
+zero_worker.py CONFIG STAGE OUT: the `fixed_batches` and `STEPS` here are what the test's plain torch run uses too.
+"""
+
+import json
+import sys
+
+import torch
+
+from kpu_fast.config import Config, load_config
+from kpu_fast.data.pipeline import Batch
+
+STEPS = 5
+
+
+def fixed_batches(cfg: Config, step: int, ranks: int, rank: int | None) -> dict[str, Batch]:
+    """Batches of a step, of one rank or (None) of all ranks together."""
+    batches = {}
+    for i, (name, teacher) in enumerate(cfg.teachers.items()):
+        generator = torch.Generator().manual_seed(100 * step + i)
+        count, data = teacher.data.batch_size, teacher.data
+        images = torch.rand(ranks * count, 3, *data.size, generator=generator)
+        batches[name] = Batch(images if rank is None else images[rank * count : (rank + 1) * count], None)
+    return batches
+
+
+def main(config: str, stage: str, out: str) -> None:
+    """Train and save."""
+    import deepspeed
+
+    from kpu_fast.engine.distributed import init_distributed
+    from kpu_fast.engine.loop import build, forward
+
+    cfg = load_config(config, ["deepspeed=" + json.dumps({"zero_optimization": {"stage": int(stage)}})])
+    world = init_distributed()
+    parts = build(cfg, world)
+    for step in range(STEPS):
+        batches = fixed_batches(cfg, step, world.size, world.rank)
+        parts.engine.backward(parts.engine.module.total(forward(parts.engine, parts.teachers, batches)))
+        parts.engine.step()
+    module = parts.engine.module
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        if world.rank == 0:
+            state = {name: p.detach().clone() for name, p in module.named_parameters()}
+            optimised = [p for group in parts.engine.optimizer.param_groups for p in group["params"]]
+            torch.save({"state": state, "stage": parts.engine.zero_optimization_stage(), "groups": len(optimised)}, out)
+
+
+if __name__ == "__main__":
+    main(*[argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])

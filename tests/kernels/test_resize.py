@@ -1,0 +1,197 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kpu_fast.kernels import resize_bilinear, resize_bilinear_reference
+
+torch.set_num_threads(1)
+
+
+def make(shape, device, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+
+
+def run(resize, x, size, **options):
+    """(result, gradient) under an upstream gradient that is not 1."""
+    out = resize(x, size, **options)
+    quarters = (torch.arange(out.numel()) % 11 / 4 - 1).reshape(out.shape)  # exact in any dtype
+    upstream = torch.empty_like(out).copy_(quarters)  # in out's own layout, as the next operation would hand it back
+    return out, torch.autograd.grad(out, x, upstream)[0]
+
+
+def check(impl, x, size, **options):
+    """Error against float64 at most twice that of PyTorch's own resize in the same dtype."""
+    exact = run(resize_bilinear_reference, x.detach().double().requires_grad_(), size, **options)
+    plain = run(resize_bilinear_reference, x, size, **options)
+    ours = run(resize_bilinear, x, size, impl=impl, **options)
+    for got, torchs, truth in zip(ours, plain, exact, strict=True):
+        assert got.dtype == x.dtype
+        assert got.shape == truth.shape
+        error, allowed = (got.double() - truth).abs().max(), (torchs.double() - truth).abs().max()
+        # Triton's interpreter cuts float32 → bfloat16 off where every GPU rounds.
+        cut = 2.0**-8 if impl == "triton" and not x.is_cuda and x.dtype == torch.bfloat16 else 0
+        assert error <= 2 * allowed + (1e-6 + cut) * truth.abs().max(), (error, allowed)
+    return ours
+
+
+SIZES = {
+    "odd, up in both": ((2, 3, 5, 41), (7, 9)),
+    "64 → 14: rows that nothing reads get gradient 0": ((1, 64, 5, 8), (14, 5)),
+    "14 → 64: one input is read by ten outputs": ((1, 14, 2, 8), (64, 3)),
+    "down in one axis, up in the other": ((2, 9, 2, 16), (4, 7)),
+    "from a single token": ((2, 1, 1, 24), (3, 5)),
+    "to a single token": ((2, 5, 4, 24), (1, 1)),
+    "768 channels: two programs side by side": ((1, 2, 2, 768), (3, 3)),
+    "401 channels, no row aligned": ((1, 2, 3, 401), (3, 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SIZES)
+def test_matches_float64(case, dtype, impl, device):
+    shape, size = SIZES[case]
+    check(impl, make(shape, device, dtype), size)
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_layouts_and_strides(antialias, impl, device):
+    nchw = make((2, 24, 5, 4), device)
+    out, grad = check(impl, nchw, (3, 7), layout="NCHW", antialias=antialias)
+    assert out.is_contiguous()
+    assert grad.is_contiguous()
+    channels_last = nchw.detach().to(memory_format=torch.channels_last).requires_grad_()
+    out, grad = check(impl, channels_last, (3, 7), layout="NCHW", antialias=antialias)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+    view = nchw.detach().permute(0, 2, 3, 1).requires_grad_()
+    assert check(impl, view, (3, 7), antialias=antialias)[0].permute(0, 3, 1, 2).is_contiguous()
+    sliced = make((2, 5, 8, 48), device).detach()[:, :, ::2, ::2].requires_grad_()
+    check(impl, sliced, (3, 7), antialias=antialias)
+
+
+def test_expanded_gradient(impl, device):
+    x = make((1, 3, 4, 8), device)
+    grad = torch.autograd.grad(resize_bilinear(x, (5, 9), impl=impl).sum(), x)[0]  # a gradient of strides 0
+    assert abs(grad.sum().item() - 5 * 9 * 8) < 1e-3  # the weights of an output sum to 1
+
+
+def test_independent_of_f_interpolate(impl, device):
+    # Sampling at the centres c = (o + ½)·in/out − ½, borders repeated, is grid_sample's definition.
+    x = make((1, 5, 3, 4), device).detach()
+    y, z = ((torch.arange(n) + 0.5) / n * 2 - 1 for n in (7, 2))
+    grid = torch.stack(torch.meshgrid(z, y, indexing="xy"), -1)[None].to(device)
+    expected = F.grid_sample(x.permute(0, 3, 1, 2), grid, padding_mode="border", align_corners=False)
+    found = resize_bilinear(x, (7, 2), impl=impl)
+    torch.testing.assert_close(found, expected.permute(0, 2, 3, 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(14, 3), (5, 9), (64, 3), (1, 1)])
+def test_antialias(size, device):
+    for dtype in (torch.float64, torch.float32):
+        check("auto", make((2, 16, 5, 6), device, dtype), size, antialias=True)
+    # PyTorch has no bfloat16 antialias on the CPU to compare with: one rounding from float64 is the measure.
+    x = make((2, 16, 5, 6), device, torch.bfloat16)
+    exact = run(resize_bilinear_reference, x.detach().double().requires_grad_(), size, antialias=True)
+    for got, truth in zip(run(resize_bilinear, x, size, antialias=True), exact, strict=True):
+        assert (got.double() - truth).abs().max() <= 2.0**-8 * truth.abs().max()
+
+
+def test_antialias_reads_every_row(device):
+    x = make((1, 64, 2, 3), device)
+    grad = torch.autograd.grad(resize_bilinear(x, (14, 2), antialias=True).square().sum(), x)[0]
+    assert grad.abs().amin((0, 2, 3)).min() > 0
+    plain = torch.autograd.grad(resize_bilinear(x, (14, 2)).square().sum(), x)[0]
+    assert (plain.abs().amax((0, 2, 3)) == 0).sum() == 36
+
+
+def test_equal_size_is_the_tensor_itself(impl, device):
+    x = make((1, 3, 4, 8), device)
+    assert resize_bilinear(x, (3, 4), impl=impl) is x
+    nchw = x.permute(0, 3, 1, 2)
+    assert resize_bilinear(nchw, (3, 4), layout="NCHW", antialias=True, impl=impl) is nchw
+
+
+def test_two_runs_are_bit_equal(impl, device):
+    if impl == "torch" and device == "cuda":
+        pytest.skip("PyTorch's own bilinear backward uses atomics on CUDA")
+    x = make((2, 5, 4, 41), device)
+    first, second = (run(resize_bilinear, x, (9, 7), impl=impl) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_float64_keeps_its_precision():
+    x = make((2, 3, 4, 5), "cpu", torch.float64)
+    assert torch.autograd.gradcheck(lambda x: resize_bilinear(x, (5, 3)), (x,))
+    assert torch.autograd.gradcheck(lambda x: resize_bilinear(x, (2, 7), antialias=True), (x,))
+
+
+@pytest.mark.parametrize("adjacent", [True, False])
+def test_opcheck(adjacent, device):
+    pytest.importorskip("triton", reason="triton is not installed")
+    x = make((1, 3, 4, 8), device) if adjacent else make((1, 8, 3, 4), device).detach().permute(0, 2, 3, 1)
+    torch.library.opcheck(torch.ops.kpu_fast.resize_bilinear, (x.requires_grad_(), 5, 2))
+    grad, scale = make((1, 5, 2, 8), device).detach(), torch.tensor(2.0, device=device)
+    for triton in (True, False):
+        torch.library.opcheck(torch.ops.kpu_fast.resize_bilinear_backward, (grad, scale, 3, 4, adjacent, triton))
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_fullgraph_compile(antialias, impl, device):
+    x = make((1, 3, 4, 8), device)
+
+    def step(x, size, **options):
+        return resize_bilinear(x * 2, size, **options) * 2
+
+    torch._dynamo.reset()
+    options = {"antialias": antialias, "impl": impl}
+    expected = run(step, x, (5, 3), **options)
+    found = run(torch.compile(step, fullgraph=True, backend="aot_eager"), x, (5, 3), **options)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    source=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    channels=st.sampled_from([1, 3, 33]),
+    layout=st.sampled_from(["NHWC", "NCHW"]),
+    triton=st.booleans(),
+)
+def test_any_size(source, size, channels, layout, triton):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = (2, *source, channels) if layout == "NHWC" else (2, channels, *source)
+    x = make(shape, device)
+    exact = run(resize_bilinear_reference, x.detach().double().requires_grad_(), size, layout=layout)
+    found = run(resize_bilinear, x, size, layout=layout, impl="triton" if triton else "torch")
+    for got, truth in zip(found, exact, strict=True):
+        assert (got.double() - truth).abs().max() <= 2e-6 * (1 + truth.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(3, 4, 5)}, ValueError, "x: expected a non-empty map of rank 4"),
+        ({"x": torch.zeros(0, 3, 4, 5)}, ValueError, "x: expected a non-empty map"),
+        ({"x": torch.zeros(1, 3, 4, 5, dtype=torch.uint8)}, TypeError, "x: expected a floating-point dtype"),
+        ({"size": (0, 3)}, ValueError, "size: expected"),
+        ({"size": (3,)}, ValueError, "size: expected"),
+        ({"layout": "NHCW"}, ValueError, "layout: expected one of"),
+        ({"impl": "cuda"}, ValueError, "impl: expected one of"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(change, error, message):
+    with pytest.raises(error, match=message):
+        resize_bilinear(**({"x": torch.zeros(1, 3, 4, 5), "size": (2, 2)} | change))
+
+
+def test_triton_that_cannot_run_says_why(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    with pytest.raises(RuntimeError, match=r"torch\.float64"):
+        resize_bilinear(torch.zeros(1, 3, 4, 5).double(), (2, 2), impl="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="expected CUDA"):
+        resize_bilinear(torch.zeros(1, 3, 4, 5), (2, 2), impl="triton")

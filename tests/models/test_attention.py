@@ -1,0 +1,158 @@
+import sys
+import types
+
+import pytest
+import torch
+
+from kpu_fast.models import attention as module
+from kpu_fast.models.attention import BACKENDS, activate_backend, attention, check_backend, describe
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_activated():
+    yield
+    module.activate_backend.cache_clear()
+    module._flash_attn_2.cache_clear()
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend to be a machine with a GPU of some compute capability and some packages."""
+
+    def pretend(capability, packages=()):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "pretended GPU")
+        monkeypatch.setattr(module, "_importable", lambda name: name in packages)
+
+    return pretend
+
+
+def softmax_attention(q, k, v):
+    q, k, v = q.double(), k.double(), v.double()
+    scores = torch.einsum("bhnd,bhmd->bhnm", q, k) / q.shape[-1] ** 0.5
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return torch.einsum("bhnm,bhmd->bhnd", weights / weights.sum(-1, keepdim=True), v)
+
+
+def qkv(dtype, *, n=7, m=19):
+    """Strided views as the modules make them, with more keys than queries."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, n, 3, 8, generator=generator).to(dtype).transpose(1, 2)
+    k, v = torch.randn(2, m, 2, 3, 8, generator=generator).to(dtype).permute(2, 0, 3, 1, 4)
+    return 3 * q, k, v
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+def test_equals_softmax_in_float64(backend, dtype, tolerance):
+    q, k, v = qkv(dtype)
+    out = attention(q, k, v, backend=backend)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), softmax_attention(q, k, v), rtol=tolerance, atol=tolerance)
+
+
+def test_an_unknown_backend_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="'flash' is unknown; choose one of auto, sdpa, cudnn, fa2, fa3, fa4"):
+        check_backend("flash")
+    with pytest.raises(ValueError, match="unknown"):
+        attention(*qkv(torch.float32), backend="flash")
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("auto", "sdpa")])
+def test_without_a_gpu_nothing_else_is_taken_instead(backend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for call in (check_backend, activate_backend, describe):
+        with pytest.raises(RuntimeError, match=f"'{backend}' needs a CUDA device"):
+            call(backend)
+    with pytest.raises(RuntimeError, match="needs a CUDA device"):
+        attention(*qkv(torch.bfloat16), backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "packages", "message"),
+    [
+        ("cudnn", (7, 5), (), "compute capability 8.0"),
+        ("fa2", (7, 5), (), "compute capability 8.0"),
+        ("fa3", (8, 0), (), r"compute capability 9.x; found 8.0"),
+        ("fa3", (10, 0), ("flash_attn_interface",), r"compute capability 9.x; found 10.0"),
+        ("fa3", (9, 0), (), "needs the module flash_attn_interface"),
+        ("fa4", (8, 9), ("flash_attn.cute.interface",), r"compute capability 9.x or 10.x; found 8.9"),
+        ("fa4", (9, 0), ("flash_attn_interface",), "pip install --pre flash-attn-4"),
+    ],
+)
+def test_the_error_says_what_is_missing(machine, backend, capability, packages, message):
+    machine(capability, packages)
+    with pytest.raises(RuntimeError, match=message):
+        check_backend(backend)
+
+
+def test_fa3_and_fa4_are_activated_once_and_never_both(machine, monkeypatch):
+    machine((9, 0), ("flash_attn_interface", "flash_attn.cute.interface"))
+    activated = []
+    monkeypatch.setattr(module, "activate_flash_attention_impl", activated.append)
+    monkeypatch.setattr(module, "current_flash_attention_impl", lambda: activated[-1] if activated else None)
+    check_backend("fa4")
+    assert activated == []  # a check changes nothing
+    activate_backend("fa4")
+    module.activate_backend.cache_clear()
+    activate_backend("fa4")
+    assert activated == ["FA4"]
+    with pytest.raises(RuntimeError, match="FA4 is already active"):
+        activate_backend("fa3")
+    assert "FlashAttention 4" in describe("fa4")
+    assert "with FA4 as its flash kernel" in describe("auto")
+
+
+def test_fa2_gets_its_own_layout_and_gives_ours_back(machine, monkeypatch):
+    machine((8, 0))
+
+    def flash_attn_func(q, k, v):  # (B, N, heads, d), as the package documents
+        out = softmax_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2).to(q.dtype)
+
+    package = types.ModuleType("flash_attn")
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    with pytest.raises(
+        RuntimeError, match=r"flash_attn\.flash_attn_func, absent"
+    ):  # flash-attn-4 alone looks like this
+        check_backend("fa2")
+    package.flash_attn_func = flash_attn_func
+    q, k, v = qkv(torch.bfloat16)
+    out = attention(q, k, v, backend="fa2")
+    torch.testing.assert_close(out.double(), softmax_attention(q, k, v), rtol=2e-2, atol=2e-2)
+    with pytest.raises(ValueError, match=r"float16 or bfloat16, got torch\.float32"):
+        attention(*qkv(torch.float32), backend="fa2")
+
+
+def test_fa2_names_the_missing_package(machine, monkeypatch):
+    machine((9, 0))
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(RuntimeError, match="'fa2' needs the package flash_attn"):
+        check_backend("fa2")
+
+
+def test_describe_names_the_torch_in_use():
+    assert describe("auto").startswith("auto: F.scaled_dot_product_attention")
+    assert torch.__version__ in describe("sdpa")
+
+
+def test_a_missing_parent_package_is_not_importable():
+    assert not module._importable("no_such_package_at_all.cute.interface")
+    assert module._importable("torch.nn.attention")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["cudnn", "fa2", "fa3", "fa4"])
+def test_kernels_on_the_gpu_equal_softmax(backend):
+    try:
+        check_backend(backend)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    generator = torch.Generator().manual_seed(0)
+    # 401 keys: not a multiple of any tile.
+    q, k, v = (torch.randn(2, 6, n, 64, generator=generator).bfloat16().cuda() for n in (130, 401, 401))
+    out = attention(q, k, v, backend=backend)
+    torch.testing.assert_close(out.double(), softmax_attention(q, k, v), rtol=2e-2, atol=2e-2)

@@ -1,0 +1,71 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kpu_fast.models.features import Features, FeatureSpec
+from kpu_fast.models.projector import FeatureHeads, Projector
+
+
+def mlp(head, x):
+    """Linear – LayerNorm – GELU – Linear from its parameters, GELU by its definition."""
+    x = x @ head.fc1.weight.T + head.fc1.bias
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    x = x * head.norm.weight + head.norm.bias
+    x = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    return x @ head.fc2.weight.T + head.fc2.bias
+
+
+def perturbed(module):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return module.double()
+
+
+def features(x_dim=6):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(2, 8, 12, 6), (2, 5, 7, 6)]
+    maps = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return Features(None if x_dim is None else torch.randn(2, x_dim, generator=generator, dtype=torch.float64), maps)
+
+
+def test_projector_equals_its_equation():
+    head = perturbed(Projector(6, 10, hidden=16))
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    torch.testing.assert_close(head(x), mlp(head, x), rtol=1e-12, atol=1e-12)
+
+
+def test_heads_resize_first_and_project_then():
+    heads = perturbed(FeatureHeads(FeatureSpec(6, (6, 6), (4.0, 8.0)), FeatureSpec(3, (10, 9), (8.0, 8.0)), hidden=16))
+    source, sizes = features(), [(4, 6), (10, 3)]
+    out = heads(source, sizes)
+    torch.testing.assert_close(out.x, mlp(heads.x, source.x), rtol=1e-12, atol=1e-12)
+    for found, head, m, size in zip(out.maps, heads.maps, source.maps, sizes, strict=True):
+        resized = F.interpolate(m.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+        torch.testing.assert_close(found, mlp(head, resized), rtol=1e-10, atol=1e-10)
+
+
+def test_a_map_of_the_right_size_is_projected_as_it_is():
+    heads = perturbed(FeatureHeads(FeatureSpec(6, (6, 6), (4.0, 8.0)), FeatureSpec(3, (10, 9), (8.0, 8.0)), hidden=16))
+    source = features()
+    out = heads(source, [(8, 12), (5, 7)])
+    for found, head, m in zip(out.maps, heads.maps, source.maps, strict=True):
+        torch.testing.assert_close(found, mlp(head, m), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("x_in", "x_out"), [(None, 3), (6, None), (None, None)])
+def test_no_x_where_one_side_has_none(x_in, x_out):
+    heads = FeatureHeads(FeatureSpec(x_in, (6, 6), (4.0, 8.0)), FeatureSpec(x_out, (10, 9), (8.0, 8.0)), hidden=16)
+    assert heads.x is None
+    assert heads.double()(features(x_in), [(4, 6), (5, 7)]).x is None
+
+
+def test_wrong_numbers_of_maps_are_named():
+    with pytest.raises(ValueError, match="2 maps come in and 1 go out"):
+        FeatureHeads(FeatureSpec(6, (6, 6), (4.0, 8.0)), FeatureSpec(3, (10,), (8.0,)))
+    heads = FeatureHeads(FeatureSpec(6, (6, 6), (4.0, 8.0)), FeatureSpec(3, (10, 9), (8.0, 8.0))).double()
+    with pytest.raises(ValueError, match="built for 2 maps, got 2 maps and 1 sizes"):
+        heads(features(), [(4, 6)])

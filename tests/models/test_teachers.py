@@ -1,0 +1,465 @@
+"""Teachers against transformers' own forward on images normalised by hand, and every way a teacher can be wrong."""
+
+import json
+import logging
+import shutil
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+transformers = pytest.importorskip("transformers")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from kpu_fast.models import teachers  # noqa: E402
+from kpu_fast.models.features import FeatureSpec  # noqa: E402
+from kpu_fast.models.teachers import TeacherError, build_teacher  # noqa: E402
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SWIN = dict(embed_dim=8, depths=[1, 1, 2, 1], num_heads=[1, 1, 2, 2], window_size=4)
+VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+CLIP = dict(VIT, intermediate_size=48, patch_size=16, image_size=64, projection_dim=24)
+RESNET = dict(embedding_size=8, hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], layer_type="basic")
+SQUARE, WIDE = (64, 64), (64, 96)
+
+
+def config(kind, weights="random", arch=None, levels=None):
+    return SimpleNamespace(kind=kind, weights=str(weights), arch=arch or {}, levels=levels)
+
+
+def build(kind, weights="random", arch=None, levels=None, *, dtype=torch.float32, image_size=SQUARE, seed=0, name="t"):
+    cfg = config(kind, weights, arch, levels)
+    return build_teacher(name, cfg, device="cpu", dtype=dtype, image_size=image_size, seed=seed)
+
+
+def pictures(size, n=2, seed=0):
+    """Smooth pictures (n, 3, H, W) in [0, 1]."""
+    coarse = torch.rand(n, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(coarse, size, mode="bicubic").clamp(0, 1)
+
+
+def normalise(images, mean, std):
+    return (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def wake(model, seed=0):
+    """Weights large enough that a wrong key, norm or mean moves the output well beyond the tolerance."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """{name: (model, folder)} of tiny checkpoints as save_pretrained writes them."""
+    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    dino = dict(
+        backbone_config=dict(SWIN, model_type="swin", out_indices=[2, 3, 4]),
+        text_config=dict(text, model_type="bert", max_position_embeddings=16),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_queries=4,
+    )
+    hf = transformers
+    clip_text = dict(text, projection_dim=24, bos_token_id=1, eos_token_id=2)
+    dinov2 = dict(VIT, image_size=56, patch_size=14)
+    torch.manual_seed(0)
+    models = {
+        "clip": hf.CLIPModel(hf.CLIPConfig(text_config=clip_text, vision_config=CLIP, projection_dim=24)),
+        "clip_vision": hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**CLIP)),
+        "grounding_dino": hf.GroundingDinoForObjectDetection(hf.GroundingDinoConfig(**dino)),
+        "dinov2": hf.Dinov2Model(hf.Dinov2Config(**dinov2)),
+        "dinov2_reg": hf.Dinov2WithRegistersForImageClassification(hf.Dinov2WithRegistersConfig(**dinov2)),
+        "swin": hf.SwinForImageClassification(hf.SwinConfig(**SWIN)),
+        "resnet": hf.ResNetForImageClassification(hf.ResNetConfig(**RESNET)),
+    }
+    root = tmp_path_factory.mktemp("checkpoints")
+    for name, model in models.items():
+        wake(model).save_pretrained(root / name)
+    return {name: (model, root / name) for name, model in models.items()}
+
+
+def edited(saved, name, tmp_path, edit_weights=None, edit_config=None):
+    """A copy of a checkpoint with changed weights or config."""
+    folder = tmp_path / "edited"
+    shutil.copytree(saved[name][1], folder)
+    if edit_weights:
+        weights = load_file(folder / "model.safetensors")
+        save_file(edit_weights(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    if edit_config:
+        values = json.loads((folder / "config.json").read_text())
+        edit_config(values)
+        (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("size", [SQUARE, WIDE, (96, 32)])  # native positions; interpolated to two aspect ratios
+@pytest.mark.parametrize("checkpoint", ["clip", "clip_vision"])
+def test_clip_is_the_projected_embedding_and_the_last_patch_tokens(saved, checkpoint, size):
+    model, folder = saved[checkpoint]
+    images = pictures(size)
+    x, maps = build("clip", folder, image_size=size)(images)
+    vision = model.vision_model(normalise(images, CLIP_MEAN, CLIP_STD), interpolate_pos_encoding=True)
+    tokens = vision.last_hidden_state[:, 1:].reshape(2, size[0] // 16, size[1] // 16, 32)
+    torch.testing.assert_close(x, model.visual_projection(vision.pooler_output))
+    torch.testing.assert_close(maps, (tokens,))
+
+
+@pytest.mark.parametrize("size", [SQUARE, WIDE])
+def test_grounding_dino_maps_are_what_its_own_forward_gives_to_the_neck(saved, size):
+    model, folder = saved["grounding_dino"]
+    teacher = build("grounding_dino", folder, image_size=size)
+    images = pictures(size)
+    features = model.model.backbone.conv_encoder(
+        normalise(images, IMAGENET_MEAN, IMAGENET_STD), torch.ones(2, *size, dtype=torch.long)
+    )
+    x, maps = teacher(images)
+    assert x is None
+    torch.testing.assert_close(maps, tuple(m.permute(0, 2, 3, 1) for m, _ in features))
+    assert teacher.spec == FeatureSpec(None, (16, 32, 64), (8.0, 16.0, 32.0))
+    # Only the image backbone is kept.
+    kept = sum(p.numel() for p in teacher.parameters())
+    assert kept == sum(p.numel() for p in model.model.backbone.conv_encoder.parameters())
+
+
+@pytest.mark.parametrize("checkpoint", ["dinov2", "dinov2_reg"])
+@pytest.mark.parametrize("size", [(56, 84), SQUARE, (224, 96)])  # fits the patches; 64 → 70; 96 → 98
+def test_dinov2_sees_the_nearest_multiple_of_its_patch(saved, checkpoint, size):
+    model, folder = saved[checkpoint]
+    images = pictures(size)
+    teacher = build("dinov2", folder, image_size=size)
+    x, maps = teacher(images)
+    fitted = {56: 56, 84: 84, 64: 70, 224: 224, 96: 98}
+    grid = [fitted[side] // 14 for side in size]
+    pixels = F.interpolate(images, [fitted[side] for side in size], mode="bicubic", antialias=True)
+    body = getattr(model, "dinov2_with_registers", model)
+    out = body(normalise(pixels, IMAGENET_MEAN, IMAGENET_STD))
+    skip = 5 if checkpoint == "dinov2_reg" else 1
+    torch.testing.assert_close(x, out.last_hidden_state[:, 0])
+    torch.testing.assert_close(maps, (out.last_hidden_state[:, skip:].reshape(2, *grid, 32),), rtol=1e-4, atol=1e-5)
+    assert teacher.spec.strides == pytest.approx((((size[0] / grid[0]) * (size[1] / grid[1])) ** 0.5,))
+
+
+def test_backbone_gives_the_stages_asked_for(saved):
+    model, folder = saved["swin"]
+    images = pictures(WIDE)
+    teacher = build("backbone", folder, levels=[1, 3], image_size=WIDE)
+    x, maps = teacher(images)
+    backbone = transformers.SwinBackbone(transformers.SwinConfig(**SWIN, out_indices=[1, 3])).eval()
+    backbone.swin.load_state_dict(model.swin.state_dict())  # the stages' norms keep scale 1 and shift 0
+    expected = backbone(normalise(images, IMAGENET_MEAN, IMAGENET_STD)).feature_maps
+    assert x is None
+    torch.testing.assert_close(maps, tuple(m.permute(0, 2, 3, 1) for m in expected))
+    assert teacher.spec == FeatureSpec(None, (8, 32), (4.0, 16.0))
+    assert build("backbone", folder).spec == FeatureSpec(None, (64,), (32.0,))  # no levels: the last stage
+
+
+def test_resnet_backbone_matches_hidden_states(saved):
+    model, folder = saved["resnet"]
+    images = pictures(SQUARE)
+    _, maps = build("backbone", folder, levels=[2, 4])(images)
+    hidden = model.resnet(normalise(images, IMAGENET_MEAN, IMAGENET_STD), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(maps, (hidden[2].permute(0, 2, 3, 1), hidden[4].permute(0, 2, 3, 1)))
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_mean_and_std_come_from_the_image_processor(saved, tmp_path, file):
+    folder = edited(saved, "clip", tmp_path)
+    mean, std = (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)
+    values = {"image_mean": mean, "image_std": std, "do_normalize": True}
+    (folder / file).write_text(json.dumps(values if file.startswith("pre") else {"image_processor": values}))
+    model, images = saved["clip"][0], pictures(SQUARE)
+    x = build("clip", folder)(images).x
+    torch.testing.assert_close(
+        x, model.visual_projection(model.vision_model(normalise(images, mean, std)).pooler_output)
+    )
+
+
+def test_clip_with_patch_14_loses_no_pixel():
+    teacher = build("clip", arch=dict(CLIP, patch_size=14, image_size=56), image_size=(64, 96))
+    assert teacher.spec.strides == pytest.approx(((64 / 5 * 96 / 7) ** 0.5,))  # 70×98 seen, not 56×84
+    images = pictures((64, 96))
+    corner = images.clone()
+    corner[:, :, -4:, -4:] = 1 - corner[:, :, -4:, -4:]  # what a plain stride-14 convolution would cut off
+    assert (teacher(images).maps[0] - teacher(corner).maps[0]).abs().amax() > 0.1
+
+
+# ---------------------------------------------------------------------------------------------------- frozen, dtypes
+
+
+@pytest.mark.parametrize("kind", ["clip", "grounding_dino", "dinov2", "backbone"])
+def test_frozen_and_usable_in_autograd(saved, kind):
+    arch = {"clip": CLIP, "grounding_dino": SWIN, "dinov2": dict(VIT, image_size=56)}.get(kind)
+    arch = arch or dict(RESNET, model_type="resnet")
+    teacher = build(kind, arch=arch)
+    before = {k: v.clone() for k, v in teacher.net.state_dict().items()}
+    torch.nn.ModuleList([teacher]).train()
+    assert not any(m.training for m in teacher.modules())
+    images = pictures(SQUARE).requires_grad_()
+    with torch.enable_grad():
+        x, maps = teacher(images)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not any(f.requires_grad or f.is_inference() for f in (*maps, *([] if x is None else [x])))
+    scale = torch.ones(1, requires_grad=True)
+    (maps[0] * scale).sum().backward()  # the map is saved for backward
+    assert scale.grad.item() == pytest.approx(maps[0].sum().item(), rel=1e-3, abs=1e-2)
+    for key, value in teacher.net.state_dict().items():  # batch statistics included
+        assert torch.equal(value, before[key]), key
+
+
+def test_maps_are_views():
+    maps = build("backbone", arch=dict(RESNET, model_type="resnet"), levels=[2, 3])(pictures(SQUARE)).maps
+    assert all(m.permute(0, 3, 1, 2).is_contiguous() for m in maps)
+
+
+@pytest.mark.parametrize("kind", ["clip", "grounding_dino", "dinov2_reg"])
+def test_bf16_weights_with_fp32_normalisation(saved, kind):
+    folder = saved[kind][1]
+    half = build(kind.removesuffix("_reg"), folder, dtype=torch.bfloat16)
+    full = build(kind.removesuffix("_reg"), folder)
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters())
+    assert half.mean.dtype == half.std.dtype == torch.float32
+    images = pictures(SQUARE)
+    for a, b in zip((half(images).x, *half(images).maps), (full(images).x, *full(images).maps), strict=True):
+        if b is not None:
+            assert a.dtype == torch.bfloat16
+            assert (a.float() - b).norm() < 0.03 * b.norm()
+
+
+@pytest.mark.parametrize("kind", ["clip", "grounding_dino", "dinov2"])
+def test_compiles(saved, kind):
+    teacher = build(kind, saved[kind][1])
+    images = pictures(SQUARE)
+    expected, found = teacher(images), torch.compile(teacher, backend="aot_eager")(images)
+    torch.testing.assert_close(found.maps, expected.maps)
+    if expected.x is not None:
+        torch.testing.assert_close(found.x, expected.x)
+
+
+# ------------------------------------------------------------------------------------------------------ random weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "arch"),
+    [
+        ("clip", CLIP),
+        ("grounding_dino", SWIN),
+        ("dinov2", dict(VIT, image_size=56)),
+        ("dinov2", dict(VIT, image_size=56, num_register_tokens=2)),
+        ("backbone", dict(RESNET, model_type="resnet")),
+    ],
+)
+def test_random_teachers_are_reproducible_and_see_the_image(kind, arch, caplog):
+    state = torch.get_rng_state()
+    with caplog.at_level(logging.WARNING):
+        teacher = build(kind, arch=arch, name="guess")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert "'guess'" in caplog.text
+    assert "RANDOM" in caplog.text
+    images = pictures(SQUARE, n=6)
+    features = teacher(images)
+    again, other = build(kind, arch=arch, name="guess")(images), build(kind, arch=arch, name="guess", seed=1)(images)
+    namesake = build(kind, arch=arch, name="another")(images)
+    for i, m in enumerate(features.maps):
+        assert torch.equal(m, again.maps[i])
+        assert (m - other.maps[i]).norm() > 0.1 * m.norm()
+        assert (m - namesake.maps[i]).norm() > 0.1 * m.norm()
+        rms = m.square().mean().sqrt()
+        assert m.flatten(1, 2).std(1).mean() > 0.1 * rms  # between tokens of an image
+        assert m.std(0).mean() > 0.1 * rms  # between images
+    if features.x is not None:
+        assert features.x.std(0).mean() > 0.2 * features.x.square().mean().sqrt()
+
+
+def test_real_sizes_of_the_random_defaults():
+    with torch.device("meta"):
+        swin = build_net("grounding_dino")
+        clip = build_net("clip")
+    assert swin.channels == [192, 384, 768]
+    assert sum(p.numel() for p in swin.parameters()) == 27_519_354 + 2_688  # Swin-T and the norms of three stages
+    assert (clip.config.patch_size, clip.config.hidden_size, clip.config.projection_dim) == (16, 768, 512)
+    assert sum(p.numel() for p in clip.parameters()) == 86_192_640  # the image half of CLIP B/16
+
+
+def build_net(kind):
+    return teachers._random_net("t", config(kind), seed=0)
+
+
+def test_two_register_tokens_make_the_model_with_registers():
+    assert build("dinov2", arch=dict(VIT, image_size=56, num_register_tokens=2)).first_patch == 3
+    assert build("dinov2", arch=dict(VIT, image_size=56)).first_patch == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def message(*args, **kwargs):
+    with pytest.raises(TeacherError) as caught:
+        build(*args, **kwargs)
+    return str(caught.value)
+
+
+def test_unknown_kind_and_idle_keys(saved):
+    assert "teachers.t.kind" in message("sam")
+    assert "teachers.t.levels" in message("clip", arch=CLIP, levels=[1])
+    assert "teachers.t.arch" in message("clip", saved["clip"][1], arch={"patch_size": 16})
+
+
+def test_arch_keywords_are_checked():
+    text = message("clip", arch={"patchsize": 16})
+    assert "teachers.t.arch.patchsize" in text
+    assert "patch_size" in text
+    assert "embed_dim" in message("grounding_dino", arch={"embed_dims": 8})
+    assert "num_register_tokens" in message("dinov2", arch={"num_register_token": 2})
+    assert "convnext" in message("backbone", arch={"model_type": "convnxt"})
+    assert "model_type" in message("backbone", arch={"depths": [1]})
+    assert "hidden_size" in message("clip", arch=dict(CLIP, hidden_size="wide"))  # wrong type
+    assert "teachers.t.arch" in message("clip", arch=dict(CLIP, hidden_size=33))  # 33 channels for 2 heads
+
+
+def test_folder_missing_or_without_a_model(tmp_path):
+    text = message("clip", tmp_path / "nowhere")
+    assert "teachers.t.weights" in text
+    assert str(tmp_path / "nowhere") in text
+    (tmp_path / "notes.txt").write_text("")
+    text = message("clip", tmp_path)
+    assert "notes.txt" in text
+    assert "config.json" in text
+    assert "hub id" in message("clip", "no/such/folder")
+
+
+def test_wrong_model_in_the_folder(saved):
+    text = message("grounding_dino", saved["clip"][1])
+    assert "'clip'" in text
+    assert "teachers.t.kind to 'clip'" in text
+    assert "'grounding-dino'" in text
+    assert "'resnet'" in message("dinov2", saved["resnet"][1])
+    assert "'clip'" in message("backbone", saved["clip"][1])
+
+
+@pytest.mark.parametrize("levels", [[1, 9], [3, 2]])
+def test_levels_are_checked(saved, levels):
+    for text in (
+        message("backbone", saved["swin"][1], levels=levels),
+        message("backbone", arch=dict(RESNET, model_type="resnet"), levels=levels),
+    ):
+        assert text.startswith("teachers.t.levels")
+        assert "4 = stage4" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "lost"),
+    [
+        ("clip", "visual_projection.weight"),
+        ("grounding_dino", "model.backbone.conv_encoder.model.embeddings.norm.weight"),
+        ("dinov2", "layernorm.bias"),
+        ("resnet", "resnet.embedder.embedder.normalization.running_mean"),
+    ],
+)
+def test_missing_weights_are_named(saved, tmp_path, kind, lost):
+    def drop(weights):
+        del weights[lost]
+        return weights
+
+    text = message({"resnet": "backbone"}.get(kind, kind), edited(saved, kind, tmp_path, drop))
+    assert lost.split(".", 1)[-1].removeprefix("backbone.conv_encoder.model.") in text
+    assert "lacks" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "config_key"),
+    [("clip", "vision_config"), ("dinov2", None), ("dinov2_reg", None), ("grounding_dino", None)],
+)
+def test_weights_without_a_place_are_named(saved, tmp_path, kind, config_key):
+    """A config with fewer layers than the checkpoint would silently cut the network short."""
+
+    def shorten(values):
+        if kind == "grounding_dino":
+            values["backbone_config"]["depths"] = [1, 1, 1, 1]
+        else:
+            (values[config_key] if config_key else values)["num_hidden_layers"] = 1
+            for stages in ("stage_names", "out_features", "out_indices"):
+                values.pop(stages, None)
+
+    text = message(kind.removesuffix("_reg"), edited(saved, kind, tmp_path, edit_config=shorten))
+    assert "no place" in text
+    assert ".1." in text
+
+
+def test_wrong_shapes_and_damaged_files(saved, tmp_path):
+    def widen(weights):
+        weights["visual_projection.weight"] = torch.zeros(9, 32)
+        return weights
+
+    folder = edited(saved, "clip", tmp_path, widen)
+    assert "visual_projection.weight (9, 32), expected (24, 32)" in message("clip", folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "damaged" in message("clip", folder)
+    (folder / "config.json").write_text("{")
+    assert "config.json" in message("clip", folder)
+
+
+def test_index_tables_in_old_checkpoints_do_no_harm(saved, tmp_path):
+    def age(weights):
+        weights["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+        return weights
+
+    build("clip", edited(saved, "clip", tmp_path, age))
+
+
+# ----------------------------------------------------------------------------------------------------------------- hub
+
+
+def test_hub_id_without_network_fails_fast(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    start = time.perf_counter()
+    text = message("clip", "openai/clip-vit-base-patch16")
+    assert time.perf_counter() - start < 5
+    assert "teachers.t.weights" in text
+    assert "hf download openai/clip-vit-base-patch16" in text
+    assert '"random"' in text
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "offline" in message("clip", "openai/clip-vit-base-patch16").lower()
+
+
+def test_hub_cache_is_used_without_asking_the_network(saved, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    repository = tmp_path / "models--lab--clip"
+    shutil.copytree(saved["clip"][1], repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: pytest.fail("asked the hub"))
+    images = pictures(SQUARE)
+    torch.testing.assert_close(build("clip", "lab/clip")(images), build("clip", saved["clip"][1])(images))
+    # A cache with a config only (another program looked) is not a model.
+    (repository / "snapshots" / "abc" / "model.safetensors").unlink()
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: (_ for _ in ()).throw(OSError("down")))
+    assert "down" in message("clip", "lab/clip")
+
+
+def test_of_a_hub_repository_only_what_is_read_is_fetched():
+    both = ["README.md", "config.json", "flax_model.msgpack", "preprocessor_config.json", "onnx/model.safetensors"]
+    pickled = ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "tf_model.h5"]
+    sharded = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    small = ["config.json", "preprocessor_config.json"]
+    assert sorted(teachers._wanted_files(both + pickled + sharded)) == sorted(sharded + small)
+    assert sorted(teachers._wanted_files(both + pickled)) == sorted(pickled[:2] + small)

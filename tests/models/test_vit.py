@@ -1,0 +1,217 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kpu_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD, ViT, normalise, resize_to_stride_16
+
+transformers = pytest.importorskip("transformers", reason="the reference is transformers' Dinov2")
+
+TINY = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "mlp_ratio": 4,
+    "patch_size": 14,
+    "image_size": 98,
+    "layerscale_value": 0.7,
+}
+REAL = {**TINY, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 518}
+
+
+def reference(with_registers, **arch):
+    """transformers' model with every parameter away from its start value, so that none can be forgotten unseen."""
+    torch.manual_seed(0)
+    if with_registers:
+        config = transformers.Dinov2WithRegistersConfig(num_register_tokens=4, **arch)
+        model = transformers.Dinov2WithRegistersModel(config)
+    else:
+        model = transformers.Dinov2Model(transformers.Dinov2Config(**arch))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return reference(True, **TINY)
+
+
+def images(height, width, batch=2):
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def imagenet(pixels):
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels - mean) / std
+
+
+# The grid of the learned positions (7×7), a larger square, 3:5, and 49 patches in another shape than 7×7.
+SIZES = [(98, 98), (140, 140), (84, 140), (14, 686)]
+
+
+@pytest.mark.parametrize("with_registers", [False, True])
+@pytest.mark.parametrize("swiglu", [False, True])
+@torch.no_grad()
+def test_equals_transformers(with_registers, swiglu):
+    model = reference(with_registers, use_swiglu_ffn=swiglu, **TINY)
+    vit = ViT.from_hf(model)
+    for size in SIZES:
+        x, patches = vit(images(*size))
+        expected = model(pixel_values=imagenet(images(*size)))
+        skip = 5 if with_registers else 1
+        torch.testing.assert_close(x, expected.pooler_output, rtol=0, atol=1e-5)
+        torch.testing.assert_close(patches.flatten(1, 2), expected.last_hidden_state[:, skip:], rtol=0, atol=1e-5)
+        assert patches.shape[1:3] == (size[0] // 14, size[1] // 14)
+
+
+@torch.no_grad()
+def test_equals_transformers_at_the_size_of_vit_b():
+    model = reference(True, **REAL)
+    x, patches = ViT.from_hf(model)(images(84, 140, batch=1))
+    expected = model(pixel_values=imagenet(images(84, 140, batch=1)))
+    torch.testing.assert_close(x, expected.pooler_output, rtol=0, atol=1e-5)
+    torch.testing.assert_close(patches.flatten(1, 2), expected.last_hidden_state[:, 5:], rtol=0, atol=1e-5)
+
+
+class OldNames(nn.Module):
+    """The same weights under the names that transformers had before it renamed them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.config, self.state = model.config, model.state_dict()
+
+    def state_dict(self):
+        old = {}
+        for name, tensor in self.state.items():
+            for new, before in (("q", "query"), ("k", "key"), ("v", "value")):
+                name = name.replace(f"attention.{new}_proj", f"attention.attention.{before}")
+            name = name.replace("attention.o_proj", "attention.output.dense").replace(
+                "mlp.down_proj", "mlp.weights_out"
+            )
+            if "gate_proj" in name:
+                up = self.state[name.replace("gate_proj", "up_proj")]
+                name, tensor = name.replace("gate_proj", "weights_in"), torch.cat([tensor, up])
+            if "up_proj" not in name:
+                old[name] = tensor
+        return old
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_reads_the_names_of_older_transformers(swiglu):
+    model = reference(False, use_swiglu_ffn=swiglu, **TINY)
+    if not any("attention.q_proj" in name for name in model.state_dict()):
+        pytest.skip("this transformers has the older names itself")
+    expected = ViT.from_hf(model).state_dict()
+    found = ViT.from_hf(OldNames(model)).state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_loads_a_local_folder(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    expected, found = ViT.from_hf(tiny).state_dict(), ViT.from_hf(str(tmp_path)).state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_missing_weights_say_how_to_get_them(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"the folder \./no/such/folder does not exist"):
+        ViT.from_hf("./no/such/folder")
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        ViT.from_hf(str(tmp_path))
+
+    def offline(*args, **kwargs):
+        raise OSError("cannot connect")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    with pytest.raises(FileNotFoundError, match=r"hf download facebook/dinov2-base.*model\.safetensors"):
+        ViT.from_hf("facebook/dinov2-base")
+
+
+def test_weights_of_another_model_are_refused(tiny, tmp_path):
+    transformers.ViTConfig(hidden_size=32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="of type 'vit'; expected dinov2"):
+        ViT.from_hf(str(tmp_path))
+    other = copy.deepcopy(tiny)
+    other.config.hidden_act = "relu"
+    with pytest.raises(ValueError, match="hidden_act is 'relu'"):
+        ViT.from_hf(other)
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    arch = {"patch_size": 4, "dim": 16, "depth": 2, "heads": 2, "registers": 1, "image_size": 16}
+    return ViT(**{**arch, **changes})
+
+
+def test_normalises_in_fp32_before_the_cast():
+    pixels = images(8, 12)
+    torch.testing.assert_close(normalise(pixels, torch.float32), imagenet(pixels), rtol=0, atol=0)
+    assert torch.equal(normalise(pixels, torch.bfloat16), imagenet(pixels).bfloat16())
+    # The mean colour, with which batches are padded, is exactly 0 afterwards, whatever the model's dtype.
+    grey = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    assert normalise(grey, torch.bfloat16).abs().max() < 1e-6
+
+
+@torch.no_grad()
+def test_bf16_stays_close_to_fp32():
+    vit = small()
+    exact, rounded = vit(images(16, 24)), copy.deepcopy(vit).bfloat16()(images(16, 24))
+    for a, b in zip(exact, rounded, strict=True):
+        assert b.dtype == torch.bfloat16
+        torch.testing.assert_close(a, b.float(), rtol=0, atol=0.1)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    gradients = []
+    for switch in (False, True):
+        vit = small(activation_checkpointing=switch)
+        x, patches = vit(images(16, 24))
+        (x.sum() + patches.square().sum()).backward()
+        gradients.append([parameter.grad for parameter in vit.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def antialiased_bicubic(n_in, n_out):
+    """(n_out, n_in) weights of the cubic kernel with a = −½, widened by the scale of the reduction."""
+    scale = n_in / n_out
+    t = ((torch.arange(n_in) + 0.5)[None] - (torch.arange(n_out) + 0.5)[:, None].double() * scale).abs() / scale
+    near, far = 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
+    weights = torch.where(t < 1, near, torch.where(t < 2, far, torch.zeros_like(t)))
+    return weights / weights.sum(1, keepdim=True)
+
+
+def test_stride_16_resize_gives_one_patch_per_16_pixels():
+    pixels = images(64, 96)
+    rows, columns = antialiased_bicubic(64, 4 * 14), antialiased_bicubic(96, 6 * 14)
+    expected = torch.einsum("ih,bchw,jw->bcij", rows, pixels.double(), columns)
+    torch.testing.assert_close(resize_to_stride_16(pixels, 14).double(), expected, rtol=0, atol=1e-5)
+    assert resize_to_stride_16(pixels, 16) is pixels
+
+
+def test_parameters_of_vit_b():
+    arch = {"patch_size": 14, "dim": 768, "depth": 12, "heads": 12}
+    with torch.device("meta"):
+        plain, registers = ViT(**arch), ViT(**arch, registers=4)
+    # 86,580,480 as published holds the mask token of DINOv2's pre-training (768), which this model leaves out.
+    assert sum(p.numel() for p in plain.parameters()) == 86_580_480 - 768
+    assert sum(p.numel() for p in registers.parameters()) == 86_580_480 - 768 + 4 * 768
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: small(heads=3), "dim 16 must be a multiple of heads 3"),
+        (lambda: small(image_size=18), "image_size 18 must be a multiple of patch_size 4"),
+        (lambda: small()(images(16, 18)), "multiples of patch_size 4, got 16×18"),
+        (lambda: small()(images(16, 16)[:, :1]), "images must be"),
+        (lambda: resize_to_stride_16(images(64, 90), 14), "multiples of 16, got 64×90"),
+        (lambda: small(attention="flash"), "unknown"),
+    ],
+)
+def test_wrong_sizes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

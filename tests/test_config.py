@@ -1,0 +1,131 @@
+"""The config tree: what is shipped is valid, and every mistake is answered with the key, what was found, what would do."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kpu_fast.config import ConfigError, load_config
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_configs_are_valid(path):
+    assert load_config(path).name == path.stem
+
+
+def test_ablation_is_four_configs():
+    a, b, c, kpu = (load_config(ROOT / "configs" / f"{n}.json") for n in ("base_a", "base_b", "base_c", "h100_deformable"))
+    assert a.student.adapter is None
+    assert not a.student.freeze_vit
+    assert all(cfg.student.adapter.cross_attention == "deformable" and cfg.student.freeze_vit for cfg in (b, c, kpu))
+    assert [(cfg.objective.t2s, cfg.objective.rec) for cfg in (a, b, c, kpu)] == [(False,) * 2] * 2 + [(True, False), (True, True)]
+    assert {cfg.steps for cfg in (a, b, c, kpu)} == {40000}
+
+
+def test_overrides_reach_nested_keys_and_wildcards():
+    cfg = load_config(
+        ROOT / "configs" / "demo.json",
+        ["optimizer.lr=1e-4", "teachers.*.data.batch_size=3", "name=other", "source=/data", "deepspeed.zero_optimization.stage=2"],
+    )
+    assert (cfg.optimizer.lr, cfg.name) == (1e-4, "other")
+    assert [(t.data.batch_size, t.data.source) for t in cfg.teachers.values()] == [(3, "/data")] * 3
+    assert cfg.deepspeed_config()["zero_optimization"] == {"stage": 2}
+    assert cfg.deepspeed_config()["train_micro_batch_size_per_gpu"] == 9
+
+
+def test_deepspeed_block_goes_through_untouched():
+    block = {"zero_optimization": {"stage": 3, "overlap_comm": False}, "wall_clock_breakdown": True, "steps_per_print": 7}
+    cfg = load_config(ROOT / "configs" / "demo.json", [f"deepspeed={json.dumps(block)}"])
+    assert block.items() <= cfg.deepspeed_config().items()
+
+
+MISTAKES = [
+    ("stepz=3", "stepz: unknown key; did you mean 'steps'?"),
+    ("teachers.clip.data.batchsize=3", "teachers.clip.data.batchsize: unknown key; did you mean 'batch_size'?"),
+    ("objective.zzz=3", "objective.zzz: unknown key; known here: t2s, rec"),
+    ('steps="100"', 'steps: found "100" (a string); it should be a valid integer'),
+    ("steps=true", "steps: found true (a boolean)"),
+    ("steps=0", "steps: found 0 (an integer); it should be greater than or equal to 1"),
+    ("optimizer.lr=1e999", "optimizer.lr: found Infinity (a number)"),
+    ("optimizer.lr=NaN", "optimizer.lr: found NaN (a number)"),
+    ("precision=fp16", "precision: found \"fp16\" (a string); it should be 'bf16' or 'fp32'"),
+    ("name=../evil", 'name: found "../evil" (a string)'),
+    ("teachers={}", "teachers: found {} (an object)"),
+    ("teachers.clip=null", "teachers.clip: found null (null)"),
+    ("teachers.clip.data.size=[100,128]", "teachers.clip.data.size.0: found 100 (an integer); it should be a multiple of 32"),
+    ("teachers.clip.data.source=7", "teachers.clip.data.source: found 7 (an integer); it should be a valid string or a valid array"),
+    ("teachers.clip.data.crop_scale=[0.9,0.1]", "teachers.clip.data.crop_scale: found [0.9, 0.1]"),
+    ("teachers.clip.levels=[1]", 'teachers.clip.levels: found [1] with kind "clip"'),
+    ("teachers.clip.weights=openai/clip", 'teachers.clip.arch: found with weights "openai/clip"'),
+    ("teachers.clip.kind=backbone", 'teachers.clip.levels: found None with kind "backbone"'),
+    ("student.adapter=null", "student.freeze_vit: true without an adapter"),
+    ("student.adapter.points=3", 'student.adapter.points: belongs to cross_attention "deformable"'),
+    ("objective.t2s=false", "objective.rec: reconstruction starts from the common space"),
+    ("optimizer.warmup_steps=121", "optimizer.warmup_steps: found 121, more than steps = 120"),
+    ("deepspeed.zero_optimization.stage=4", "deepspeed.zero_optimization: found"),
+    ("deepspeed.optimizer.type=Adam", "deepspeed.optimizer: set it through optimizer"),
+    ("deepspeed.bf16.enabled=true", "deepspeed.bf16: found {'enabled': True}, which contradicts"),
+    ("deepspeed.fp16.enabled=true", "deepspeed.fp16: not supported"),
+    ("deepspeed.bf16=true", "deepspeed.bf16: found True; expected an object"),
+    ("deepspeed.gradient_accumulation_steps=2", "deepspeed.gradient_accumulation_steps: found 2"),
+    ("deepspeed.gradient_clipping=5", "deepspeed.gradient_clipping: found 5"),
+    ("optimizer", "--set optimizer: expected path.to.key=value"),
+    ("name.deeper=1", "--set name.deeper=1: name is not an object"),
+    ("teachers..x=1", "--set teachers..x=1: expected path.to.key=value"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_mistakes_are_named(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(ROOT / "configs" / "demo.json", [override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "expected an object"),
+        ('{"name": "a", "name": "b"}', "appears twice"),
+        ('{"extends": "missing.json"}', "cannot be read"),
+        ('{"extends": "self.json"}', "in a circle"),
+        ('{"extends": 3}', "extends: found 3"),
+        ("{}", "steps: missing"),
+        ("\x00\xff", "not valid JSON"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path, text, message):
+    (tmp_path / "self.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "self.json")
+
+
+def test_extends_merges_objects_and_replaces_the_rest(tmp_path):
+    child = {"extends": str(ROOT / "configs" / "demo.json"), "name": "child", "optimizer": {"lr": 0.5}, "source": ["x"]}
+    (tmp_path / "child.json").write_text(json.dumps(child))
+    cfg, base = load_config(tmp_path / "child.json"), load_config(ROOT / "configs" / "demo.json")
+    assert (cfg.name, cfg.optimizer.lr, cfg.optimizer.warmup_steps) == ("child", 0.5, base.optimizer.warmup_steps)
+    assert cfg.teachers["clip"].data.source == ["x"]
+
+
+def test_command_answers_in_one_line_before_any_model_library_loads(tmp_path):
+    script = (
+        "import sys, runpy\n"
+        f"sys.argv = ['train.py', '--config', {str(ROOT / 'configs' / 'demo.json')!r}, '--set', 'stepz=3']\n"
+        f"sys.path.insert(0, {str(ROOT / 'kpu_fast')!r})\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / 'kpu_fast' / 'train.py')!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    heavy = {'torch', 'deepspeed', 'transformers', 'nvidia.dali'} & set(sys.modules)\n"
+        "    print('code', end.code, 'heavy', sorted(heavy))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "code 2 heavy []"
+    assert done.stderr.count("\n") == 1
+    assert "stepz: unknown key; did you mean 'steps'?" in done.stderr
