@@ -1,4 +1,6 @@
-"""The torch path of align.py: the same forward and backward as its kernels, on whole tensors."""
+"""The torch path of align.py: the same forward and backward as its kernels, in blocks that stay in the CPU's cache."""
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,9 @@ from torch import Tensor
 from .resize import resize_bilinear_reference
 
 EPS = 1e-8  # torch.nn.functional.cosine_similarity's
+# Numbers per side at once, so that a block's dozen passes run in the cache. Of 2¹⁴…2¹⁹ the fastest or within 20 % of it
+# for (1, 50, 84, 384) and (32, 14, 14, 768) float32 on 1 and 2 threads of a shared x86 server, November 2026.
+BLOCK = 1 << 18
 
 
 def compute_dtype(source: Tensor, target: Tensor) -> torch.dtype:
@@ -44,19 +49,18 @@ def forward(
     rows, stats, grad_source, grad_target,
 ):  # fmt: skip
     """Fill rows (B, H, W), and stats (3, B, H, W) and the gradients where they are not empty."""
-    s, t = _common_grid(source, target, mean, std, valid, resize)
-    st, ss, tt = (s * t).sum(-1), (s * s).sum(-1), (t * t).sum(-1)  # (B, H, W)
-    smooth = F.smooth_l1_loss(s, t, beta=beta, reduction="none").mean(-1)
-    cos_share, l1_share = share[:, :, None, None]
-    torch.mul(smooth, l1_weight * l1_share, out=rows)
-    if not by_map:
-        rows += cos_weight * cos_share * (1 - cosine(st, ss, tt))
-    if valid is not None:
-        rows.masked_fill_(~valid, 0)
-    if stats.numel():
-        torch.stack((st, ss, tt), out=stats)
     upstream = rows.new_ones(()).expand(rows.shape)
-    _gradients(s, t, std, valid, (st, ss, tt), share, upstream, cos_weight, l1_weight, beta, grad_source, grad_target)
+    for at, s, t in _blocks(source, target, mean, std, valid, resize):
+        sums = (s * t).sum(-1), (s * s).sum(-1), (t * t).sum(-1)  # (b, h, W)
+        cos_share, l1_share = share[:, at[0], None, None]
+        value = (l1_weight * l1_share) * F.smooth_l1_loss(s, t, beta=beta, reduction="none").mean(-1)
+        if not by_map:
+            value += cos_weight * cos_share * (1 - cosine(*sums))
+        rows[at] = value if valid is None else value.masked_fill_(~valid[at], 0)
+        if stats.numel():
+            stats[:, at[0], at[1]] = torch.stack(sums)
+        weights = _token_weights(upstream, share, valid, at, cos_weight, l1_weight / s.shape[-1])
+        _gradients(s, t, std, sums, *weights, beta, _part(grad_source, at), _part(grad_target, at))
 
 
 def backward(
@@ -64,34 +68,57 @@ def backward(
     grad_source, grad_target,
 ):  # fmt: skip
     """Fill the gradients that are not empty; upstream is (B, H, W)."""
-    s, t = _common_grid(source, target, mean, std, valid, resize)
-    _gradients(s, t, std, valid, stats, share, upstream, cos_weight, l1_weight, beta, grad_source, grad_target)
+    stats = stats.expand(3, *upstream.shape)  # (3, B, 1, 1) where the cosine is one per sample
+    for at, s, t in _blocks(source, target, mean, std, valid, resize):
+        weights = _token_weights(upstream, share, valid, at, cos_weight, l1_weight / s.shape[-1])
+        sums = stats[:, at[0], at[1]]
+        _gradients(s, t, std, sums, *weights, beta, _part(grad_source, at), _part(grad_target, at))
 
 
-def _common_grid(source, target, mean, std, valid, resize) -> tuple[Tensor, Tensor]:
+def _blocks(source, target, mean, std, valid, resize) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
+    """(where, source, target): a few samples, or a few rows of one, on the common grid, standardised, padding 0."""
+    batch, height, width, channels = (target if resize == "source" else source).shape
+    block = BLOCK if source.device.type == "cpu" else source.numel() + target.numel()
+    samples = max(1, block // (height * width * channels))
+    lines = height if samples > 1 else max(1, block // (width * channels))
     compute = compute_dtype(source, target)
-    s, t = source.to(compute), target.to(compute)
-    if resize == "source":
-        s = resize_bilinear_reference(s, t.shape[1:3])
-    elif resize == "target":
-        t = resize_bilinear_reference(t, s.shape[1:3])
-    t = t if mean is None else t - mean.to(compute)
-    t = t if std is None else t / std.to(compute)
-    if valid is not None:
-        # Not a product: padding may hold NaN.
-        s, t = s.masked_fill(~valid[..., None], 0), t.masked_fill(~valid[..., None], 0)
-    return s, t
+    mean = None if mean is None else mean.to(compute)
+    std = None if std is None else std.to(compute)
+    for first in range(0, batch, samples):
+        some = slice(first, first + samples)
+        s, t = source[some], target[some]
+        if resize == "source":
+            s = resize_bilinear_reference(s.to(compute), (height, width))
+        elif resize == "target":
+            t = resize_bilinear_reference(t.to(compute), (height, width))
+        for line in range(0, height, lines):
+            at = some, slice(line, line + lines)
+            s_block, t_block = s[:, at[1]].to(compute), t[:, at[1]].to(compute)
+            t_block = t_block if mean is None else t_block - mean
+            t_block = t_block if std is None else t_block / std
+            if valid is not None:
+                # Not a product: padding may hold NaN.
+                padding = ~valid[at][..., None]
+                s_block, t_block = s_block.masked_fill(padding, 0), t_block.masked_fill(padding, 0)
+            yield at, s_block, t_block
 
 
-def _gradients(s, t, std, valid, stats, share, upstream, cos_weight, l1_weight, beta, grad_source, grad_target):
+def _part(grad: Tensor, at: tuple[slice, slice]) -> Tensor:
+    return grad[at] if grad.numel() else grad
+
+
+def _token_weights(upstream, share, valid, at, cos_weight, l1_weight) -> tuple[Tensor, Tensor]:
+    """Upstream gradient times weight, of the cosine and of one channel's smooth-L1; (b, h, W), 0 on padding."""
+    upstream = upstream[at] if valid is None else upstream[at].masked_fill(~valid[at], 0)
+    cos_share, l1_share = share[:, at[0], None, None]
+    return upstream * (cos_weight * cos_share), upstream * (l1_weight * l1_share)
+
+
+def _gradients(s, t, std, sums, u_cos, u_l1, beta, grad_source, grad_target):
     if not (grad_source.numel() or grad_target.numel()):
         return
-    st, ss, tt = stats
+    st, ss, tt = sums
     s_norm, t_norm = ss.sqrt().clamp(min=EPS), tt.sqrt().clamp(min=EPS)
-    if valid is not None:
-        upstream = upstream.masked_fill(~valid, 0)
-    u_cos = upstream * (cos_weight * share[0])[:, None, None]
-    u_l1 = upstream * (l1_weight / s.shape[-1] * share[1])[:, None, None]
     difference = s - t
     slope = difference.div_(beta).clamp_(-1, 1) if beta > 0 else difference.sign_()
     slope *= u_l1[..., None]

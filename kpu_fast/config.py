@@ -68,7 +68,9 @@ class TeacherConfig(_Strict):
     def _consistent(self) -> TeacherConfig:
         _arch_only_with_random(self.weights, self.arch)
         if (self.kind == "backbone") != (self.levels is not None):
-            raise _impossible(f'levels: found {self.levels} with kind "{self.kind}"; kind "backbone" needs it, no other takes it')
+            raise _impossible(
+                f'levels: found {self.levels} with kind "{self.kind}"; kind "backbone" needs it, no other takes it'
+            )
         if self.kind == "backbone" and self.weights == "random" and "model_type" not in self.arch:
             raise _impossible('arch: random weights of kind "backbone" need arch.model_type, e.g. "swin"')
         return self
@@ -88,11 +90,13 @@ class ViTConfig(_Strict):
 
 def _arch_only_with_random(weights: str, arch: dict[str, Any]) -> None:
     if arch and weights != "random":
-        raise _impossible(f'arch: found with weights "{weights}", which bring their own; remove it or set weights to "random"')
+        raise _impossible(
+            f'arch: found with weights "{weights}", which bring their own; remove it or set weights to "random"'
+        )
 
 
 class AdapterConfig(_Strict):
-    """ViT-Adapter (arXiv 2205.08534). "flash" is dense softmax cross-attention, another architecture than "deformable"."""
+    """ViT-Adapter (arXiv 2205.08534); "flash" is dense softmax cross-attention, another architecture."""
 
     cross_attention: Literal["flash", "deformable"] = "flash"
     interactions: int = Field(default=4, ge=1)
@@ -122,12 +126,14 @@ class StudentConfig(_Strict):
     @model_validator(mode="after")
     def _something_to_train(self) -> StudentConfig:
         if self.adapter is None and self.freeze_vit:
-            raise _impossible("freeze_vit: true without an adapter leaves no encoder to train; set it to false or give an adapter")
+            raise _impossible(
+                "freeze_vit: true without an adapter leaves no encoder to train; set it to false or give an adapter"
+            )
         return self
 
 
 class ObjectiveConfig(_Strict):
-    """L_KPU = L_s2t + L_t2s + rec_weight L_rec; each L_align = x_weight Lcos(x) + cos_weight Lcos(V) + l1_weight SmoothL1(V)."""
+    """L_s2t + L_t2s + rec_weight L_rec, each x_weight Lcos(x) + cos_weight Lcos(V) + l1_weight SmoothL1_beta(V)."""
 
     t2s: bool = True
     rec: bool = True
@@ -140,7 +146,9 @@ class ObjectiveConfig(_Strict):
     @model_validator(mode="after")
     def _rec_needs_t2s(self) -> ObjectiveConfig:
         if self.rec and not self.t2s:
-            raise _impossible("rec: reconstruction starts from the common space; set objective.t2s to true or rec to false")
+            raise _impossible(
+                "rec: reconstruction starts from the common space; set objective.t2s to true or rec to false"
+            )
         return self
 
 
@@ -185,7 +193,9 @@ class Config(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if self.optimizer.warmup_steps > self.steps:
-            raise _impossible(f"optimizer.warmup_steps: found {self.optimizer.warmup_steps}, more than steps = {self.steps}")
+            raise _impossible(
+                f"optimizer.warmup_steps: found {self.optimizer.warmup_steps}, more than steps = {self.steps}"
+            )
         _check_deepspeed(self)
         return self
 
@@ -211,14 +221,18 @@ def _check_deepspeed(cfg: Config) -> None:
             raise _impossible(f"deepspeed.{key}: set it through {instead}")
     if block.get("gradient_accumulation_steps", 1) != 1:
         found = block["gradient_accumulation_steps"]
-        raise _impossible(f"deepspeed.gradient_accumulation_steps: found {found}; a step is one backward, so 1 or nothing")
+        raise _impossible(
+            f"deepspeed.gradient_accumulation_steps: found {found}; a step is one backward, so 1 or nothing"
+        )
     if _enabled(block, "fp16"):
         raise _impossible('deepspeed.fp16: not supported; set precision to "bf16" or "fp32"')
     if "bf16" in block and _enabled(block, "bf16") != (cfg.precision == "bf16"):
         raise _impossible(f'deepspeed.bf16: found {block["bf16"]}, which contradicts precision = "{cfg.precision}"')
     if "gradient_clipping" in block and block["gradient_clipping"] != cfg.optimizer.clip_grad_norm:
         found = block["gradient_clipping"]
-        raise _impossible(f"deepspeed.gradient_clipping: found {found}, but optimizer.clip_grad_norm = {cfg.optimizer.clip_grad_norm}")
+        raise _impossible(
+            f"deepspeed.gradient_clipping: found {found}, but optimizer.clip_grad_norm = {cfg.optimizer.clip_grad_norm}"
+        )
     zero = block.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise _impossible(f"deepspeed.zero_optimization: found {zero}; expected an object with stage 0, 1, 2 or 3")
@@ -254,7 +268,9 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a JSON file such as configs/demo.json") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); expected a JSON file such as configs/demo.json"
+        ) from None
     except ValueError as error:  # includes bad UTF-8
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(tree, dict):
@@ -278,7 +294,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _merge(base: Any, over: Any) -> Any:
     if not (isinstance(base, dict) and isinstance(over, dict)):
         return over
-    return {key: _merge(base[key], over[key]) if key in base and key in over else (over | base)[key] for key in base | over}
+    return {
+        key: _merge(base[key], over[key]) if key in base and key in over else (over | base)[key] for key in base | over
+    }
 
 
 def _share_source(tree: dict[str, Any]) -> None:

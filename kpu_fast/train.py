@@ -1,4 +1,6 @@
-"""Train a student:  deepspeed kpu_fast/train.py --config configs/demo.json [--set path.to.key=value ...] [--resume auto|DIR]
+"""Train a student.
+
+    deepspeed kpu_fast/train.py --config configs/demo.json [--set path.to.key=value ...] [--resume auto|DIR]
 
 The same file runs under `deepspeed`, `torchrun` and plain `python`, on GPUs and on a CPU.
 Exit codes: 0 finished, or stopped by SIGTERM/SIGINT after writing a checkpoint; 2 a config, data, model or output that
@@ -13,14 +15,18 @@ from pathlib import Path
 # A script's own folder comes first on sys.path, where data/ and models/ would shadow other packages of those names.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from kpu_fast.config import ConfigError, load_config
+from kpu_fast.config import ConfigError, load_config  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, check the config, train; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Train one vision student from several frozen teachers.")
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train one vision student from several frozen teachers."
+    )
     parser.add_argument("--config", required=True, help="a JSON file such as configs/demo.json")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. optimizer.lr=1e-4")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. optimizer.lr=1e-4"
+    )
     parser.add_argument("--resume", metavar="auto|DIR", help="go on from the run's newest checkpoint, or from DIR")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args(argv)

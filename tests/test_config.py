@@ -1,4 +1,4 @@
-"""The config tree: what is shipped is valid, and every mistake is answered with the key, what was found, what would do."""
+"""The config tree: what is shipped is valid, and a mistake is answered with the key, what was found, what would do."""
 
 import json
 import subprocess
@@ -19,18 +19,29 @@ def test_shipped_configs_are_valid(path):
 
 
 def test_ablation_is_four_configs():
-    a, b, c, kpu = (load_config(ROOT / "configs" / f"{n}.json") for n in ("base_a", "base_b", "base_c", "h100_deformable"))
+    a, b, c, kpu = (
+        load_config(ROOT / "configs" / f"{n}.json") for n in ("base_a", "base_b", "base_c", "h100_deformable")
+    )
     assert a.student.adapter is None
     assert not a.student.freeze_vit
     assert all(cfg.student.adapter.cross_attention == "deformable" and cfg.student.freeze_vit for cfg in (b, c, kpu))
-    assert [(cfg.objective.t2s, cfg.objective.rec) for cfg in (a, b, c, kpu)] == [(False,) * 2] * 2 + [(True, False), (True, True)]
+    assert [(cfg.objective.t2s, cfg.objective.rec) for cfg in (a, b, c, kpu)] == [(False,) * 2] * 2 + [
+        (True, False),
+        (True, True),
+    ]
     assert {cfg.steps for cfg in (a, b, c, kpu)} == {40000}
 
 
 def test_overrides_reach_nested_keys_and_wildcards():
     cfg = load_config(
         ROOT / "configs" / "demo.json",
-        ["optimizer.lr=1e-4", "teachers.*.data.batch_size=3", "name=other", "source=/data", "deepspeed.zero_optimization.stage=2"],
+        [
+            "optimizer.lr=1e-4",
+            "teachers.*.data.batch_size=3",
+            "name=other",
+            "source=/data",
+            "deepspeed.zero_optimization.stage=2",
+        ],
     )
     assert (cfg.optimizer.lr, cfg.name) == (1e-4, "other")
     assert [(t.data.batch_size, t.data.source) for t in cfg.teachers.values()] == [(3, "/data")] * 3
@@ -39,7 +50,11 @@ def test_overrides_reach_nested_keys_and_wildcards():
 
 
 def test_deepspeed_block_goes_through_untouched():
-    block = {"zero_optimization": {"stage": 3, "overlap_comm": False}, "wall_clock_breakdown": True, "steps_per_print": 7}
+    block = {
+        "zero_optimization": {"stage": 3, "overlap_comm": False},
+        "wall_clock_breakdown": True,
+        "steps_per_print": 7,
+    }
     cfg = load_config(ROOT / "configs" / "demo.json", [f"deepspeed={json.dumps(block)}"])
     assert block.items() <= cfg.deepspeed_config().items()
 
@@ -57,8 +72,14 @@ MISTAKES = [
     ("name=../evil", 'name: found "../evil" (a string)'),
     ("teachers={}", "teachers: found {} (an object)"),
     ("teachers.clip=null", "teachers.clip: found null (null)"),
-    ("teachers.clip.data.size=[100,128]", "teachers.clip.data.size.0: found 100 (an integer); it should be a multiple of 32"),
-    ("teachers.clip.data.source=7", "teachers.clip.data.source: found 7 (an integer); it should be a valid string or a valid array"),
+    (
+        "teachers.clip.data.size=[100,128]",
+        "teachers.clip.data.size.0: found 100 (an integer); it should be a multiple of 32",
+    ),
+    (
+        "teachers.clip.data.source=7",
+        "teachers.clip.data.source: found 7 (an integer); it should be a valid string or a valid array",
+    ),
     ("teachers.clip.data.crop_scale=[0.9,0.1]", "teachers.clip.data.crop_scale: found [0.9, 0.1]"),
     ("teachers.clip.levels=[1]", 'teachers.clip.levels: found [1] with kind "clip"'),
     ("teachers.clip.weights=openai/clip", 'teachers.clip.arch: found with weights "openai/clip"'),

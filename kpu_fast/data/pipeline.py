@@ -48,6 +48,7 @@ class Stream:
 
     def __init__(self, data_cfg, index: Index, *, rank, world_size, device, seed, state=None):
         self._index = index
+        self._digest = index.digest()
         self._seed = seed
         self._source = data_cfg.source
         self._device = torch.device(device)
@@ -78,7 +79,9 @@ class Stream:
     def __next__(self) -> Batch:
         try:
             images, *size = self._pipe.run()
-        except RuntimeError as error:
+        except OSError:  # a read failed; the message names the file
+            raise
+        except Exception as error:  # DALI raises RuntimeError, ValueError, IndexError, … on data it cannot use
             raise RuntimeError(
                 f"source {self._source!r}: DALI could not make a batch. If a file changed since the scan, run "
                 f"`python -m kpu_fast.data.scan` on it again. DALI said: {error}"
@@ -94,7 +97,7 @@ class Stream:
 
     def state(self) -> str:
         """What `Stream(…, state=…)` needs to hand out the batches that would come next. The same at every rank."""
-        return json.dumps({"images_seen": self._images_seen, "seed": self._seed, "images": self._index.digest()})
+        return json.dumps({"images_seen": self._images_seen, "seed": self._seed, "images": self._digest})
 
     def _check(self, data_cfg, rank, world_size):
         if data_cfg.fit not in ("crop", "pad"):
@@ -116,7 +119,7 @@ class Stream:
                 f"source {self._source!r}: the stream was saved with seed {saved['seed']}, the run has "
                 f"seed {self._seed}; set it back, or start anew without the checkpoint"
             )
-        if saved["images"] != self._index.digest():
+        if saved["images"] != self._digest:
             warnings.warn(
                 f"source {self._source!r}: the images changed since the checkpoint; the stream goes on after "
                 f"{saved['images_seen']:,} images, but not with the batches it would have had",

@@ -170,11 +170,11 @@ def _png(image: Image.Image) -> bytes:
 def _dali_size(data: bytes) -> tuple[int, int] | None:
     """(height, width) of `data` decoded by DALI; None where DALI fails."""
     pipe = getattr(_local, "pipe", None) or _dali_decoder()
-    _local.pipe = None  # a pipeline that raised is dead: keep it only after a success
+    _local.pipe = None  # DALI calls a pipeline that raised invalid: keep it only after a success
     pipe.feed_input("data", [np.frombuffer(data, np.uint8)])
     try:
         (images,) = pipe.run()
-    except RuntimeError:
+    except Exception:  # DALI raises RuntimeError, ValueError, IndexError, … on broken data
         return None
     _local.pipe = pipe
     return tuple(images.at(0).shape[:2])

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: written beside, renamed, then named in `latest`.
 
-    checkpoints/latest            the name of the newest one, written last
-    checkpoints/step-00000120/    DeepSpeed's model and optimiser state, rank-<r>.pt (RNG, data streams), meta.json
+checkpoints/latest            the name of the newest one, written last
+checkpoints/step-00000120/    DeepSpeed's model and optimiser state, rank-<r>.pt (RNG, data streams), meta.json
 """
 
 import json
@@ -67,7 +67,9 @@ class Checkpoints:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{folder}: does not fit this config or is damaged ({reason})") from error
         if loaded is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found no state in it; name a checkpoint folder such as step-00000100")
+            raise CheckpointError(
+                f"{folder}: DeepSpeed found no state in it; name a checkpoint folder such as step-00000100"
+            )
         return state | {"step": meta["step"]}
 
     def newest(self) -> Path | None:
@@ -119,7 +121,9 @@ def resolve_resume(resume: str | None, folder: Path) -> Path | None:
     newest = newest_checkpoint(folder)
     if resume is None:
         if newest is not None:
-            raise CheckpointError(f"{folder}: holds {newest.name} of an earlier run; add --resume auto to go on, or change name")
+            raise CheckpointError(
+                f"{folder}: holds {newest.name} of an earlier run; add --resume auto to go on, or change name"
+            )
         return None
     if resume == "auto":
         return newest
@@ -127,7 +131,9 @@ def resolve_resume(resume: str | None, folder: Path) -> Path | None:
     for candidate in (named, newest_checkpoint(named), newest_checkpoint(named / "checkpoints")):
         if candidate is not None and (candidate / META).is_file():
             return candidate.resolve()
-    raise CheckpointError(f"--resume {resume}: no checkpoint there; name a run's folder, a step-… folder in it, or auto")
+    raise CheckpointError(
+        f"--resume {resume}: no checkpoint there; name a run's folder, a step-… folder in it, or auto"
+    )
 
 
 def _whole(folder: Path) -> list[Path]:
@@ -156,4 +162,3 @@ def _finite(engine) -> bool:
     # ZeRO 3 keeps a rank's share of a parameter in ds_tensor.
     shares = [getattr(p, "ds_tensor", p) for p in engine.module.parameters() if p.requires_grad]
     return bool(torch.stack([share.detach().isfinite().all() for share in shares]).all())
-

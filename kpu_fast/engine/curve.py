@@ -21,7 +21,12 @@ def save_curve(folder: Path) -> Path:
     for axis, term in zip(axes[0], terms, strict=True):
         for key in keys:
             if key.endswith(f"/{term}"):
-                axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=key.rpartition("/")[0], linewidth=1.2)
+                axis.plot(
+                    [row["step"] for row in rows],
+                    [row[key] for row in rows],
+                    label=key.rpartition("/")[0],
+                    linewidth=1.2,
+                )
         axis.set_title(titles.get(term, term), fontsize=10)
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""Ranks, devices and the two collectives the engine needs, the same under `deepspeed`, `torchrun` and plain `python`."""
+"""Ranks, devices and the collectives the engine needs, the same under `deepspeed`, `torchrun` and `python`."""
 
 import logging
 import os

@@ -41,7 +41,7 @@ def train(cfg: Config, resume: str | None = None) -> None:
     """Train `cfg` to its last step and write the result; every rank calls it.
 
     resume: None (a new run), "auto" (the run's newest checkpoint, or a new run) or a checkpoint's folder.
-    Raises RunError before the first step, Diverged on a NaN or Inf loss, CheckpointError when a checkpoint is not written.
+    Raises RunError before the first step, Diverged on a NaN or Inf loss, CheckpointError when one is not written.
     """
     world = init_distributed()
     folder = Path(cfg.output) / cfg.name
@@ -60,7 +60,9 @@ def train(cfg: Config, resume: str | None = None) -> None:
     try:
         finished = _run_steps(cfg, world, parts, streams, checkpoints, state["step"])
     except Diverged as error:
-        raise Diverged(f"{error}. The last good checkpoint is {checkpoints.newest() or 'none: no step was saved'}") from None
+        raise Diverged(
+            f"{error}. The last good checkpoint is {checkpoints.newest() or 'none: no step was saved'}"
+        ) from None
     if finished:
         write_result(cfg, folder, world, parts.engine.module.student, parts.teachers, parts.indexes)
     dist.barrier()
@@ -180,7 +182,9 @@ def _announce(cfg: Config, world: World, parts: Parts, start: int, checkpoint: P
     module = parts.engine.module
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
     frozen = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if not p.requires_grad)
-    print(f"{cfg.name}: {world.size} x {world.device.type}, {cfg.precision}, attention: {describe(cfg.student.attention)}")
+    print(
+        f"{cfg.name}: {world.size} x {world.device.type}, {cfg.precision}, attention: {describe(cfg.student.attention)}"
+    )
     print(f"trainable {trainable / 1e6:.1f} M parameters (student and heads), frozen {frozen / 1e6:.1f} M")
     for name, index in parts.indexes.items():
         data = cfg.teachers[name].data

@@ -1,7 +1,8 @@
 """What the owner of a run sees while it goes: bar, metrics.jsonl, TensorBoard, and the stop when a loss is not finite.
 
 The losses of a step are averaged over ranks and copied to the host while the next step already runs: reading them costs
-no wait on a GPU. So a NaN is noticed one step later, and `flush` looks at what is outstanding before a checkpoint is written.
+no wait on a GPU. So a NaN is noticed one step later, and `flush` looks at what is outstanding before a checkpoint is
+written.
 """
 
 import json
@@ -47,9 +48,13 @@ class Monitor:
             self._file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
             quiet = 0.5 if sys.stderr.isatty() else 10.0
-            self._bar = tqdm(total=steps, initial=start, desc="train", unit="step", mininterval=quiet, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=steps, initial=start, desc="train", unit="step", mininterval=quiet, dynamic_ncols=True
+            )
 
-    def push(self, step: int, terms: dict[str, Tensor], total: Tensor, want_stop: bool, facts: dict[str, float]) -> None:
+    def push(
+        self, step: int, terms: dict[str, Tensor], total: Tensor, want_stop: bool, facts: dict[str, float]
+    ) -> None:
         """Hand in a step's losses (device scalars) and report the step before. Raises Diverged."""
         vector = torch.stack([*(t.detach().float() for t in terms.values()), total.detach().float()])
         vector = torch.cat([vector / self.world.size, vector.new_full((1,), float(want_stop))])

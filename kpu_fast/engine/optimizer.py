@@ -31,7 +31,7 @@ def build_optimizer(cfg, module: nn.Module, device: torch.device) -> torch.optim
 
 
 def build_scheduler(cfg, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Learning rate of step k: linear up to cfg.lr over cfg.warmup_steps, then a cosine down to cfg.min_lr at `steps`."""
+    """Learning rate of a step: linear up to cfg.lr over cfg.warmup_steps, then a cosine to cfg.min_lr at `steps`."""
     floor = cfg.min_lr / cfg.lr
 
     def factor(done: int) -> float:

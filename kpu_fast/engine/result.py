@@ -19,7 +19,7 @@ PICTURED = 3  # images per teacher in features.png
 
 
 def write_result(cfg: Config, folder: Path, world: World, student: Student, teachers: dict, indexes: dict) -> None:
-    """Write student/, features.png and losses.png into the run's folder and print where they are; every rank calls it."""
+    """Write student/, features.png and losses.png into the run's folder, print where they are; all ranks call it."""
     from deepspeed import zero
 
     # ZeRO 3 holds a share of each parameter on every rank; elsewhere this gathers nothing.
@@ -42,7 +42,8 @@ def write_result(cfg: Config, folder: Path, world: World, student: Student, teac
 def peak_memory(device: torch.device) -> str:
     """The most memory this process held so far, in words."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB allocated on {torch.cuda.get_device_name(device)}"
+        allocated = torch.cuda.max_memory_allocated(device) / 2**30
+        return f"{allocated:.2f} GiB allocated on {torch.cuda.get_device_name(device)}"
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB resident on the CPU"
 
 

@@ -109,14 +109,17 @@ class DenseCrossAttention(nn.Module):
             raise ValueError(f"Adapter: inner dimension {inner} must be a multiple of {_HEAD_DIM} (or below it).")
         self.backend = backend
         self.q = nn.Linear(dim, inner)
-        self.kv = nn.Linear(dim, 2 * inner)
+        # No bias: softmax ignores one on the keys (Adam would make a random walk of its rounding noise), and one on the
+        # values adds to that of `out`.
+        self.kv = nn.Linear(dim, 2 * inner, bias=False)
         self.out = nn.Linear(inner, dim)
 
     def reset_parameters(self) -> None:
         """Xavier weights, zero biases."""
         for linear in (self.q, self.kv, self.out):
             nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.q.bias)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, query: Tensor, memory: Tensor, where: Sampling | None) -> Tensor:
         q = self.q(query).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q, 64)
@@ -131,8 +134,8 @@ def _conv_norm_relu(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, fewer where they do not divide the channels."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """GroupNorm, up to 32 groups of two channels or more: one channel alone would lose any bias added before it."""
+    return nn.GroupNorm(math.gcd(32, channels // 2), channels)
 
 
 class SpatialPrior(nn.Module):
@@ -291,12 +294,11 @@ class Adapter(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         nn.init.normal_(self.level_embed)
         for module in self.modules():
             if isinstance(module, DeformableCrossAttention | DenseCrossAttention):

@@ -52,6 +52,7 @@ class Student(nn.Module):
         runtime = {"attention": attention, "activation_checkpointing": activation_checkpointing}
         self.vit = ViT(**vit, **runtime)
         self.vit.requires_grad_(not freeze_vit)
+        self.vit.embed.mask_token.requires_grad_(False)  # nothing reads it
         self.dim = self.vit.dim
         self.strides: tuple[int, ...] = (16,) if adapter is None else STRIDES
         self.spec = FeatureSpec(self.dim, (self.dim,) * len(self.strides), tuple(map(float, self.strides)))

@@ -247,7 +247,7 @@ def _random_net(name: str, cfg, seed: int) -> nn.Module:
 
 def _init_random(net: nn.Module) -> None:
     # The usual std of 0.02 leaves x the same for every image (cosine to the mean 0.998 in CLIP-B/16). With variance
-    # 1/fan_in, and queries and keys twice as large so that attention is selective, it is 0.88 (docs/teachers.md).
+    # 1/fan_in, and queries and keys twice as large so that attention is selective, it is 0.90 (docs/teachers.md).
     for path, module in net.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             gain = 2.0 if path.rsplit(".", 1)[-1] in ("q_proj", "k_proj", "query", "key") else 1.0

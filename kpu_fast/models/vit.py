@@ -98,6 +98,54 @@ class Block(nn.Module):
         return x + self.ls2 * self.mlp(self.norm2(x))
 
 
+class Embeddings(nn.Module):
+    """Images to tokens: patch embedding, cls, registers, learned positions.
+
+    A module of its own, called as one: ZeRO 3 brings a module's parameters together when the module is called.
+    """
+
+    def __init__(self, patch_size: int, dim: int, registers: int, image_size: int):
+        super().__init__()
+        self.patch_size, self.grid = patch_size, image_size // patch_size
+        self.patch = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
+        self.positions = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))  # cls, then the patches
+        # Only DINOv2's own pre-training reads it; kept, never trained, so that a checkpoint comes out as it went in.
+        self.mask_token = nn.Parameter(torch.zeros(1, dim), requires_grad=False)
+
+    def positions_on(self, height: int, width: int) -> Tensor:
+        """Learned positions for a grid of height × width patches, bicubic in fp32. Returns (1, 1 + height·width, D)."""
+        if (height, width) == (self.grid, self.grid):
+            return self.positions
+        cls, patches = self.positions[:, :1], self.positions[:, 1:]
+        maps = patches.float().unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
+        # The released weights with registers were trained with an antialiased resize, those without were not.
+        antialias = self.register_tokens is not None
+        maps = F.interpolate(maps, (height, width), mode="bicubic", align_corners=False, antialias=antialias)
+        return torch.cat([cls, maps.permute(0, 2, 3, 1).flatten(1, 2).to(cls.dtype)], dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise images (B, 3, H, W) in [0, 1] and turn them into tokens (B, prefix + H/p·W/p, D).
+
+        Raises ValueError unless H and W are multiples of the patch size p.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"ViT: images must be (B, 3, H, W), got shape {tuple(images.shape)}.")
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"ViT: image height and width must be multiples of patch_size {self.patch_size}, got {height}×{width}."
+            )
+        patches = self.patch(normalise(images, self.patch.weight.dtype))  # (B, D, H/p, W/p)
+        positions = self.positions_on(*patches.shape[-2:])
+        patches = patches.flatten(2).transpose(1, 2) + positions[:, 1:]  # (B, N, D)
+        prefix = [(self.cls_token + positions[:, :1]).expand(len(images), -1, -1)]
+        if self.register_tokens is not None:
+            prefix.append(self.register_tokens.expand(len(images), -1, -1))
+        return torch.cat([*prefix, patches], dim=1)  # (B, prefix + N, D)
+
+
 class ViT(nn.Module):
     """DINOv2's vision transformer.
 
@@ -146,11 +194,7 @@ class ViT(nn.Module):
         self.prefix = 1 + registers  # tokens before the patches
         self.activation_checkpointing = activation_checkpointing
 
-        self.grid = image_size // patch_size
-        self.patch_embed = nn.Conv2d(3, dim, patch_size, stride=patch_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))  # cls, then the patches
+        self.embed = Embeddings(patch_size, dim, registers, image_size)
         hidden = int(dim * mlp_ratio)
         self.blocks = nn.ModuleList(Block(dim, heads, hidden, swiglu, layer_scale, attention) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=_EPS)
@@ -161,41 +205,10 @@ class ViT(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
-        if self.register_tokens is not None:
-            nn.init.normal_(self.register_tokens, std=1e-6)
-
-    def positions(self, height: int, width: int) -> Tensor:
-        """Learned positions for a grid of height × width patches, bicubic in fp32. Returns (1, 1 + height·width, D)."""
-        if (height, width) == (self.grid, self.grid):
-            return self.pos_embed
-        cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        maps = patches.float().unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
-        # The released weights with registers were trained with an antialiased resize, those without were not.
-        antialias = self.register_tokens is not None
-        maps = F.interpolate(maps, (height, width), mode="bicubic", align_corners=False, antialias=antialias)
-        return torch.cat([cls, maps.permute(0, 2, 3, 1).flatten(1, 2).to(cls.dtype)], dim=1)
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Normalise images (B, 3, H, W) in [0, 1] and turn them into tokens (B, prefix + H/p·W/p, D).
-
-        Raises ValueError unless H and W are multiples of the patch size p.
-        """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"ViT: images must be (B, 3, H, W), got shape {tuple(images.shape)}.")
-        height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"ViT: image height and width must be multiples of patch_size {self.patch_size}, got {height}×{width}."
-            )
-        patches = self.patch_embed(normalise(images, self.patch_embed.weight.dtype))  # (B, D, H/p, W/p)
-        positions = self.positions(*patches.shape[-2:])
-        patches = patches.flatten(2).transpose(1, 2) + positions[:, 1:]  # (B, N, D)
-        prefix = [(self.cls_token + positions[:, :1]).expand(len(images), -1, -1)]
-        if self.register_tokens is not None:
-            prefix.append(self.register_tokens.expand(len(images), -1, -1))
-        return torch.cat([*prefix, patches], dim=1)  # (B, prefix + N, D)
+        nn.init.trunc_normal_(self.embed.positions, std=0.02)
+        nn.init.normal_(self.embed.cls_token, std=1e-6)
+        if self.embed.register_tokens is not None:
+            nn.init.normal_(self.embed.register_tokens, std=1e-6)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Final-normed cls (B, D) and patch map (B, H/p, W/p, D) of images (B, 3, H, W) in [0, 1]."""
@@ -217,7 +230,6 @@ class ViT(nn.Module):
         """A ViT with the weights of transformers' Dinov2Model or Dinov2WithRegistersModel.
 
         weights: a hub id (facebook/dinov2-base, facebook/dinov2-with-registers-base, …), a local folder, or the model.
-        The mask token, used in DINOv2's own pre-training only, is left out.
         Raises FileNotFoundError when the weights cannot be had and ValueError when they are not a DINOv2.
         """
         model = weights if isinstance(weights, nn.Module) else _load_hf(str(weights))
@@ -298,15 +310,17 @@ _HF_FUSED = {
 
 def _hf_state(hf: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
     state = {
-        "cls_token": hf["embeddings.cls_token"],
-        "pos_embed": hf["embeddings.position_embeddings"],
-        "patch_embed.weight": hf["embeddings.patch_embeddings.projection.weight"],
-        "patch_embed.bias": hf["embeddings.patch_embeddings.projection.bias"],
+        "embed.cls_token": hf["embeddings.cls_token"],
+        "embed.positions": hf["embeddings.position_embeddings"],
+        "embed.patch.weight": hf["embeddings.patch_embeddings.projection.weight"],
+        "embed.patch.bias": hf["embeddings.patch_embeddings.projection.bias"],
         "norm.weight": hf["layernorm.weight"],
         "norm.bias": hf["layernorm.bias"],
     }
+    # transformers leaves the mask token out where the config says use_mask_token = false.
+    state["embed.mask_token"] = hf.get("embeddings.mask_token", torch.zeros_like(hf["embeddings.cls_token"][0]))
     if "embeddings.register_tokens" in hf:
-        state["register_tokens"] = hf["embeddings.register_tokens"]
+        state["embed.register_tokens"] = hf["embeddings.register_tokens"]
     for i in range(depth):
         theirs, ours = f"encoder.layer.{i}", f"blocks.{i}"
         for n in (1, 2):

@@ -6,8 +6,8 @@
     L_rec = 1/T sum_t L_align(X_t, h_rec(h_t2s(X_t)))                                  (4)   back again
     L_KPU = L_t2s + L_s2t + lambda L_rec
 
-X = {x, V} is the student, X_t a teacher. Each h resizes bilinearly to the grid where the comparison happens and then runs
-one MLP per map and one for x. A teacher without x has no l1 term; several maps of one teacher are averaged.
+X = {x, V} is the student, X_t a teacher. Each h resizes bilinearly to the grid where the comparison happens and then
+runs one MLP per map and one for x. A teacher without x has no l1 term; several maps of one teacher are averaged.
 """
 
 from collections.abc import Mapping, Sequence

@@ -223,6 +223,16 @@ def test_a_file_that_no_longer_decodes_names_the_source(folder, make):
         take(stream(index, make.config()), 1)
 
 
+def test_an_image_that_shrank_after_the_scan_names_the_source(tmp_path, make):
+    path = tmp_path / "a.bmp"
+    make.ramp(1, 200, 10).save(path)
+    index = scan(str(path))
+    make.ramp(1, 10, 200).save(path)  # another shape in at least as many bytes
+    path.write_bytes(path.read_bytes().ljust(index.length[0], b"0"))
+    with pytest.raises(RuntimeError, match="source 'the source': DALI could not make a batch"):
+        take(stream(index, make.config()), 1)
+
+
 def test_bad_arguments_are_named(folder, make):
     index = scan(str(folder))
     with pytest.raises(SourceError, match="10 usable images for 11 ranks"):

@@ -34,7 +34,10 @@ def tiny(photos, tmp_path_factory) -> Path:
         "precision": "fp32",
         "source": str(photos),
         "student": {
-            "vit": {"weights": "random", "arch": {"dim": 32, "depth": 2, "heads": 2, "patch_size": 14, "image_size": 56}},
+            "vit": {
+                "weights": "random",
+                "arch": {"dim": 32, "depth": 2, "heads": 2, "patch_size": 14, "image_size": 56},
+            },
             "adapter": {"cross_attention": "flash", "interactions": 2, "inner_ratio": 1.0, "inplanes": 8},
             "head_hidden": 32,
         },
@@ -93,4 +96,3 @@ def start(tiny, environment, tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, 9)
             process.wait()
-

@@ -19,10 +19,11 @@ WORKER = Path(__file__).parents[1] / "helpers" / "zero_worker.py"
 
 @pytest.fixture(scope="module")
 def plain(tiny) -> tuple[dict, dict]:
-    """(parameters before, after) five steps of textbook torch: no engine, no fused optimiser, the whole batch at once."""
+    """(parameters before, after) five steps of textbook torch: no engine, no fused optimiser, the whole batch."""
     cfg = load_config(tiny)
     teachers = {
-        name: build_teacher(name, t, device="cpu", dtype=torch.float32, image_size=t.data.size) for name, t in cfg.teachers.items()
+        name: build_teacher(name, t, device="cpu", dtype=torch.float32, image_size=t.data.size)
+        for name, t in cfg.teachers.items()
     }
     specs = {name: teacher.spec for name, teacher in teachers.items()}
     torch.manual_seed(cfg.seed)
@@ -36,7 +37,9 @@ def plain(tiny) -> tuple[dict, dict]:
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.optimizer.lr, betas=cfg.optimizer.betas, eps=cfg.optimizer.eps, fused=False)
+    optimizer = torch.optim.AdamW(
+        groups, lr=cfg.optimizer.lr, betas=cfg.optimizer.betas, eps=cfg.optimizer.eps, fused=False
+    )
     scheduler = build_scheduler(cfg.optimizer, optimizer, cfg.steps)
     for step in range(STEPS):
         terms = {}
@@ -53,7 +56,13 @@ def plain(tiny) -> tuple[dict, dict]:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_equal_plain_torch(stage, plain, tiny, environment, tmp_path):
     out = tmp_path / "after.pt"
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(29610 + stage)]
+    launcher = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(29610 + stage),
+    ]
     done = subprocess.run(
         [*launcher, str(WORKER), str(tiny), str(stage), str(out)],
         env=environment, capture_output=True, text=True, cwd=tmp_path,
@@ -64,7 +73,9 @@ def test_two_ranks_equal_plain_torch(stage, plain, tiny, environment, tmp_path):
     assert found["state"].keys() == after.keys()
     moved = 0
     for name, expected in after.items():
-        torch.testing.assert_close(found["state"][name], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            found["state"][name], expected, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
         frozen = name.startswith("student.vit.")
         assert torch.equal(found["state"][name], before[name]) or not frozen
         moved += not torch.equal(expected, before[name])

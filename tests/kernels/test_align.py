@@ -239,6 +239,19 @@ def test_float16_gradient_survives_a_loss_scaler(impl, device):
         assert (got.double() - truth).abs().max() < 1e-3 * truth.abs().max()
 
 
+@pytest.mark.parametrize("block", [24, 200, 700], ids=["a token", "a row of tokens or more", "several samples"])
+@pytest.mark.parametrize(
+    "options",
+    [{"resize": "source"}, {"resize": "target", "reduction": "sample"}, {"resize": "source", "cos_over": "map"}],
+    ids=str,
+)
+def test_blocks_of_the_cpu_path_meet_without_a_seam(options, block, monkeypatch):
+    source, target = sides((5, 3, 4, 24), (5, 7, 4, 24) if block < 700 else (5, 3, 3, 24), "cpu")
+    common = target if options["resize"] == "source" else source
+    monkeypatch.setattr(align_file.align_torch, "BLOCK", block)
+    check("torch", source, target, valid=mask(common.shape[:3], "cpu"), **options)
+
+
 def test_nan_is_never_hidden(impl, device):
     source, target = sides((1, 2, 2, 24), (1, 2, 2, 24), device)
     with torch.no_grad():

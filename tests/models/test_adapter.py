@@ -39,7 +39,7 @@ def images(batch=2):
 
 
 def linear(p, name, x):
-    return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+    return x @ p[f"{name}.weight"].T + p.get(f"{name}.bias", 0)
 
 
 def layer_norm(p, name, x):
@@ -48,7 +48,7 @@ def layer_norm(p, name, x):
 
 
 def norm_2d(p, name, x):
-    groups = math.gcd(32, x.shape[1])
+    groups = math.gcd(32, x.shape[1] // 2)
     parts = x.reshape(len(x), groups, -1)
     parts = (parts - parts.mean(-1, keepdim=True)) / (parts.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     return parts.view_as(x) * p[f"{name}.weight"][:, None, None] + p[f"{name}.bias"][:, None, None]
@@ -183,9 +183,9 @@ def test_parameters_of_the_deformable_adapter_at_vit_b():
         (384, 12, 6, "deformable", 1.0, 5_830_160),
         (384, 12, 6, "deformable", 0.5, 4_353_680),
         (1024, 24, 16, "deformable", 0.5, 23_236_800),
-        (384, 12, 6, "flash", 0.5, 5_333_120),
-        (768, 12, 12, "flash", 0.5, 17_593_280),
-        (1024, 24, 16, "flash", 0.5, 30_190_400),
+        (384, 12, 6, "flash", 0.5, 5_329_280),
+        (768, 12, 12, "flash", 0.5, 17_585_600),
+        (1024, 24, 16, "flash", 0.5, 30_180_160),
     ],
 )
 def test_parameters_of_other_adapters(dim, depth, heads, cross_attention, inner_ratio, expected):
@@ -198,8 +198,7 @@ def test_parameters_of_vit_b_with_registers_and_adapter():
     with torch.device("meta"):
         vit = ViT(patch_size=14, dim=768, depth=12, heads=12, registers=4)
         adapter = Adapter(768, 12, heads=12, cross_attention="deformable")
-    mask_token = 768  # in the released weights, unused outside DINOv2's pre-training, and not in this ViT
-    assert count(vit) + count(adapter) == 100_264_160 - mask_token
+    assert count(vit) + count(adapter) == 100_264_160
 
 
 # ---- start values ----
@@ -254,7 +253,7 @@ def test_gradient_reaches_the_injectors_through_frozen_blocks(cross_attention):
     # The first injector's γ is behind all four blocks: its gradient against a finite difference.
     gamma = adapter.interactions[0].injector.gamma
     direction = torch.randn(gamma.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    analytic, step, values = (gamma.grad * direction).sum(), 1e-4, []
+    analytic, step, values = (gamma.grad * direction).sum(), 3e-5, []
     with torch.no_grad():
         for sign in (1, -2):
             gamma += sign * step * direction

@@ -12,7 +12,9 @@ from kpu_fast.objectives.kpu import KPU, valid_cells
 SPECS = {
     "one": FeatureSpec(x_dim=10, map_dims=(12,), strides=(16.0,)),
     "many": FeatureSpec(x_dim=None, map_dims=(6, 8, 10), strides=(8.0, 16.0, 32.0)),
-    "odd": FeatureSpec(x_dim=7, map_dims=(9,), strides=(96 / 7,)),  # a /14 ViT at 96 pixels: no student map has this size
+    "odd": FeatureSpec(
+        x_dim=7, map_dims=(9,), strides=(96 / 7,)
+    ),  # a /14 ViT at 96 pixels: no student map has this size
 }
 GRIDS = {"one": [(6, 6)], "many": [(12, 16), (6, 8), (3, 4)], "odd": [(7, 7)]}
 
@@ -36,7 +38,9 @@ def make(adapter: bool = True, **objective) -> KPU:
 def batch(name: str, size=(96, 96), pad=False):
     spec = SPECS[name]
     images = torch.rand(2, 3, *size, dtype=torch.float64)
-    maps = tuple(torch.randn(2, *grid, c, dtype=torch.float64) for grid, c in zip(GRIDS[name], spec.map_dims, strict=True))
+    maps = tuple(
+        torch.randn(2, *grid, c, dtype=torch.float64) for grid, c in zip(GRIDS[name], spec.map_dims, strict=True)
+    )
     x = None if spec.x_dim is None else torch.randn(2, spec.x_dim, dtype=torch.float64)
     valid = torch.ones(2, *size, dtype=torch.bool)
     valid[0, 40:] = False
