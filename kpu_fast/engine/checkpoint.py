@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: written beside, renamed, then named in `latest`.
 
 checkpoints/latest            the name of the newest one, written last
-checkpoints/step-00000120/    DeepSpeed's model and optimiser state, rank-<r>.pt (RNG, data streams), meta.json
+checkpoints/step-00000120/    state/ (DeepSpeed: model and optimiser), rank-<r>.pt (RNG, data), meta.json
 """
 
 import json
@@ -16,6 +16,7 @@ from kpu_fast.engine.distributed import World, all_succeeded, on_rank0
 
 LATEST = "latest"
 META = "meta.json"
+STATE = "state"
 
 
 class CheckpointError(RuntimeError):
@@ -38,7 +39,7 @@ class Checkpoints:
         self._raise_if_any(problem, step)
         on_rank0(self.world, lambda: _fresh_folder(partial))
         try:
-            engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
+            engine.save_checkpoint(str(partial), tag=STATE, save_latest=False)
             torch.save(rank_state, partial / f"rank-{self.world.rank}.pt")
         except (OSError, RuntimeError) as error:
             problem = str(error).splitlines()[0]
@@ -61,7 +62,7 @@ class Checkpoints:
                     "ranks and the same ZeRO stage"
                 )
         try:
-            loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            loaded, _ = engine.load_checkpoint(str(folder), tag=STATE)
             state = torch.load(folder / f"rank-{self.world.rank}.pt", weights_only=True)
         except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -79,8 +80,9 @@ class Checkpoints:
     def _publish(self, partial: Path, final: Path, step: int, zero_stage: int) -> None:
         meta = {"step": step, "world_size": self.world.size, "zero_stage": zero_stage, "torch": torch.__version__}
         (partial / META).write_text(json.dumps(meta), encoding="utf-8")
-        for file in partial.iterdir():
-            _flush_to_disk(file)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _flush_to_disk(file)
         if final.exists():  # the same step again, after resuming from an older checkpoint
             shutil.rmtree(final)
         os.replace(partial, final)

@@ -19,7 +19,7 @@ from kpu_fast.engine.monitor import Diverged, Monitor
 from kpu_fast.engine.optimizer import build_optimizer, build_scheduler
 from kpu_fast.engine.result import write_result
 from kpu_fast.engine.run_folder import prepare_run_folder
-from kpu_fast.models.attention import describe
+from kpu_fast.models.attention import BackendError, describe
 from kpu_fast.models.student import Student
 from kpu_fast.models.teachers import Teacher, build_teacher
 from kpu_fast.objectives.kpu import KPU
@@ -52,7 +52,7 @@ def train(cfg: Config, resume: str | None = None) -> None:
         parts = build(cfg, world)
         state = checkpoints.load(parts.engine, checkpoint) if checkpoint else {"step": 0, "streams": {}}
         streams = _open_streams(cfg, parts.indexes, world, state["streams"])
-    except (ValueError, OSError, CheckpointError) as error:
+    except (ValueError, OSError, ImportError, BackendError, CheckpointError) as error:
         raise RunError(str(error)) from error
     if "rng" in state:
         _set_rng(state["rng"], world.device)
@@ -78,10 +78,8 @@ def build(cfg: Config, world: World) -> Parts:
         on_rank0(world, lambda source=teacher.data.source: load_or_scan(source) and None)
         indexes[name] = load_or_scan(teacher.data.source)
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    # A CPU has no fast bf16 for most of it, and frozen teachers gain nothing from it there.
-    teacher_dtype = dtype if world.device.type == "cuda" else torch.float32
     teachers = {
-        name: build_teacher(name, teacher, device=world.device, dtype=teacher_dtype, image_size=teacher.data.size)
+        name: build_teacher(name, teacher, device=world.device, dtype=dtype, image_size=teacher.data.size)
         for name, teacher in cfg.teachers.items()
     }
     specs = {name: teacher.spec for name, teacher in teachers.items()}

@@ -23,13 +23,19 @@ _FLASH = {
     "fa3": ("flash_attn_interface", (9,), "build the hopper/ folder of Dao-AILab/flash-attention"),
     "fa4": ("flash_attn.cute.interface", (9, 10), "pip install --pre flash-attn-4"),
 }
+
+
+class BackendError(RuntimeError):
+    """The attention backend asked for cannot run on this machine."""
+
+
 _HALF = (torch.float16, torch.bfloat16)
 
 
 def check_backend(name: str) -> None:
     """Raise unless attention backend `name` can run on this machine; changes nothing.
 
-    Raises ValueError for a name outside BACKENDS and RuntimeError saying what is missing: a CUDA device, a compute
+    Raises ValueError for a name outside BACKENDS and BackendError saying what is missing: a CUDA device, a compute
     capability or a package. Another backend is never taken instead.
     """
     if name not in BACKENDS:
@@ -37,17 +43,17 @@ def check_backend(name: str) -> None:
     if name in ("auto", "sdpa"):
         return
     if not torch.cuda.is_available():
-        raise RuntimeError(f"attention backend {name!r} needs a CUDA device and torch sees none; use 'auto' here.")
+        raise BackendError(f"attention backend {name!r} needs a CUDA device and torch sees none; use 'auto' here.")
     major, minor = torch.cuda.get_device_capability()
     if name == "cudnn":
         if major < 8 or not torch.backends.cudnn.is_available():
-            raise RuntimeError(
+            raise BackendError(
                 "attention backend 'cudnn' needs cuDNN and compute capability 8.0 or higher; "
                 f"found {major}.{minor}, cuDNN {torch.backends.cudnn.version()}; use 'auto' here."
             )
     elif name == "fa2":
         if major < 8:
-            raise RuntimeError(
+            raise BackendError(
                 f"attention backend 'fa2' needs compute capability 8.0 or higher; found {major}.{minor}."
             )
         _flash_attn_2()
@@ -55,13 +61,13 @@ def check_backend(name: str) -> None:
         module, majors, how = _FLASH[name]
         if major not in majors:
             wanted = " or ".join(f"{m}.x" for m in majors)
-            raise RuntimeError(
+            raise BackendError(
                 f"attention backend {name!r} needs compute capability {wanted}; found {major}.{minor}; use 'auto' here."
             )
         if not _importable(module):
-            raise RuntimeError(f"attention backend {name!r} needs the module {module}, not found; to get it: {how}.")
+            raise BackendError(f"attention backend {name!r} needs the module {module}, not found; to get it: {how}.")
         if name.upper() not in list_flash_attention_impls():
-            raise RuntimeError(f"attention backend {name!r} is not known to torch {torch.__version__}; upgrade torch.")
+            raise BackendError(f"attention backend {name!r} is not known to torch {torch.__version__}; upgrade torch.")
 
 
 @functools.cache
@@ -69,13 +75,13 @@ def activate_backend(name: str) -> None:
     """Check `name` and get it ready; models call it once when they are built.
 
     "fa3" and "fa4" replace the flash kernel behind F.scaled_dot_product_attention for the whole process, so only one of
-    the two can be in use: asking for the other raises RuntimeError. Otherwise raises as `check_backend` does.
+    the two can be in use: asking for the other raises BackendError. Otherwise raises as `check_backend` does.
     """
     check_backend(name)
     if name in _FLASH:
         active = current_flash_attention_impl()
         if active not in (None, name.upper()):
-            raise RuntimeError(
+            raise BackendError(
                 f"attention backend {name!r} cannot be used: {active} is already active in this process, and torch "
                 "holds one of them at a time; give every model the same attention backend."
             )
@@ -106,7 +112,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
 
     q: (B, heads, N, d); k, v: (B, heads, M, d), any strides. Returns (B, heads, N, d) in q's dtype.
     backend: one of BACKENDS. "auto" and "sdpa" let torch choose among its kernels; the others run that kernel or raise.
-    Raises ValueError for an unknown backend or a dtype it cannot take, RuntimeError where it cannot run.
+    Raises ValueError for an unknown backend or a dtype it cannot take, BackendError where it cannot run.
     """
     if not torch.compiler.is_compiling():  # under torch.compile the model has activated it when it was built
         activate_backend(backend)
@@ -139,7 +145,7 @@ def _flash_attn_2():
     try:
         package = importlib.import_module("flash_attn")
     except ImportError as error:
-        raise RuntimeError(f"attention backend 'fa2' needs the package flash_attn ({error}); {how}.") from error
+        raise BackendError(f"attention backend 'fa2' needs the package flash_attn ({error}); {how}.") from error
     if not hasattr(package, "flash_attn_func"):
-        raise RuntimeError(f"attention backend 'fa2' needs flash_attn.flash_attn_func, absent here; {how}.")
+        raise BackendError(f"attention backend 'fa2' needs flash_attn.flash_attn_func, absent here; {how}.")
     return package.flash_attn_func

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kpu_fast.models.adapter import STRIDES, Adapter
-from kpu_fast.models.attention import activate_backend
+from kpu_fast.models.attention import BackendError, activate_backend
 from kpu_fast.models.features import Features, FeatureSpec
 from kpu_fast.models.projector import FeatureHeads
 from kpu_fast.models.vit import ViT, resize_to_stride_16
@@ -122,18 +122,25 @@ class Student(nn.Module):
         freeze_vit, adapter (None, a dict, or an object with `Adapter`'s settings), attention, head_hidden.
         specs: teacher name → FeatureSpec; one head each. Raises as `ViT.from_hf` does.
         """
-        activate_backend(cfg.attention)  # before a long download
+        try:
+            activate_backend(cfg.attention)  # before a long download
+        except BackendError as error:
+            raise BackendError(f"student.attention: {error}") from error
         weights = cfg.vit.weights
         loaded = None if weights == "random" else ViT.from_hf(weights)
-        student = cls(
-            vit=cfg.vit.arch if loaded is None else loaded.config,
-            adapter=_adapter_settings(cfg.adapter),
-            heads=specs,
-            head_hidden=cfg.head_hidden,
-            freeze_vit=cfg.freeze_vit,
-            attention=cfg.attention,
-            activation_checkpointing=activation_checkpointing,
-        )
+        try:
+            student = cls(
+                vit=cfg.vit.arch if loaded is None else loaded.config,
+                adapter=_adapter_settings(cfg.adapter),
+                heads=specs,
+                head_hidden=cfg.head_hidden,
+                freeze_vit=cfg.freeze_vit,
+                attention=cfg.attention,
+                activation_checkpointing=activation_checkpointing,
+            )
+        except TypeError as error:  # a missing, unknown or mistyped keyword argument
+            expected = ", ".join(ViT.__init__.__kwdefaults__ | dict.fromkeys(("patch_size", "dim", "depth", "heads")))
+            raise ValueError(f"student.vit.arch: {error}; ViT takes {expected}.") from error
         if loaded is None:
             frozen = ", and they are frozen" if cfg.freeze_vit else ""
             _LOG.warning('student.vit.weights is "random": the ViT starts from random weights%s.', frozen)

@@ -152,12 +152,14 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(start, tmp_path, environment
     """RLIMIT_FSIZE stands for the full disk: writing beyond it fails as ENOSPC does."""
     run = tmp_path / "tiny"
     finish(start("steps=4"))
-    before = {p: p.read_bytes() for p in (run / "checkpoints" / "step-00000004").iterdir()}
+    kept = run / "checkpoints" / "step-00000004"
+    before = {p: p.read_bytes() for p in kept.rglob("*.pt")}
     limited = ["bash", "-c", 'ulimit -f 100; trap "" XFSZ; exec "$0" "$@"', sys.executable]
     _, err = finish(start("steps=6", launcher=limited, resume="auto"), code=4)
     assert "the checkpoint of step 6 was not written" in err
-    assert f"the last good checkpoint is {run / 'checkpoints' / 'step-00000004'}" in err
-    assert {p: p.read_bytes() for p in (run / "checkpoints" / "step-00000004").iterdir()} == before
+    assert f"the last good checkpoint is {kept}" in err
+    assert {p: p.read_bytes() for p in kept.rglob("*.pt")} == before
+    assert len(before) == 3
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000002", "step-00000004"]
     finish(start("steps=6", resume="auto"))
 
@@ -205,7 +207,7 @@ def test_fewer_images_than_ranks(start, photos, tmp_path):
     assert process.returncode != 0
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "1 image" in errors[0]
+    assert "1 usable image" in errors[0]
     assert "2 ranks" in errors[0]
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kpu_fast.models import attention as module
-from kpu_fast.models.attention import BACKENDS, activate_backend, attention, check_backend, describe
+from kpu_fast.models.attention import BACKENDS, BackendError, activate_backend, attention, check_backend, describe
 
 
 @pytest.fixture(autouse=True)
@@ -65,9 +65,9 @@ def test_an_unknown_backend_is_refused_with_the_choices():
 def test_without_a_gpu_nothing_else_is_taken_instead(backend, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for call in (check_backend, activate_backend, describe):
-        with pytest.raises(RuntimeError, match=f"'{backend}' needs a CUDA device"):
+        with pytest.raises(BackendError, match=f"'{backend}' needs a CUDA device"):
             call(backend)
-    with pytest.raises(RuntimeError, match="needs a CUDA device"):
+    with pytest.raises(BackendError, match="needs a CUDA device"):
         attention(*qkv(torch.bfloat16), backend=backend)
 
 
@@ -85,7 +85,7 @@ def test_without_a_gpu_nothing_else_is_taken_instead(backend, monkeypatch):
 )
 def test_the_error_says_what_is_missing(machine, backend, capability, packages, message):
     machine(capability, packages)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(BackendError, match=message):
         check_backend(backend)
 
 
@@ -100,7 +100,7 @@ def test_fa3_and_fa4_are_activated_once_and_never_both(machine, monkeypatch):
     module.activate_backend.cache_clear()
     activate_backend("fa4")
     assert activated == ["FA4"]
-    with pytest.raises(RuntimeError, match="FA4 is already active"):
+    with pytest.raises(BackendError, match="FA4 is already active"):
         activate_backend("fa3")
     assert "FlashAttention 4" in describe("fa4")
     assert "with FA4 as its flash kernel" in describe("auto")
@@ -116,7 +116,7 @@ def test_fa2_gets_its_own_layout_and_gives_ours_back(machine, monkeypatch):
     package = types.ModuleType("flash_attn")
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     with pytest.raises(
-        RuntimeError, match=r"flash_attn\.flash_attn_func, absent"
+        BackendError, match=r"flash_attn\.flash_attn_func, absent"
     ):  # flash-attn-4 alone looks like this
         check_backend("fa2")
     package.flash_attn_func = flash_attn_func
@@ -130,7 +130,7 @@ def test_fa2_gets_its_own_layout_and_gives_ours_back(machine, monkeypatch):
 def test_fa2_names_the_missing_package(machine, monkeypatch):
     machine((9, 0))
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    with pytest.raises(RuntimeError, match="'fa2' needs the package flash_attn"):
+    with pytest.raises(BackendError, match="'fa2' needs the package flash_attn"):
         check_backend("fa2")
 
 
@@ -149,7 +149,7 @@ def test_a_missing_parent_package_is_not_importable():
 def test_kernels_on_the_gpu_equal_softmax(backend):
     try:
         check_backend(backend)
-    except RuntimeError as error:
+    except BackendError as error:
         pytest.skip(str(error))
     generator = torch.Generator().manual_seed(0)
     # 401 keys: not a multiple of any tile.
