@@ -51,7 +51,7 @@ def train(cfg: Config, resume: str | None = None) -> None:
         on_rank0(world, lambda: prepare_run_folder(folder, cfg))
         parts = build(cfg, world)
         state = checkpoints.load(parts.engine, checkpoint) if checkpoint else {"step": 0, "streams": {}}
-        streams = _open_streams(cfg, parts.indexes, world, state["streams"])
+        streams = open_streams(cfg, parts.indexes, world, state["streams"])
     except (ValueError, OSError, ImportError, BackendError, CheckpointError) as error:
         raise RunError(str(error)) from error
     if "rng" in state:
@@ -140,7 +140,8 @@ def _run_steps(cfg, world, parts: Parts, streams: dict[str, Stream], checkpoints
     return True
 
 
-def _open_streams(cfg: Config, indexes: dict[str, Index], world: World, states: dict[str, Any]) -> dict[str, Stream]:
+def open_streams(cfg: Config, indexes: dict[str, Index], world: World, states: dict[str, Any]) -> dict[str, Stream]:
+    """One stream per teacher; `states` are what the streams of an earlier run returned from state()."""
     place = {"rank": world.rank, "world_size": world.size, "device": world.device}
     streams = {}
     for i, (name, teacher) in enumerate(cfg.teachers.items()):

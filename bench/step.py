@@ -1,0 +1,125 @@
+"""Time and memory of the training step, part by part:  python bench/step.py --config configs/h100_random.json
+
+Runs `--warmup` steps, then `--steps` steps as the training does, without a wait in between (step time, images/s, peak
+memory), then a few steps with a wait after every part (share of each part). Prints a table and writes one JSON with
+device and versions to --out. Times mean something on a GPU only; on a CPU the shares and the memory do.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from kpu_fast.config import ConfigError, load_config
+from kpu_fast.engine.distributed import World, init_distributed
+from kpu_fast.engine.loop import build, open_streams
+from kpu_fast.engine.result import peak_memory
+from kpu_fast.engine.run_folder import circumstances
+
+PARTS = ("data", "teachers", "student and losses", "backward", "optimizer")
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the JSON")
+    args = parser.parse_args()
+    try:
+        cfg = load_config(args.config, args.set)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    world = init_distributed()
+    parts = build(cfg, world)
+    streams = open_streams(cfg, parts.indexes, world, {})
+    for _ in range(args.warmup):
+        _step(parts, streams, lambda part: None)
+    whole = _time_whole(world, parts, streams, args.steps)
+    shares = _time_parts(world, parts, streams, min(10, args.steps))
+    images = world.size * sum(teacher.data.batch_size for teacher in cfg.teachers.values())
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+    result = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device,
+        "ranks": world.size,
+        "step_ms": 1e3 * whole,
+        "images_per_second": images / whole,
+        "peak_memory": peak_memory(world.device),
+        "shares_percent": {part: 100.0 * shares[part] / sum(shares.values()) for part in PARTS},
+        "steps": args.steps,
+        "config": cfg.model_dump(mode="json"),
+        **circumstances(),
+    }
+    if world.rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        file = args.out / f"step-{cfg.name}-{device.lower().replace(' ', '-')}.json"
+        file.write_text(json.dumps(result, indent=2), encoding="utf-8")
+        print(f"{device}: {result['step_ms']:.1f} ms per step, {result['images_per_second']:.1f} images/s")
+        print(f"peak memory: {result['peak_memory']}")
+        for part in PARTS:
+            print(f"  {part:<20}{result['shares_percent'][part]:6.1f} %")
+        print(file)
+    return 0
+
+
+def _step(parts, streams, mark) -> None:
+    """One training step as engine/loop.py runs it; mark(part) is called when a part has been issued."""
+    batches = {name: next(stream) for name, stream in streams.items()}
+    mark("data")
+    targets = {name: parts.teachers[name](batch.images) for name, batch in batches.items()}
+    mark("teachers")
+    terms = {}
+    for name, batch in batches.items():
+        terms |= parts.engine(name, batch.images, targets[name], batch.valid)
+    total = parts.engine.module.total(terms)
+    mark("student and losses")
+    parts.engine.backward(total)
+    mark("backward")
+    parts.engine.step()
+    mark("optimizer")
+
+
+def _time_whole(world: World, parts, streams, steps: int) -> float:
+    """Mean seconds per step of a run of steps that nothing interrupts."""
+    _wait(world)
+    began = time.perf_counter()
+    for _ in range(steps):
+        _step(parts, streams, lambda part: None)
+    _wait(world)
+    return (time.perf_counter() - began) / steps
+
+
+def _time_parts(world: World, parts, streams, steps: int) -> dict[str, float]:
+    """Median seconds of each part, waiting for the device after each."""
+    seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+    for _ in range(steps):
+        _wait(world)
+        last = time.perf_counter()
+
+        def mark(part: str) -> None:
+            nonlocal last
+            _wait(world)
+            now = time.perf_counter()
+            seconds[part].append(now - last)
+            last = now
+
+        _step(parts, streams, mark)
+    return {part: statistics.median(values) for part, values in seconds.items()}
+
+
+def _wait(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
