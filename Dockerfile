@@ -3,17 +3,12 @@
 FROM nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 python3-dev python3-venv git pdsh ninja-build \
+    && apt-get install -y --no-install-recommends git ninja-build pdsh python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH
 RUN python3 -m venv $VIRTUAL_ENV
 
 WORKDIR /opt/kpu_fast
-# The libraries first: a change of our code does not install them again.
-COPY setup.py pyproject.toml constraints.txt README.md ./
-RUN mkdir -p kpu_fast/models kpu_fast/objectives kpu_fast/data kpu_fast/engine kernels \
-    && pip install --no-cache-dir -c constraints.txt '.[train,dev]' \
-    && pip uninstall -y kpu_fast
 COPY . .
 RUN pip install --no-cache-dir -c constraints.txt -e '.[train,dev]'
 CMD ["python", "kpu_fast/train.py", "--config", "configs/demo.json"]

@@ -32,7 +32,6 @@ setup(
     description="Train one vision student from several frozen teachers, fast: KPU with fused alignment losses.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     python_requires=">=3.10",
     packages=PACKAGES,
     package_dir={"kpu_fast": "kpu_fast", "kpu_fast.kernels": "kernels"},

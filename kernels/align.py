@@ -14,12 +14,14 @@
 # elsewhere three sums per token (s·t, s·s, t·t) are kept and the gradient is made in the backward. So is that of
 # float16, which would lose a gradient of size 1/(N·C) to underflow before a loss scaler could save it.
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import align_torch
-from .launch import MAX_CHANNELS, choose_impl
+from .launch import IMPLS, MAX_CHANNELS, MAX_SIDE, choose_impl
 from .resize import channels_last, empty_map, resize_backward, resize_bilinear_reference
 
 EPS = align_torch.EPS
@@ -232,12 +234,16 @@ def _backward(ctx, upstream, *_):
     return (*grads, *[None] * 12)
 
 
+# Private to torch; where a release has no such call, the gradient is scaled into a new tensor.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 def _scaled(ctx, grad: Tensor, upstream: Tensor, name: str, side: tuple) -> Tensor:
     if ctx.resize == name:
         return resize_backward(grad, upstream, *side, ctx.triton)
     # In place, unless this graph will be walked again and needs the gradient as the forward left it, or a compiler is
     # tracing it and can fuse the product.
-    if type(grad) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
+    if type(grad) is not Tensor or _graph_is_kept():
         return grad * upstream
     _scale_(grad, upstream, ctx.triton)
     return grad
@@ -273,12 +279,13 @@ def align_loss(
     reduction: "mean" → (): over all valid tokens (with cos_over="map": over samples that have one); "sample" → (B,):
     over each sample's valid tokens; "token" → the common grid's shape, 0 where invalid.
 
-    Returns float32, or float64 when an input is float64. All arithmetic is float32 (float64) inside. A side of norm
-    ≤ 1e-8 has cosine 0 within rounding and takes no gradient from the cosine term. Two runs are bit-equal, except with
-    impl="torch" and a resize on CUDA. The gradient cannot itself be differentiated.
+    Returns float32, or float64 when an input is float64. All arithmetic is float32 (float64) inside. Norms are clamped
+    at 1e-8 as PyTorch clamps them: the cosine of a shorter side shrinks with its length, to 0 for a zero vector, and
+    that side takes no gradient from it. Two runs are bit-equal, except with impl="torch" and a resize on CUDA. The
+    gradient cannot itself be differentiated, and there is no forward-mode derivative.
     Raises ValueError for shapes, grids, devices and options that do not fit, TypeError for dtypes.
     """
-    _check_options(cos_weight, l1_weight, beta, resize, cos_over, reduction)
+    _check_options(beta, resize, cos_over, reduction, impl)
     _check_tensors(source, target, resize, target_mean, target_std, valid)
     rank = source.dim()
     shape = (target if resize == "source" else source).shape[:-1]
@@ -289,8 +296,9 @@ def align_loss(
     elif rank == 3:
         source, target = source[:, None], target[:, None]
         valid = None if valid is None else valid[:, None]
-    chosen = choose_impl(impl, source, target, supported=source.shape[-1] <= MAX_CHANNELS)
     moved = "none" if resize is None or source.shape[1:3] == target.shape[1:3] else resize
+    fits = moved == "none" or max(*source.shape[1:3], *target.shape[1:3]) <= MAX_SIDE
+    chosen = choose_impl(impl, source, target, supported=fits and source.shape[-1] <= MAX_CHANNELS)
     recording = torch.is_grad_enabled()
     loss = _forward(
         source, target, target_mean, target_std, valid, float(cos_weight), float(l1_weight), float(beta),
@@ -318,9 +326,9 @@ class AlignLoss(nn.Module):
     ):
         super().__init__()
         weights = {"cos_weight": cos_weight, "l1_weight": l1_weight, "beta": beta}
-        choices = {"resize": resize, "cos_over": cos_over, "reduction": reduction}
-        _check_options(**weights, **choices)
-        self.options = {**weights, **choices, "impl": impl}
+        choices = {"resize": resize, "cos_over": cos_over, "reduction": reduction, "impl": impl}
+        _check_options(beta, **choices)
+        self.options = weights | choices
         self.register_buffer("target_mean", target_mean, persistent=False)
         self.register_buffer("target_std", target_std, persistent=False)
 
@@ -330,8 +338,9 @@ class AlignLoss(nn.Module):
         return align_loss(source, target, target_mean=mean, target_std=std, valid=valid, **self.options)
 
 
-def _check_options(cos_weight, l1_weight, beta, resize, cos_over, reduction) -> None:
+def _check_options(beta, resize, cos_over, reduction, impl) -> None:
     for name, found, allowed in (
+        ("impl", impl, IMPLS),
         ("resize", resize, ("source", "target", None)),
         ("cos_over", cos_over, ("token", "map")),
         ("reduction", reduction, ("mean", "sample", "token")),
@@ -340,8 +349,8 @@ def _check_options(cos_weight, l1_weight, beta, resize, cos_over, reduction) -> 
             raise ValueError(f"{name}: expected one of {allowed}, found {found!r}")
     if cos_over == "map" and reduction == "token":
         raise ValueError('reduction: expected "mean" or "sample" with cos_over="map" (one cosine), found "token"')
-    if beta < 0:
-        raise ValueError(f"beta: expected a number ≥ 0, found {beta}")
+    if not (beta == 0 or 1e-30 <= beta < math.inf):  # 1/beta has to be a float32
+        raise ValueError(f"beta: expected 0 or a number from 1e-30 on, found {beta}")
 
 
 def _check_tensors(source, target, resize, mean, std, valid) -> None:

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import SCALE_TILE, align_tile, device_of
-from .resize_triton import check_sides, load_rows
+from .resize_triton import load_rows
 
 _RESIZE = {"none": 0, "source": 1, "target": 2}
 
@@ -262,7 +262,6 @@ def _strides(grad: Tensor):
 def _sizes(source, target, resize):
     """samples, channels, both sides' grids and the common one."""
     grid = (target if resize == "source" else source).shape[1:3]
-    check_sides(*source.shape[1:3], *target.shape[1:3])
     return source.shape[0], source.shape[3], *source.shape[1:3], *target.shape[1:3], *grid
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 IMPLS = ("auto", "triton", "torch")
 MAX_CHANNELS = 4096  # align_loss holds a whole token in registers; the widest teacher in sight has 1536
+MAX_SIDE = 23000  # of a resized map: its taps are computed as (2·o + 1)·in, which must stay below 2³¹
 
 
 class Tile(NamedTuple):
@@ -68,7 +69,8 @@ def choose_impl(impl: str, *tensors: Tensor, supported: bool = True) -> str:
             found = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
             raise RuntimeError(
                 f'impl="triton": found {found}; expected float32, bfloat16 '
-                f'or float16 and at most {MAX_CHANNELS} channels in align_loss; use impl="torch"'
+                f"or float16, at most {MAX_CHANNELS} channels in align_loss and sides of at most {MAX_SIDE} in a "
+                'resize; use impl="torch"'
             )
         if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(

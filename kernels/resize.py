@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import choose_impl
+from .launch import MAX_SIDE, choose_impl
 
 LAYOUTS = ("NHWC", "NCHW")
 
@@ -38,7 +38,7 @@ def resize_bilinear(
     impl="triton" and with antialias=True; with impl="torch" it is PyTorch's own, which uses atomics on CUDA.
     antialias=True multiplies by two small matrices, in float32 or float64, whatever `impl` says.
 
-    Raises ValueError for a wrong rank, size or option and TypeError for integer dtypes.
+    Raises ValueError for a wrong rank, size or option and TypeError for integer dtypes and sizes that are not.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {LAYOUTS}, found {layout!r}")
@@ -46,11 +46,13 @@ def resize_bilinear(
         raise ValueError(f"x: expected a non-empty map of rank 4 ({layout}), found shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point dtype, found {x.dtype}; convert the map first")
+    if any(isinstance(side, float) for side in size):
+        raise TypeError(f"size: expected whole numbers, found {tuple(size)}")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size: expected (height, width), both at least 1, found {tuple(size)}")
-    height, width = int(size[0]), int(size[1])
+    height, width = size
     nhwc = x if layout == "NHWC" else x.permute(0, 2, 3, 1)
-    chosen = choose_impl(impl, x)
+    chosen = choose_impl(impl, x, supported=max(height, width, *nhwc.shape[1:3]) <= MAX_SIDE)
     if (height, width) == tuple(nhwc.shape[1:3]):
         return x
     if antialias:
@@ -68,11 +70,12 @@ def _resize_antialias(x: Tensor, height: int, width: int) -> Tensor:
     rows = _triangle_weights(x.shape[1], height, x.device, compute)  # (height, H)
     cols = _triangle_weights(x.shape[2], width, x.device, compute)  # (width, W)
     wide = x.to(compute)
-    if channels_last(x):
-        out = torch.matmul(rows, wide.flatten(2)).unflatten(2, x.shape[2:])  # (B, height, W, C)
-        return torch.matmul(cols, out).to(x.dtype)
-    planes = torch.matmul(wide.permute(0, 3, 1, 2), cols.t())  # (B, C, H, width)
-    return torch.matmul(rows, planes).to(x.dtype).permute(0, 2, 3, 1)
+    with torch.autocast(x.device.type, enabled=False):  # which would multiply in half precision
+        if channels_last(x):
+            out = torch.matmul(rows, wide.flatten(2)).unflatten(2, x.shape[2:])  # (B, height, W, C)
+            return torch.matmul(cols, out).to(x.dtype)
+        planes = torch.matmul(wide.permute(0, 3, 1, 2), cols.t())  # (B, C, H, width)
+        return torch.matmul(rows, planes).to(x.dtype).permute(0, 2, 3, 1)
 
 
 def _triangle_weights(n_in: int, n_out: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@
 
 The same file runs under `deepspeed`, `torchrun` and plain `python`, on GPUs and on a CPU.
 Exit codes: 0 finished, or stopped by SIGTERM/SIGINT after writing a checkpoint; 2 a config, data, model or output that
-cannot be used; 3 the loss is no longer finite; 4 a checkpoint could not be written.
+cannot be used; 3 the loss is no longer finite; 4 a checkpoint or another file could not be written.
 """
 
 import argparse
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     from kpu_fast.engine.checkpoint import CheckpointError
     from kpu_fast.engine.loop import RunError, train
     from kpu_fast.engine.monitor import Diverged
+    from kpu_fast.engine.run_folder import OutputError
 
     try:
         train(cfg, resume=args.resume)
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, 2)
     except Diverged as error:
         return _fail(error, 3)
-    except CheckpointError as error:
+    except (CheckpointError, OutputError) as error:
         return _fail(error, 4)
     return 0
 

@@ -42,7 +42,8 @@ class Checkpoints:
             engine.save_checkpoint(str(partial), tag=STATE, save_latest=False)
             torch.save(rank_state, partial / f"rank-{self.world.rank}.pt")
         except (OSError, RuntimeError) as error:
-            problem = str(error).splitlines()[0]
+            free = shutil.disk_usage(self.folder).free / 2**20
+            problem = f"{str(error).splitlines()[0]} ({free:.0f} MiB free there)"
         try:
             self._raise_if_any(problem, step)
             on_rank0(self.world, lambda: self._publish(partial, final, step, engine.zero_optimization_stage()))

@@ -18,7 +18,7 @@ from kpu_fast.engine.distributed import World, init_distributed, on_rank0
 from kpu_fast.engine.monitor import Diverged, Monitor
 from kpu_fast.engine.optimizer import build_optimizer, build_scheduler
 from kpu_fast.engine.result import write_result
-from kpu_fast.engine.run_folder import prepare_run_folder
+from kpu_fast.engine.run_folder import OutputError, prepare_run_folder
 from kpu_fast.models.attention import BackendError, describe
 from kpu_fast.models.student import Student
 from kpu_fast.models.teachers import Teacher, build_teacher
@@ -41,7 +41,8 @@ def train(cfg: Config, resume: str | None = None) -> None:
     """Train `cfg` to its last step and write the result; every rank calls it.
 
     resume: None (a new run), "auto" (the run's newest checkpoint, or a new run) or a checkpoint's folder.
-    Raises RunError before the first step, Diverged on a NaN or Inf loss, CheckpointError when one is not written.
+    Raises RunError before the first step, Diverged on a NaN or Inf loss, CheckpointError or OutputError when a
+    checkpoint or another file cannot be written.
     """
     world = init_distributed()
     folder = Path(cfg.output) / cfg.name
@@ -59,12 +60,14 @@ def train(cfg: Config, resume: str | None = None) -> None:
     _announce(cfg, world, parts, state["step"], checkpoint)
     try:
         finished = _run_steps(cfg, world, parts, streams, checkpoints, state["step"])
-    except Diverged as error:
-        raise Diverged(
-            f"{error}. The last good checkpoint is {checkpoints.newest() or 'none: no step was saved'}"
-        ) from None
+    except (Diverged, OutputError) as error:
+        newest = checkpoints.newest() or "none: no step was saved"
+        raise type(error)(f"{error}. The last good checkpoint is {newest}") from error
     if finished:
-        write_result(cfg, folder, world, parts.engine.module.student, parts.teachers, parts.indexes)
+        try:
+            write_result(cfg, folder, world, parts.engine.module.student, parts.teachers, parts.indexes)
+        except OSError as error:
+            raise OutputError(f"{folder}: the result cannot be written ({error}); go on with --resume auto") from error
     dist.barrier()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kpu_fast.engine.distributed import World
+from kpu_fast.engine.run_folder import OutputError
 
 METRICS = "metrics.jsonl"
 
@@ -87,8 +88,11 @@ class Monitor:
         seconds = facts["step_seconds"]
         record: dict[str, Any] = {"step": step} | row | facts
         record |= {"images_per_second": self.images_per_step / seconds, "time": time.time()}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(f"{self._file.name} cannot be written ({error.strerror})") from error
         for key, value in row.items():
             self._board.add_scalar(f"loss/{key}", value, step)
         self._board.add_scalar("run/lr", facts["lr"], step)

@@ -13,6 +13,10 @@ RESOLVED = "config.resolved.json"
 LIBRARIES = ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "transformers", "numpy", "kpu_fast")
 
 
+class OutputError(RuntimeError):
+    """Something a run leaves behind could not be written."""
+
+
 def prepare_run_folder(folder: Path, cfg: Config) -> None:
     """Make the folder and save the config as it will be used. Raises OSError, naming it, when it cannot be written."""
     try:

@@ -153,6 +153,7 @@ class Student(nn.Module):
 
         Every file is written beside its place, synced and then moved there, so a file is never half there.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -169,6 +170,8 @@ class Student(nn.Module):
                     os.fsync(file.fileno())
             for name, path in temporary.items():
                 os.replace(path, folder / name)
+        except SafetensorError as error:  # what a full disk comes as
+            raise OSError(f"{folder / _WEIGHTS} cannot be written ({error})") from error
         finally:
             for path in temporary.values():
                 path.unlink(missing_ok=True)

@@ -387,7 +387,7 @@ def test_any_shape_stride_and_dtype(grids, channels, batch, dtypes, layouts, res
         ({"cos_over": "image"}, ValueError, "cos_over: expected one of"),
         ({"reduction": "sum"}, ValueError, "reduction: expected one of"),
         ({"cos_over": "map", "reduction": "token"}, ValueError, "found \"token\""),
-        ({"beta": -1.0}, ValueError, "beta: expected a number ≥ 0, found -1.0"),
+        ({"beta": -1.0}, ValueError, "beta: expected 0 or a number from 1e-30 on, found -1.0"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of"),
     ],
 )  # fmt: skip
@@ -443,3 +443,18 @@ def test_import_is_light_and_works_without_triton():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
+
+
+def test_more_tokens_than_a_resize_could_take(impl):
+    """128 images of 257 tokens, flattened, are 32 896: without a resize there is no limit on a side."""
+    source, target = torch.randn(1, 23001, 3), torch.randn(1, 23001, 3)
+    expected = align_loss_reference(source.double(), target.double())
+    torch.testing.assert_close(align_loss(source, target, impl=impl).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [float("nan"), float("inf"), 1e-39])
+def test_a_beta_whose_reciprocal_is_no_number_is_refused(beta):
+    with pytest.raises(ValueError, match="beta: expected 0 or a number"):
+        align_loss(torch.randn(2, 3), torch.randn(2, 3), beta=beta)
+    with pytest.raises(ValueError, match="impl: expected one of"):
+        AlignLoss(impl="cuda")

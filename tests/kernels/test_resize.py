@@ -195,3 +195,15 @@ def test_triton_that_cannot_run_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="expected CUDA"):
         resize_bilinear(torch.zeros(1, 3, 4, 5), (2, 2), impl="triton")
+
+
+def test_antialias_stays_in_float32_under_autocast():
+    x = torch.randn(1, 16, 16, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = resize_bilinear(x, (7, 7), antialias=True)
+    torch.testing.assert_close(found, resize_bilinear(x, (7, 7), antialias=True), rtol=0, atol=0)
+
+
+def test_fractional_sizes_are_refused():
+    with pytest.raises(TypeError, match="whole numbers"):
+        resize_bilinear(torch.randn(1, 4, 4, 8), (2.9, 2.2))
