@@ -137,7 +137,7 @@ class ObjectiveConfig(_Strict):
 
     t2s: bool = True
     rec: bool = True
-    rec_weight: float = Field(default=1.0, ge=0.0)
+    rec_weight: float = Field(default=1.0, gt=0.0)
     x_weight: float = Field(default=1.0, ge=0.0)
     cos_weight: float = Field(default=0.9, ge=0.0)
     l1_weight: float = Field(default=0.1, ge=0.0)

@@ -88,7 +88,6 @@ def build(cfg: Config, world: World) -> Parts:
     specs = {name: teacher.spec for name, teacher in teachers.items()}
     torch.manual_seed(cfg.seed)  # all ranks start from the same weights
     student = Student.from_config(cfg.student, specs, activation_checkpointing=cfg.activation_checkpointing)
-    student.freeze_unused_levels()
     module = KPU(student, specs, cfg.objective).to(world.device)
     optimizer = build_optimizer(cfg.optimizer, module, world.device)
     if cfg.compile:

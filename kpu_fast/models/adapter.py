@@ -8,6 +8,7 @@ Spatial tokens c = (c2, c3, c4) of a small convolutional stem exchange with the 
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -155,12 +156,14 @@ class SpatialPrior(nn.Module):
         self.conv4 = nn.Sequential(*_conv_norm_relu(4 * n, 4 * n, 2))
         self.to_dim = nn.ModuleList(nn.Conv2d(width, dim, 1) for width in (n, 2 * n, 4 * n, 4 * n))
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, finest: bool) -> list[Tensor | None]:
+        """The four maps, the first of them None unless `finest`."""
         c1 = self.stem(images)
         c2 = self.conv2(c1)
         c3 = self.conv3(c2)
         c4 = self.conv4(c3)
-        return [to_dim(c) for to_dim, c in zip(self.to_dim, (c1, c2, c3, c4), strict=True)]
+        maps = (c1 if finest else None, c2, c3, c4)
+        return [None if c is None else to_dim(c) for to_dim, c in zip(self.to_dim, maps, strict=True)]
 
 
 class Injector(nn.Module):
@@ -245,8 +248,9 @@ class Adapter(nn.Module):
     inplanes: channels of the stem. attention: see `models.attention`. activation_checkpointing: keep only each
     interaction's inputs and recompute the rest, its ViT blocks included, in backward.
 
-    forward(images (B, 3, H, W) in [0, 1], vit) → Features: x (B, D), the ViT's normed cls, and maps (B, H/s, W/s, D)
-    at strides s = 4, 8, 16, 32. Raises ValueError unless H and W are multiples of 32.
+    forward(images (B, 3, H, W) in [0, 1], vit, levels) → Features: x (B, D), the ViT's normed cls, and of the maps
+    (B, H/s, W/s, D) at strides s = 4, 8, 16, 32 those that `levels` names, by default all.
+    Raises ValueError unless H and W are multiples of 32.
     """
 
     def __init__(
@@ -311,14 +315,14 @@ class Adapter(nn.Module):
             modules += [self.spatial_prior.to_dim[0], self.up]
         return [parameter for module in modules for parameter in module.parameters()]
 
-    def forward(self, images: Tensor, vit: ViT) -> Features:
+    def forward(self, images: Tensor, vit: ViT, levels: Sequence[int] = range(len(STRIDES))) -> Features:
         height, width = images.shape[-2:]
         if height % 32 or width % 32:
             raise ValueError(f"Adapter: image height and width must be multiples of 32, got {height}×{width}.")
         grid = (height // 16, width // 16)
         shapes = tuple((height // s, width // s) for s in STRIDES[1:])
 
-        c1, *coarse = self.spatial_prior(normalise(images, self.level_embed.dtype))
+        c1, *coarse = self.spatial_prior(normalise(images, self.level_embed.dtype), finest=0 in levels)
         tokens = [c.permute(0, 2, 3, 1).flatten(1, 2) + e for c, e in zip(coarse, self.level_embed, strict=True)]
         c = torch.cat(tokens, dim=1)  # (B, 21n, D), n = H·W/32²
         x = vit.embed(resize_to_stride_16(images, vit.patch_size))  # (B, prefix + 4n, D)
@@ -337,18 +341,23 @@ class Adapter(nn.Module):
                 x, c = checkpoint(interaction, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, c = interaction(*arguments)
-        return Features(vit.norm(x[:, 0]), self._fuse(c1, c, x[:, vit.prefix :].unflatten(1, grid), shapes))
+        patches = x[:, vit.prefix :].unflatten(1, grid)
+        return Features(vit.norm(x[:, 0]), self._fuse(c1, c, patches, shapes, levels))
 
-    def _fuse(self, c1: Tensor, c: Tensor, patches: Tensor, shapes: tuple[Grid, ...]) -> tuple[Tensor, ...]:
-        """Norm of spatial map + resized patch map, per stride. c1: (B, D, H/4, W/4); patches: (B, H/16, W/16, D)."""
-        coarse = [
+    def _fuse(self, c1: Tensor | None, c: Tensor, patches: Tensor, shapes, levels: Sequence[int]) -> tuple[Tensor, ...]:
+        """Norm of spatial map + resized patch map, per level. c1: (B, D, H/4, W/4); patches: (B, H/16, W/16, D)."""
+        spatial: list[Tensor | None] = [None]
+        spatial += [
             part.unflatten(1, shape)
             for part, shape in zip(c.split([h * w for h, w in shapes], dim=1), shapes, strict=True)
         ]  # (B, H/s, W/s, D)
-        # The channels-last term first: a sum takes the memory layout of its first term.
-        finest = self.up(coarse[0].permute(0, 3, 1, 2)) + c1
+        if c1 is not None:
+            # The channels-last term first: a sum takes the memory layout of its first term.
+            spatial[0] = (self.up(spatial[1].permute(0, 3, 1, 2)) + c1).permute(0, 2, 3, 1)
         maps = []
-        for spatial, norm in zip([finest.permute(0, 2, 3, 1), *coarse], self.norms, strict=True):
-            fused = resize_bilinear(patches, tuple(spatial.shape[1:3])) + spatial
-            maps.append(norm(fused.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        for level in levels:
+            fused = resize_bilinear(patches, tuple(spatial[level].shape[1:3])) + spatial[level]
+            normed = self.norms[level](fused.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            # On CUDA GroupNorm returns NCHW memory; heads, resizes and losses all read whole cells.
+            maps.append(normed.contiguous())
         return tuple(maps)

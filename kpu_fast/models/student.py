@@ -1,5 +1,6 @@
 """The student: a ViT, the adapter around it, and the heads h_s2t that carry its features to each teacher's space."""
 
+import inspect
 import json
 import logging
 import math
@@ -54,8 +55,7 @@ class Student(nn.Module):
         self.vit.requires_grad_(not freeze_vit)
         self.vit.embed.mask_token.requires_grad_(False)  # nothing reads it
         self.dim = self.vit.dim
-        self.strides: tuple[int, ...] = (16,) if adapter is None else STRIDES
-        self.spec = FeatureSpec(self.dim, (self.dim,) * len(self.strides), tuple(map(float, self.strides)))
+        self._set_levels((STRIDES.index(16),) if adapter is None else tuple(range(len(STRIDES))))
         self.adapter = None
         if adapter is not None:
             adapter = {"heads": self.vit.heads, **adapter}
@@ -77,7 +77,7 @@ class Student(nn.Module):
 
     def forward(self, images: Tensor) -> Features:
         if self.adapter is not None:
-            return self.adapter(images, self.vit)
+            return self.adapter(images, self.vit, self.levels)
         x, patches = self.vit(resize_to_stride_16(images, self.vit.patch_size))
         return Features(x, (patches,))
 
@@ -89,8 +89,8 @@ class Student(nn.Module):
     def project(self, features: Features, teacher: str, sizes: Sequence[tuple[int, int]] | None = None) -> Features:
         """h_s2t: this student's features in the space and on the grids of `teacher`, as a stand-in for its encoder.
 
-        sizes: (H, W) of each teacher map; None: the input's size over the teacher's strides, rounded down as a patch
-        embedding does. Raises KeyError for a teacher this student has no head for.
+        sizes: (H, W) of each teacher map; None: the input's size over the teacher's strides, rounded, as teachers do.
+        Raises KeyError for a teacher this student has no head for.
         """
         if teacher not in self.head_specs:
             raise KeyError(f"Student: no head for teacher {teacher!r}; it has heads for {sorted(self.head_specs)}.")
@@ -101,16 +101,26 @@ class Student(nn.Module):
         picked = tuple(features.maps[self.level_for(stride)] for stride in spec.strides)
         return self.heads[teacher](Features(features.x, picked), sizes)
 
-    def freeze_unused_levels(self) -> tuple[int, ...]:
-        """Freeze what only maps without a teacher use, as no loss reaches it. Returns the levels frozen, finest 0."""
+    def drop_unused_levels(self) -> None:
+        """For training: neither compute nor train what no head reads. `strides` and `spec` then list what is left.
+
+        An export has every map again; those that were dropped come with the weights they started from.
+        """
+        specs = self.head_specs.values()
         if self.adapter is None:
-            return ()
-        used = {self.level_for(stride) for spec in self.head_specs.values() for stride in spec.strides}
-        unused = tuple(level for level in range(len(self.strides)) if level not in used)
-        for level in unused:
+            return
+        if not any(spec.x_dim for spec in specs):
+            self.vit.norm.requires_grad_(False)  # it makes x only
+        used = {self.level_for(stride) for spec in specs for stride in spec.strides}
+        for level in set(self.levels) - used:
             for parameter in self.adapter.level_parameters(level):
                 parameter.requires_grad_(False)
-        return unused
+        self._set_levels(tuple(sorted(used)))
+
+    def _set_levels(self, levels: tuple[int, ...]) -> None:
+        self.levels = levels
+        self.strides = tuple(STRIDES[level] for level in levels)
+        self.spec = FeatureSpec(self.dim, (self.dim,) * len(levels), tuple(map(float, self.strides)))
 
     @classmethod
     def from_config(
@@ -139,8 +149,10 @@ class Student(nn.Module):
                 activation_checkpointing=activation_checkpointing,
             )
         except TypeError as error:  # a missing, unknown or mistyped keyword argument
-            expected = ", ".join(ViT.__init__.__kwdefaults__ | dict.fromkeys(("patch_size", "dim", "depth", "heads")))
+            expected = ", ".join(name for name in inspect.signature(ViT).parameters)
             raise ValueError(f"student.vit.arch: {error}; ViT takes {expected}.") from error
+        except ValueError as error:  # sizes that do not divide
+            raise ValueError(f"student: {error}") from error
         if loaded is None:
             frozen = ", and they are frozen" if cfg.freeze_vit else ""
             _LOG.warning('student.vit.weights is "random": the ViT starts from random weights%s.', frozen)
@@ -194,7 +206,7 @@ class Student(nn.Module):
         try:
             with torch.device("meta"):  # the weights come from the file: nothing to initialise
                 student = cls(**student_config, attention=attention)
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"{config_path} describes no student ({error}); export it again.") from error
         try:
             state = load_file(weights_path)
@@ -224,8 +236,7 @@ def _as_spec(name: str, spec: FeatureSpec | Mapping) -> FeatureSpec:
 
 
 def _cells(pixels: int, stride: float) -> int:
-    # A stride measured as pixels / cells can come out a hair too large: the margin keeps its last cell.
-    return max(1, math.floor(pixels / stride + 1e-3))
+    return max(1, round(pixels / stride))
 
 
 def _adapter_settings(adapter) -> dict | None:

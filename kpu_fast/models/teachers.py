@@ -5,11 +5,9 @@ Which features each kind gives, and why: docs/teachers.md.
 
 import difflib
 import inspect
-import json
 import logging
 import math
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kpu_fast.models.features import Features, FeatureSpec
+from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_config, load_net, read_json
 
 log = logging.getLogger(__name__)
 
@@ -37,19 +36,7 @@ _RANDOM_SIZES = {
     "dinov2": {"patch_size": 14, "image_size": 518},
     "backbone": {},
 }
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-# Index tables that are computed, not learned, and a token only masked pre-training reads.
-_NOT_WEIGHTS = ("position_ids", "relative_position_index", "relative_coords_table", "mask_token")
 _DINO_BACKBONE = "backbone.conv_encoder."
-
-
-class TeacherError(ValueError):
-    """A teacher cannot be built; the message names the configuration key, what was found and what to do."""
 
 
 class Teacher(nn.Module):
@@ -109,12 +96,22 @@ class Teacher(nn.Module):
         x, maps = self(torch.zeros(1, 3, height, width, device=self.mean.device))
         for m in maps:
             if m.ndim != 4:
-                raise TeacherError(
+                raise WeightsError(
                     f"teachers.{self.name}: a feature map of shape {tuple(m.shape)}, expected (B, h, w, C)"
                 )
-        # Resized inputs may have cells that are not quite square; the stride is then the geometric mean of the sides.
-        strides = tuple(math.sqrt(height / m.shape[1] * (width / m.shape[2])) for m in maps)
+        strides = tuple(_stride(image_size, m.shape[1:3], self.patch_size) for m in maps)
         return FeatureSpec(None if x is None else x.shape[1], tuple(m.shape[3] for m in maps), strides)
+
+
+def _stride(size: tuple[int, int], grid: tuple[int, int], patch_size: int) -> float:
+    """Pixels per cell of a (h, w) grid on an (H, W) image: one number from which a student can find the grid again."""
+    by_height, by_width = (side / cells for side, cells in zip(size, grid, strict=True))
+    if by_height == by_width:
+        return by_height
+    # Sides were resized to multiples of the patch: cells are not quite square, but rounding gives their number.
+    if all(round(side / patch_size) == cells for side, cells in zip(size, grid, strict=True)):
+        return float(patch_size)
+    return math.sqrt(by_height * by_width)
 
 
 def build_teacher(name: str, cfg, *, device, dtype: torch.dtype, image_size: tuple[int, int], seed: int = 0) -> Teacher:
@@ -125,50 +122,27 @@ def build_teacher(name: str, cfg, *, device, dtype: torch.dtype, image_size: tup
     levels: stage indices of a "backbone" (None: its last). image_size: (H, W) in pixels of the images to come, for
     `spec`. seed: of random weights, mixed with `name`; torch's global generator is left as it was.
 
-    Raises TeacherError when the key, the files or the weights are not right.
+    Raises WeightsError when the key, the files or the weights are not right.
     """
     if cfg.kind not in _MODEL_TYPES:
-        raise TeacherError(f"teachers.{name}.kind: {cfg.kind!r} is not one of {', '.join(_MODEL_TYPES)}")
+        raise WeightsError(f"teachers.{name}.kind: {cfg.kind!r} is not one of {', '.join(_MODEL_TYPES)}")
     if cfg.levels is not None and cfg.kind != "backbone":
-        raise TeacherError(
+        raise WeightsError(
             f'teachers.{name}.levels: only kind "backbone" has levels, this is {cfg.kind!r}; remove the key'
         )
     if cfg.arch and cfg.weights != "random":
-        raise TeacherError(
+        raise WeightsError(
             f'teachers.{name}.arch: only "weights": "random" takes an architecture, {cfg.weights!r} brings its own; '
             "remove one of the two"
         )
-    with _quiet_transformers():
-        if cfg.weights == "random":
-            net = _random_net(name, cfg, seed)
-            mean, std = CLIP_MEAN_STD if cfg.kind == "clip" else IMAGENET_MEAN_STD
-        else:
-            folder = _find_folder(name, cfg.weights)
-            net = _load_net(name, cfg, folder, dtype)
-            mean, std = _read_mean_std(name, cfg.kind, folder)
-        return Teacher(name, cfg.kind, net.to(device=device, dtype=dtype), mean, std, image_size)
-
-
-def _transformers():
-    try:
-        import transformers
-    except ImportError as error:
-        raise TeacherError(
-            "teachers come from transformers, which is missing: pip install 'kpu_fast[train]'"
-        ) from error
-    return transformers
-
-
-@contextmanager
-def _quiet_transformers():
-    # Its report of unused weights (CLIP's text tower) is no news here; missing ones are errors of ours.
-    logging_of = _transformers().utils.logging
-    before = logging_of.get_verbosity()
-    logging_of.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging_of.set_verbosity(before)
+    if cfg.weights == "random":
+        net = _random_net(name, cfg, seed)
+        mean, std = CLIP_MEAN_STD if cfg.kind == "clip" else IMAGENET_MEAN_STD
+    else:
+        folder = find_folder(f"teachers.{name}.weights", cfg.weights)
+        net = _load_net(name, cfg, folder, dtype)
+        mean, std = _read_mean_std(name, cfg.kind, folder)
+    return Teacher(name, cfg.kind, net.to(device=device, dtype=dtype), mean, std, image_size)
 
 
 def _backbone_types() -> list[str]:
@@ -184,19 +158,19 @@ def _choose_levels(name: str, config, levels) -> None:
         config.out_indices = list(levels)
     except ValueError as error:
         stages = ", ".join(f"{i} = {stage}" for i, stage in enumerate(config.stage_names))
-        raise TeacherError(f"teachers.{name}.levels: {list(levels)} are not ascending levels of {stages}") from error
+        raise WeightsError(f"teachers.{name}.levels: {list(levels)} are not ascending levels of {stages}") from error
 
 
 # ---------------------------------------------------------------------------------------------------- random weights
 
 
 def _random_net(name: str, cfg, seed: int) -> nn.Module:
-    hf = _transformers()
+    hf = import_transformers(f"teachers.{name}.weights")
     arch = dict(cfg.arch)
     if cfg.kind == "backbone":
         model_type = arch.pop("model_type", None)
         if model_type not in _backbone_types():
-            raise TeacherError(
+            raise WeightsError(
                 f'teachers.{name}.arch: a random "backbone" needs "model_type", found {model_type!r}; '
                 + (_close(str(model_type), _backbone_types()) or f"one of {', '.join(_backbone_types())}")
             )
@@ -217,7 +191,7 @@ def _random_net(name: str, cfg, seed: int) -> nn.Module:
         known.add("num_register_tokens")  # chooses the class above
     for key in arch:
         if key not in known:
-            raise TeacherError(
+            raise WeightsError(
                 f"teachers.{name}.arch.{key}: no such keyword of transformers.{config_class.__name__}; "
                 + (_close(key, known) or f"it has {', '.join(sorted(known))}")
             )
@@ -231,10 +205,10 @@ def _random_net(name: str, cfg, seed: int) -> nn.Module:
             torch.manual_seed(seed + zlib.crc32(name.encode()))  # two random teachers of one kind must differ
             net = net_class(config)
             _init_random(net)
-    except TeacherError:
+    except WeightsError:
         raise
     except Exception as error:
-        raise TeacherError(
+        raise WeightsError(
             f"teachers.{name}.arch: {config_class.__name__} does not take {cfg.arch}: {error}"
         ) from error
     log.warning(
@@ -264,137 +238,58 @@ def _close(word: str, known) -> str:
 # --------------------------------------------------------------------------------------------------- weights on disk
 
 
-def _how_to_get(hub_id: str) -> str:
-    return f'`hf download {hub_id}` on a machine with network, a local folder, or "weights": "random"'
-
-
-def _find_folder(name: str, weights: str) -> Path:
-    """The local folder of `weights`: itself, else the hub's local cache, else a download."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    key, folder = f"teachers.{name}.weights", Path(weights).expanduser()
-    if folder.is_dir():
-        if _is_complete(folder):
-            return folder
-        raise TeacherError(
-            f"{key}: {folder} has {', '.join(sorted(p.name for p in folder.iterdir())) or 'no file'}; expected "
-            f"config.json and {_WEIGHT_FILES[0]} (or {_WEIGHT_FILES[2]}), as `hf download` and save_pretrained leave it"
-        )
-    if weights.startswith((".", "/", "~")) or folder.exists():
-        raise TeacherError(f'{key}: {weights!r} is not a folder; give a folder, a hub id, or "random"')
-    try:
-        # The cache first: with no network, transformers itself retries each file for some 20 s.
-        cached = Path(snapshot_download(weights, local_files_only=True))
-        if _is_complete(cached):
-            return cached
-    except HFValidationError as error:
-        raise TeacherError(f"{key}: {weights!r} is neither a folder nor a hub id ({error})") from error
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        files = [sibling.rfilename for sibling in HfApi().model_info(weights, timeout=10).siblings]
-        return Path(snapshot_download(weights, allow_patterns=_wanted_files(files)))
-    except RepositoryNotFoundError as error:
-        raise TeacherError(
-            f"{key}: the hub has no model {weights!r} that you may read; check the id, or log in with `hf auth login`"
-        ) from error
-    except Exception as error:
-        raise TeacherError(
-            f"{key}: {weights!r} is no local folder, is not in the local cache, and the hub cannot be reached "
-            f"({type(error).__name__}: {error}). Get it by {_how_to_get(weights)}"
-        ) from error
-
-
-def _is_complete(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any((folder / file).is_file() for file in _WEIGHT_FILES)
-
-
-def _wanted_files(files: list[str]) -> list[str]:
-    """Of a hub repository's files, those a teacher reads: safetensors, or pickled weights where there are none."""
-    weights = [f for f in files if f.startswith("model") and f.endswith((".safetensors", ".safetensors.index.json"))]
-    weights = weights or [f for f in files if f.startswith("pytorch_model") and f.endswith((".bin", ".bin.index.json"))]
-    return weights + [f for f in files if f in ("config.json", "preprocessor_config.json", "processor_config.json")]
-
-
-def _read_json(name: str, path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TeacherError(f"teachers.{name}.weights: {path} is not readable JSON ({error}); fetch it again") from error
-
-
-def _read_mean_std(name: str, kind: str, folder: Path) -> tuple:
-    """Mean and std for images in [0, 1] from the folder's image processor, else CLIP's or ImageNet's."""
-    for file in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / file).is_file():
-            processor = _read_json(name, folder / file)
-            processor = processor.get("image_processor", processor)
-            if processor.get("do_normalize") is False:
-                return (0.0,) * 3, (1.0,) * 3
-            if "image_mean" in processor and "image_std" in processor:
-                return tuple(processor["image_mean"]), tuple(processor["image_std"])
-    return CLIP_MEAN_STD if kind == "clip" else IMAGENET_MEAN_STD
-
-
 def _load_net(name: str, cfg, folder: Path, dtype: torch.dtype) -> nn.Module:
-    hf = _transformers()
     key = f"teachers.{name}.weights"
-    model_type = _read_json(name, folder / "config.json").get("model_type")
+    hf = import_transformers(key)
+    model_type = read_json(key, folder / "config.json").get("model_type")
     expected = _MODEL_TYPES[cfg.kind] or _backbone_types()
     if model_type not in expected:
         fits = [kind for kind, types in _MODEL_TYPES.items() if model_type in (types or _backbone_types())]
-        raise TeacherError(
+        raise WeightsError(
             f"{key}: {folder} holds a model of type {model_type!r}, which kind {cfg.kind!r} cannot use"
             + (f"; set teachers.{name}.kind to {' or '.join(map(repr, fits))}" if fits else "")
             + (f", or give weights of type {' or '.join(map(repr, expected))}" if len(expected) < 4 else "")
         )
-    options = {"dtype": dtype, "output_loading_info": True, "local_files_only": True, "ignore_mismatched_sizes": True}
-    classes = {"clip": hf.CLIPVisionModelWithProjection, "grounding_dino": hf.GroundingDinoModel}
-    classes |= {"dinov2": hf.Dinov2Model if model_type == "dinov2" else hf.Dinov2WithRegistersModel}
-    try:
-        if cfg.kind == "backbone":
-            options["config"] = hf.AutoConfig.from_pretrained(folder, local_files_only=True)
-            _choose_levels(name, options["config"], cfg.levels)
-            # Not AutoBackbone.from_pretrained: it asks the hub whether a local folder exists there.
-            net_class = hf.MODEL_FOR_BACKBONE_MAPPING[type(options["config"])]
-        else:
-            net_class = classes[cfg.kind]
-        net, info = net_class.from_pretrained(folder, **options)
-    except TeacherError:
-        raise
-    except Exception as error:
-        raise TeacherError(
-            f"{key}: the {cfg.kind} teacher in {folder} does not load ({type(error).__name__}: {error}). If a file is "
-            f"damaged, fetch it again; otherwise check that config.json and the weights belong together"
-        ) from error
-    _check_keys(name, cfg, folder, net, info)
-    # Of GroundingDINO only the image backbone is kept: text tower, neck, encoder and decoder are freed here.
-    return net.backbone.conv_encoder.model if cfg.kind == "grounding_dino" else net
-
-
-def _check_keys(name: str, cfg, folder: Path, net: nn.Module, info: dict) -> None:
-    """Where transformers would fill in weights at random, or drop some, raise."""
-    modules = dict(net.named_children())
-
-    def matters(weight: str) -> bool:
-        first, second = [*weight.split("."), ""][:2]
-        ours = first in modules or (first in (net.base_model_prefix, "model") and second in modules)
-        return ours and not weight.endswith(_NOT_WEIGHTS) and (cfg.kind != "grounding_dino" or _DINO_BACKBONE in weight)
-
-    missing = list(filter(matters, info["missing_keys"]))
-    # A classifier's checkpoint has no norms for its stages: the backbone's are then plain LayerNorms, scale 1, shift 0.
     if cfg.kind == "backbone":
-        missing = [weight for weight in missing if not weight.startswith("hidden_states_norms.")]
-    surplus = list(filter(matters, info["unexpected_keys"]))
-    misfits = [
-        f"{key} {tuple(has)}, expected {tuple(wants)}" for key, has, wants in info["mismatched_keys"] if matters(key)
-    ]
-    faults = {"lacks": missing, "has weights its config.json has no place for:": surplus, "has other shapes:": misfits}
-    for fault, weights in faults.items():
-        if weights:
-            raise TeacherError(
-                f"teachers.{name}.weights: the checkpoint in {folder} {fault} {', '.join(sorted(weights)[:4])}"
-                + (f" and {len(weights) - 4} more" if len(weights) > 4 else "")
-                + ". Give a complete checkpoint whose config.json belongs to its weights"
-            )
+        config = load_config(key, folder)
+        _choose_levels(name, config, cfg.levels)
+        # Not AutoBackbone.from_pretrained: it asks the hub whether a local folder exists there.
+        net_class = hf.MODEL_FOR_BACKBONE_MAPPING[type(config)]
+        # A classifier's checkpoint has no norms for its stages: the backbone's are then scale 1 and shift 0.
+        return load_net(key, net_class, folder, dtype=dtype, config=config, optional=("hidden_states_norms.",))
+    if cfg.kind == "grounding_dino":
+        # Only the image backbone is kept: text tower, neck, encoder and decoder are freed here.
+        net = load_net(key, hf.GroundingDinoModel, folder, dtype=dtype, part=_DINO_BACKBONE)
+        return net.backbone.conv_encoder.model
+    if cfg.kind == "clip":
+        return load_net(key, hf.CLIPVisionModelWithProjection, folder, dtype=dtype)
+    return load_net(key, hf.Dinov2Model if model_type == "dinov2" else hf.Dinov2WithRegistersModel, folder, dtype=dtype)
+
+
+def _read_mean_std(name: str, kind: str, folder: Path) -> tuple:
+    """Mean and std for images in [0, 1] from the folder's image processor, else CLIP's or ImageNet's."""
+    key = f"teachers.{name}.weights"
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        if not (folder / file).is_file():
+            continue
+        processor = read_json(key, folder / file)
+        processor = processor.get("image_processor", processor)
+        if not isinstance(processor, dict):
+            raise WeightsError(f"{key}: image_processor in {folder / file} is {processor!r}, expected an object {{…}}")
+        if processor.get("do_normalize") is False:
+            return (0.0,) * 3, (1.0,) * 3
+        if "image_mean" in processor or "image_std" in processor:
+            return tuple(_three_numbers(key, folder / file, field, processor) for field in ("image_mean", "image_std"))
+    return CLIP_MEAN_STD if kind == "clip" else IMAGENET_MEAN_STD
+
+
+def _three_numbers(key: str, path: Path, field: str, processor: dict) -> tuple[float, ...]:
+    values = processor.get(field)
+    numbers = values if isinstance(values, list) and all(isinstance(v, int | float) for v in values) else []
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (field == "image_std" and min(numbers) <= 0):
+        raise WeightsError(
+            f"{key}: {field} in {path} is {values!r}, expected three numbers"
+            + (" above 0" if field == "image_std" else "")
+            + ", one for each of red, green and blue, as in [0.5, 0.5, 0.5]"
+        )
+    return tuple(numbers)

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kpu_fast.models.attention import activate_backend, attention
+from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_net, read_json
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _EPS = 1e-6
-_FOLDER_HOLDS = "a local folder must hold config.json and model.safetensors, as save_pretrained writes them."
+_KEY = "student.vit.weights"
 
 
 def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -230,52 +231,40 @@ class ViT(nn.Module):
         """A ViT with the weights of transformers' Dinov2Model or Dinov2WithRegistersModel.
 
         weights: a hub id (facebook/dinov2-base, facebook/dinov2-with-registers-base, …), a local folder, or the model.
-        Raises FileNotFoundError when the weights cannot be had and ValueError when they are not a DINOv2.
+        A hub id is looked up in the local cache first. Raises WeightsError when the weights cannot be had, are damaged
+        or incomplete, do not belong to their config.json, or are not a DINOv2; a mask token may be missing.
         """
-        model = weights if isinstance(weights, nn.Module) else _load_hf(str(weights))
+        model = weights if isinstance(weights, nn.Module) else _load_hf(weights)
         vit = cls(**_hf_arch(model.config), attention=attention, activation_checkpointing=activation_checkpointing)
         vit.load_state_dict(_hf_state(model.state_dict(), vit.depth))
         return vit
 
 
-def _load_hf(weights: str) -> nn.Module:
-    looks_local = weights.startswith((".", "/", "~")) or weights.count("/") > 1
-    folder = Path(weights).expanduser()
-    if looks_local and not folder.is_dir():
-        raise FileNotFoundError(f"ViT weights: the folder {weights} does not exist; give a local folder or a hub id.")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"ViT weights: {folder / 'config.json'} is missing; {_FOLDER_HOLDS}")
-    try:
-        from transformers import AutoConfig, AutoModel
-    except ImportError as error:
-        raise ImportError(
-            "ViT.from_hf needs the package transformers: pip install 'kpu_fast[train]'. "
-            "(An exported student loads without it: Student.from_pretrained.)"
-        ) from error
-    source = str(folder) if folder.is_dir() else weights
-    try:
-        _check_model_type(AutoConfig.from_pretrained(source), weights)
-        return AutoModel.from_pretrained(source, dtype=torch.float32)
-    except OSError as error:  # what transformers raises for an unknown id, no network, and a folder without weights
-        raise FileNotFoundError(
-            f"ViT weights {weights!r} cannot be loaded ({str(error).splitlines()[0]}). If this machine is offline, run "
-            f"`hf download {weights}` where it is not and copy the cache; {_FOLDER_HOLDS}"
-        ) from error
+def _load_hf(weights: str | Path) -> nn.Module:
+    folder = find_folder(_KEY, weights)
+    model_type = read_json(_KEY, folder / "config.json").get("model_type")
+    _check_model_type(model_type, folder)
+    hf = import_transformers(_KEY)
+    net_class = hf.Dinov2Model if model_type == "dinov2" else hf.Dinov2WithRegistersModel
+    return load_net(_KEY, net_class, folder, dtype=torch.float32)
 
 
-def _check_model_type(config, weights: str) -> None:
-    if config.model_type not in ("dinov2", "dinov2_with_registers"):
-        raise ValueError(
-            f"ViT weights {weights!r} are of type {config.model_type!r}; expected dinov2 or dinov2_with_registers, "
-            "such as facebook/dinov2-base."
+def _check_model_type(model_type, source) -> None:
+    if model_type not in ("dinov2", "dinov2_with_registers"):
+        raise WeightsError(
+            f"{_KEY}: {source} holds a model of type {model_type!r}; expected dinov2 or dinov2_with_registers, "
+            "such as facebook/dinov2-base"
         )
 
 
 def _hf_arch(config) -> dict:
-    _check_model_type(config, config.name_or_path)
+    source = config.name_or_path or "the model"
+    _check_model_type(config.model_type, source)
     for key, expected in (("hidden_act", "gelu"), ("qkv_bias", True), ("layer_norm_eps", _EPS), ("num_channels", 3)):
         if getattr(config, key) != expected:
-            raise ValueError(f"ViT: {key} is {getattr(config, key)!r} in the weights' config, only {expected!r} works.")
+            raise WeightsError(
+                f"{_KEY}: {key} is {getattr(config, key)!r} in the config of {source}, only {expected!r} works"
+            )
     return {
         "patch_size": config.patch_size,
         "dim": config.hidden_size,

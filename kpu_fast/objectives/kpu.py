@@ -25,13 +25,15 @@ from kpu_fast.models.student import Student
 class KPU(nn.Module):
     """Everything trainable: the student with its heads h_s2t, and the heads h_t2s and h_rec.
 
-    student: its `heads` name the teachers. specs: what each teacher's features look like. cfg: `Config.objective`.
+    student: its `heads` name the teachers; the maps that none of them reads are dropped. specs: what each teacher's features look like. cfg: `Config.objective`.
     """
 
     def __init__(self, student: Student, specs: Mapping[str, FeatureSpec], cfg):
         super().__init__()
+        student.drop_unused_levels()
         self.student = student
         self.cfg = cfg
+        self.weights = {"s2t": 1.0 / len(specs), "t2s": 1.0 / len(specs), "rec": cfg.rec_weight / len(specs)}
         self.levels = {name: tuple(student.level_for(s) for s in spec.strides) for name, spec in specs.items()}
         common = {name: _common_spec(student, spec, self.levels[name]) for name, spec in specs.items()}
         hidden = student.config["head_hidden"]
@@ -42,45 +44,52 @@ class KPU(nn.Module):
             self.h_rec.update({name: FeatureHeads(common[name], specs[name], hidden) for name in specs})
 
     def forward(self, name: str, images: Tensor, target: Features, valid: Tensor | None = None) -> dict[str, Tensor]:
-        """Loss terms of one teacher: {"<name>/s2t", "<name>/t2s", "<name>/rec"}, fp32 scalars, not yet weighed.
+        """What one teacher adds to L_KPU: {"<name>/s2t", "<name>/t2s", "<name>/rec"}, fp32 scalars.
 
         images: (B, 3, H, W) in [0, 1]. target: the teacher's features of the same images.
         valid: (B, H, W) bool, False where the image is padding; None: all of it counts.
+        The terms carry their weights, 1/T and lambda: `total` sums them, `unweighed` gives the bare L_align.
         """
         features = self.student(images)
         teacher_grid = [_grid(v) for v in target.maps]
-        terms = {"s2t": self._align(self.student.project(features, name, teacher_grid), target, valid)}
+        on_teacher_grid = [valid_cells(valid, grid) for grid in teacher_grid]
+        ours = self.student.project(features, name, teacher_grid)
+        terms = {"s2t": self._align(ours, target, on_teacher_grid, self.weights["s2t"])}
         if self.cfg.t2s:
             ours = Features(features.x, tuple(features.maps[level] for level in self.levels[name]))
-            unified = self.h_t2s[name](target, [_grid(v) for v in ours.maps])
-            terms["t2s"] = self._align(ours, unified, valid)
+            own_grid = [_grid(v) for v in ours.maps]
+            unified = self.h_t2s[name](target, own_grid)
+            on_own_grid = [valid_cells(valid, grid) for grid in own_grid]
+            terms["t2s"] = self._align(ours, unified, on_own_grid, self.weights["t2s"])
             if self.cfg.rec:
-                terms["rec"] = self._align(self.h_rec[name](unified, teacher_grid), target, valid)
+                back = self.h_rec[name](unified, teacher_grid)
+                terms["rec"] = self._align(back, target, on_teacher_grid, self.weights["rec"])
         return {f"{name}/{term}": value for term, value in terms.items()}
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """L_KPU of all teachers' terms: a scalar, every teacher weighing the same."""
-        weights = {"s2t": 1.0, "t2s": 1.0, "rec": self.cfg.rec_weight}
-        weighed = torch.stack([weights[key.rpartition("/")[2]] * value for key, value in terms.items()])
-        return weighed.sum() / len(self.levels)
+        """L_KPU: the sum of all teachers' terms."""
+        return torch.stack(list(terms.values())).sum()
 
-    def _align(self, source: Features, target: Features, valid: Tensor | None) -> Tensor:
-        """L_align, eq. 1. Gradient goes to whichever side asks for it."""
-        maps = [
+    def unweighed(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same terms as L_align of eq. 1, without their weights in L_KPU and without gradient."""
+        return {key: value.detach() / self.weights[key.rpartition("/")[2]] for key, value in terms.items()}
+
+    def _align(self, source: Features, target: Features, valid: Sequence[Tensor | None], weight: float) -> Tensor:
+        """weight * L_align, eq. 1; gradient goes to whichever side asks for it.
+
+        The weight goes into the kernels, so that backward reaches each of them with a gradient of 1 and nothing is left
+        to scale.
+        """
+        cfg, share = self.cfg, weight / len(source.maps)
+        losses = [
             align_loss(
-                v1,
-                v2,
-                cos_weight=self.cfg.cos_weight,
-                l1_weight=self.cfg.l1_weight,
-                beta=self.cfg.beta,
-                valid=valid_cells(valid, _grid(v2)),
+                v1, v2, cos_weight=share * cfg.cos_weight, l1_weight=share * cfg.l1_weight, beta=cfg.beta, valid=cells
             )
-            for v1, v2 in zip(source.maps, target.maps, strict=True)
+            for v1, v2, cells in zip(source.maps, target.maps, valid, strict=True)
         ]
-        loss = torch.stack(maps).mean()
-        if source.x is None or target.x is None:
-            return loss
-        return loss + align_loss(source.x, target.x, cos_weight=self.cfg.x_weight, l1_weight=0.0)
+        if source.x is not None and target.x is not None:
+            losses.append(align_loss(source.x, target.x, cos_weight=weight * cfg.x_weight, l1_weight=0.0))
+        return torch.stack(losses).sum()
 
 
 def valid_cells(valid: Tensor | None, grid: tuple[int, int]) -> Tensor | None:

@@ -28,7 +28,6 @@ def plain(tiny) -> tuple[dict, dict]:
     specs = {name: teacher.spec for name, teacher in teachers.items()}
     torch.manual_seed(cfg.seed)
     student = Student.from_config(cfg.student, specs)
-    student.freeze_unused_levels()
     module = KPU(student, specs, cfg.objective)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     trainable = [p for p in module.parameters() if p.requires_grad]
@@ -46,7 +45,7 @@ def plain(tiny) -> tuple[dict, dict]:
         for name, batch in fixed_batches(cfg, step, ranks=2, rank=None).items():
             terms |= module(name, batch.images, teachers[name](batch.images))
         optimizer.zero_grad()
-        (sum(terms.values()) / len(teachers)).backward()
+        sum(terms.values()).backward()
         torch.nn.utils.clip_grad_norm_(trainable, cfg.optimizer.clip_grad_norm)
         optimizer.step()
         scheduler.step()
