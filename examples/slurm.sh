@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Multi-node training under SLURM:  sbatch --nodes=2 examples/slurm.sh --config configs/h100.json [--set key=value ...]
-# SLURM sends SIGTERM 120 s before the time limit: the run writes a checkpoint and exits 0; submitted again, it goes on.
+# SLURM sends SIGTERM 120 s before the time limit: the run writes a checkpoint and ends; submitted again, it goes on.
 #SBATCH --job-name=kpu_fast
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -14,5 +14,6 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 exec srun --kill-on-bad-exit=1 torchrun \
     --nnodes="$SLURM_NNODES" \
     --nproc-per-node="${SLURM_GPUS_ON_NODE:-8}" \
+    --shutdown-timeout=110 \
     --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$head:29500" \
     kpu_fast/train.py --resume auto "$@"

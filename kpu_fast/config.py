@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$", description="letters, digits, _ and -")]
 Source = str | list[str]  # folder, shards, glob, package:NAME/path, or a list of these
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Multiple32 = Annotated[int, Field(ge=32, multiple_of=32)]
 
 
@@ -158,11 +159,17 @@ class OptimizerConfig(_Strict):
     impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
     lr: float = Field(default=2e-4, gt=0.0)
     min_lr: float = Field(default=0.0, ge=0.0)
-    weight_decay: float = Field(default=0.05, ge=0.0)  # matrices and convolutions only: not biases, norms, scales
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.05, ge=0.0)  # of linear layers' and convolutions' weights, nothing else's
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0.0)
     warmup_steps: int = Field(default=0, ge=0)
     clip_grad_norm: float | None = Field(default=None, gt=0.0)
+
+    @model_validator(mode="after")
+    def _decays(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise _impossible(f"min_lr: found {self.min_lr}, more than lr = {self.lr}")
+        return self
 
 
 class CheckpointConfig(_Strict):
@@ -178,7 +185,7 @@ class Config(_Strict):
     name: Name
     output: str = "runs"
     steps: int = Field(ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Literal["bf16", "fp32"]
     activation_checkpointing: bool = False
     compile: bool = False
@@ -234,7 +241,7 @@ def _check_deepspeed(cfg: Config) -> None:
             f"deepspeed.gradient_clipping: found {found}, but optimizer.clip_grad_norm = {cfg.optimizer.clip_grad_norm}"
         )
     zero = block.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+    if not isinstance(zero, dict) or isinstance(zero.get("stage"), bool) or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise _impossible(f"deepspeed.zero_optimization: found {zero}; expected an object with stage 0, 1, 2 or 3")
 
 
@@ -255,7 +262,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     tree = _read_tree(Path(path), seen=())
     for override in overrides or []:
         _apply_override(tree, override)
-    _share_source(tree)
+    _settle_teachers(tree)
     try:
         return Config.model_validate_json(json.dumps(tree))
     except ValidationError as error:
@@ -271,7 +278,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); expected a JSON file such as configs/demo.json"
         ) from None
-    except ValueError as error:  # includes bad UTF-8
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or nested without end
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: found {_kind_of(tree)} at the top; expected an object")
@@ -299,11 +306,15 @@ def _merge(base: Any, over: Any) -> Any:
     }
 
 
-def _share_source(tree: dict[str, Any]) -> None:
+def _settle_teachers(tree: dict[str, Any]) -> None:
+    """Leave out teachers set to null, and hand the shared source to those that have none."""
     teachers, source = tree.get("teachers"), tree.get("source")
+    if not isinstance(teachers, dict):
+        return
+    tree["teachers"] = teachers = {name: teacher for name, teacher in teachers.items() if teacher is not None}
     if not isinstance(source, str | list):
         return
-    for teacher in teachers.values() if isinstance(teachers, dict) else ():
+    for teacher in teachers.values():
         data = teacher.get("data") if isinstance(teacher, dict) else None
         if isinstance(data, dict):
             data.setdefault("source", source)
@@ -316,7 +327,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: expected path.to.key=value, e.g. --set optimizer.lr=1e-4")
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text
     targets = [tree]
     for i, key in enumerate(keys[:-1]):

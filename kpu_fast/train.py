@@ -3,11 +3,12 @@
     deepspeed kpu_fast/train.py --config configs/demo.json [--set path.to.key=value ...] [--resume auto|DIR]
 
 The same file runs under `deepspeed`, `torchrun` and plain `python`, on GPUs and on a CPU.
-Exit codes: 0 finished, or stopped by SIGTERM/SIGINT after writing a checkpoint; 2 a config, data, model or output that
+Exit codes: 0 finished, or stopped by SIGTERM/SIGINT after writing a checkpoint (130: stopped at once by Ctrl-C); 2 a config, data, model or output that
 cannot be used; 3 the loss is no longer finite; 4 a checkpoint or another file could not be written.
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from pathlib import Path
 # A script's own folder comes first on sys.path, where data/ and models/ would shadow other packages of those names.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from kpu_fast.config import ConfigError, load_config  # noqa: E402
+NEEDED = (
+    "kpu_fast torch deepspeed transformers pydantic safetensors tqdm tensorboard PIL sklearn matplotlib nvidia.dali"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,6 +33,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", metavar="auto|DIR", help="go on from the run's newest checkpoint, or from DIR")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args(argv)
+    missing = [name for name in NEEDED.split() if not _installed(name)]
+    if missing:
+        return _fail(f"not installed: {', '.join(missing)}; pip install -c constraints.txt -e '.[train]'", 2)
+    from kpu_fast.config import ConfigError, load_config
+
     try:
         cfg = load_config(args.config, args.set)
     except ConfigError as error:
@@ -48,10 +56,19 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, 3)
     except (CheckpointError, OutputError) as error:
         return _fail(error, 4)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what is saved is whole: go on with --resume auto", 130)
     return 0
 
 
-def _fail(error: Exception, code: int) -> int:
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
+def _fail(error: Exception | str, code: int) -> int:
     if os.environ.get("RANK", "0") == "0":
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)

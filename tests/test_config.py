@@ -49,6 +49,13 @@ def test_overrides_reach_nested_keys_and_wildcards():
     assert cfg.deepspeed_config()["train_micro_batch_size_per_gpu"] == 9
 
 
+def test_a_teacher_set_to_null_is_left_out():
+    cfg = load_config(ROOT / "configs" / "demo.json", ["teachers.dinov2=null", "teachers.gdino=null"])
+    assert list(cfg.teachers) == ["clip"]
+    with pytest.raises(ConfigError, match="teachers: found"):
+        load_config(ROOT / "configs" / "demo.json", ["teachers.*=null"])
+
+
 def test_deepspeed_block_goes_through_untouched():
     block = {
         "zero_optimization": {"stage": 3, "overlap_comm": False},
@@ -71,7 +78,11 @@ MISTAKES = [
     ("precision=fp16", "precision: found \"fp16\" (a string); it should be 'bf16' or 'fp32'"),
     ("name=../evil", 'name: found "../evil" (a string)'),
     ("teachers={}", "teachers: found {} (an object)"),
-    ("teachers.clip=null", "teachers.clip: found null (null)"),
+    ("teachers.clip=3", "teachers.clip: found 3 (an integer)"),
+    ("optimizer.betas=[1,1]", "optimizer.betas.0: found 1 (an integer); it should be less than 1"),
+    ("optimizer.min_lr=1", "optimizer.min_lr: found 1.0, more than lr = 0.001"),
+    ("seed=1e30", "seed: found 1e+30 (a number)"),
+    ("deepspeed.zero_optimization.stage=true", "deepspeed.zero_optimization: found {'stage': True}"),
     (
         "teachers.clip.data.size=[100,128]",
         "teachers.clip.data.size.0: found 100 (an integer); it should be a multiple of 32",

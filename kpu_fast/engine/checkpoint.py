@@ -7,12 +7,14 @@ checkpoints/step-00000120/    state/ (DeepSpeed: model and optimiser), rank-<r>.
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kpu_fast.engine.distributed import World, all_succeeded, on_rank0
+from kpu_fast.engine.distributed import World, first_problem
 
 LATEST = "latest"
 META = "meta.json"
@@ -30,27 +32,22 @@ class Checkpoints:
         self.folder, self.keep, self.world = folder, keep, world
 
     def save(self, engine, step: int, rank_state: dict[str, Any]) -> None:
-        """Write the state after `step`. Raises CheckpointError and leaves the older checkpoints as they were."""
+        """Write the state after `step`. Raises CheckpointError on all ranks; older checkpoints stay as they were."""
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-{final.name}"
-        problem = None
-        if not _finite(engine):
-            problem = "a trainable parameter is NaN or Inf"
-        self._raise_if_any(problem, step)
-        on_rank0(self.world, lambda: _fresh_folder(partial))
+        self._agree(None if _finite(engine) else "a trainable parameter is NaN or Inf", step)
         try:
-            engine.save_checkpoint(str(partial), tag=STATE, save_latest=False)
-            torch.save(rank_state, partial / f"rank-{self.world.rank}.pt")
-        except (OSError, RuntimeError) as error:
-            free = shutil.disk_usage(self.folder).free / 2**20
-            problem = f"{str(error).splitlines()[0]} ({free:.0f} MiB free there)"
-        try:
-            self._raise_if_any(problem, step)
-            on_rank0(self.world, lambda: self._publish(partial, final, step, engine.zero_optimization_stage()))
-        except (OSError, CheckpointError) as error:
+            self._agree(self._on_rank0(lambda: _fresh_folder(partial)), step)
+            problems = _save_engine(engine, partial)
+            with _collected(problems):
+                torch.save(rank_state, partial / f"rank-{self.world.rank}.pt")
+            self._agree(problems[0] if problems else None, step)
+            stage = engine.zero_optimization_stage()
+            self._agree(self._on_rank0(lambda: self._publish(partial, final, step, stage)), step)
+        except CheckpointError:
             if self.world.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(str(error)) from error
+            raise
 
     def load(self, engine, folder: Path) -> dict[str, Any]:
         """Load a checkpoint into the engine; returns this rank's state, with "step". Raises CheckpointError."""
@@ -62,17 +59,24 @@ class Checkpoints:
                     f"{folder}: written with {key} = {meta[key]}, this run has {value}; go on with the same number of "
                     "ranks and the same ZeRO stage"
                 )
+        problem = state = None
         try:
-            loaded, _ = engine.load_checkpoint(str(folder), tag=STATE)
             state = torch.load(folder / f"rank-{self.world.rank}.pt", weights_only=True)
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{folder}: does not fit this config or is damaged ({reason})") from error
-        if loaded is None:
-            raise CheckpointError(
-                f"{folder}: DeepSpeed found no state in it; name a checkpoint folder such as step-00000100"
-            )
+            loaded, _ = engine.load_checkpoint(str(folder), tag=STATE)
+            problem = None if loaded else "DeepSpeed found no state in it"
+        except Exception as error:  # unpickling, shapes, keys, zip files: whatever damage can lead to
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        problem = first_problem(self.world, problem)
+        if problem is not None:
+            older = [path.name for path in _whole(folder.parent) if path.name < folder.name]
+            hint = f"; an older one is {older[-1]}" if older else ""
+            raise CheckpointError(f"{folder}: does not fit this config or is damaged ({problem}){hint}")
         return state | {"step": meta["step"]}
+
+    def discard_partial(self) -> None:
+        """Remove what a kill left half written; rank 0 only."""
+        for partial in self.folder.glob(".partial-*"):
+            shutil.rmtree(partial, ignore_errors=True)
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint, or None."""
@@ -81,28 +85,35 @@ class Checkpoints:
     def _publish(self, partial: Path, final: Path, step: int, zero_stage: int) -> None:
         meta = {"step": step, "world_size": self.world.size, "zero_stage": zero_stage, "torch": torch.__version__}
         (partial / META).write_text(json.dumps(meta), encoding="utf-8")
-        for file in partial.rglob("*"):
-            if file.is_file():
-                _flush_to_disk(file)
-        if final.exists():  # the same step again, after resuming from an older checkpoint
-            shutil.rmtree(final)
+        for path in (*partial.rglob("*"), partial):
+            _flush_to_disk(path)
         os.replace(partial, final)
+        _flush_to_disk(self.folder)
         pointer = self.folder / f".{LATEST}"
         pointer.write_text(final.name, encoding="utf-8")
         _flush_to_disk(pointer)
         os.replace(pointer, self.folder / LATEST)
+        _flush_to_disk(self.folder)
         older = [path for path in _whole(self.folder) if path.name <= final.name]
         for path in older[: -self.keep]:
             shutil.rmtree(path)
 
-    def _raise_if_any(self, problem: str | None, step: int) -> None:
-        if all_succeeded(self.world, problem is None):
+    def _on_rank0(self, work: Callable[[], None]) -> str | None:
+        """Do `work` on rank 0 only; what went wrong there, or None."""
+        problems: list[str] = []
+        if self.world.rank == 0:
+            with _collected(problems):
+                work()
+        return problems[0] if problems else None
+
+    def _agree(self, problem: str | None, step: int) -> None:
+        """Raise CheckpointError on every rank if any rank has a problem."""
+        problem = first_problem(self.world, problem)
+        if problem is None:
             return
         newest = self.newest()
         kept = f"the last good checkpoint is {newest}" if newest else "there is no earlier checkpoint"
-        raise CheckpointError(
-            f"{self.folder}: the checkpoint of step {step} was not written: {problem or 'another rank failed'}; {kept}"
-        )
+        raise CheckpointError(f"{self.folder}: the checkpoint of step {step} was not written: {problem}; {kept}")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -133,10 +144,22 @@ def resolve_resume(resume: str | None, folder: Path) -> Path | None:
     named = Path(resume)
     for candidate in (named, newest_checkpoint(named), newest_checkpoint(named / "checkpoints")):
         if candidate is not None and (candidate / META).is_file():
-            return candidate.resolve()
+            return _check_rewind(candidate.resolve(), folder.resolve())
     raise CheckpointError(
         f"--resume {resume}: no checkpoint there; name a run's folder, a step-… folder in it, or auto"
     )
+
+
+def _check_rewind(chosen: Path, folder: Path) -> Path:
+    """Going on from `chosen` must not leave checkpoints of another course of the run in `folder`."""
+    mine = chosen.parent == folder
+    others = [path.name for path in _whole(folder) if not (mine and path.name <= chosen.name)]
+    if others:
+        raise CheckpointError(
+            f"--resume {chosen}: {folder} holds {others[-1]}, which a run from there would contradict; set another "
+            "name, or delete it"
+        )
+    return chosen
 
 
 def _whole(folder: Path) -> list[Path]:
@@ -145,9 +168,10 @@ def _whole(folder: Path) -> list[Path]:
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / META).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: {META} cannot be read ({error})") from error
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        return {key: meta[key] for key in ("step", "world_size", "zero_stage")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: {META} cannot be used ({type(error).__name__}: {error})") from error
 
 
 def _fresh_folder(folder: Path) -> None:
@@ -156,9 +180,41 @@ def _fresh_folder(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _flush_to_disk(file: Path) -> None:
-    with open(file, "rb") as handle:
-        os.fsync(handle.fileno())
+def _flush_to_disk(path: Path) -> None:
+    """A file's contents, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    """Put a failure to write into `problems` instead of raising it: a rank that left would leave others waiting."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        problems.append(str(error).splitlines()[0])
+
+
+def _save_engine(engine, folder: Path) -> list[str]:
+    """DeepSpeed's part of a checkpoint; returns what failed. Its save has barriers that every rank must reach."""
+    problems: list[str] = []
+    writer = engine.checkpoint_engine
+    write = writer.save
+
+    def guarded(*args, **kwargs):
+        with _collected(problems):
+            write(*args, **kwargs)
+
+    writer.save = guarded
+    try:
+        with _collected(problems):
+            engine.save_checkpoint(str(folder), tag=STATE, save_latest=False)
+    finally:
+        del writer.save
+    return problems
 
 
 def _finite(engine) -> bool:

@@ -3,17 +3,14 @@
 import os
 from pathlib import Path
 
-from kpu_fast.engine.monitor import read_metrics
 
-
-def save_curve(folder: Path) -> Path:
-    """Draw folder/metrics.jsonl as folder/losses.png: one panel per term, one line per teacher."""
+def save_curve(folder: Path, rows: list[dict]) -> Path:
+    """Draw the rows of a run's metrics.jsonl as folder/losses.png: one panel per term, one line per teacher."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = read_metrics(folder)
     keys = [key for key in rows[-1] if "/" in key]
     terms = list(dict.fromkeys(key.rpartition("/")[2] for key in keys))
     titles = {"s2t": "s2t: in the teacher's space", "t2s": "t2s: in the common space", "rec": "rec: reconstruction"}

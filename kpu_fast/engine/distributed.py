@@ -1,10 +1,10 @@
-"""Ranks, devices and the collectives the engine needs, the same under `deepspeed`, `torchrun` and `python`."""
+"""Ranks, devices and the agreement the engine needs, the same under `deepspeed`, `torchrun` and `python`."""
 
 import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -19,6 +19,8 @@ class World(NamedTuple):
     rank: int
     size: int
     device: torch.device
+    local_rank: int
+    patient: dist.ProcessGroup  # for waiting while one rank does long work: the default group gives up after minutes
 
 
 def init_distributed() -> World:
@@ -42,28 +44,25 @@ def init_distributed() -> World:
     device = torch.device(get_accelerator().device_name(local_rank))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+    return World(dist.get_rank(), dist.get_world_size(), device, local_rank, patient)
 
 
-def on_rank0(world: World, work: Callable[[], T], errors: tuple[type[Exception], ...] = (ValueError, OSError)) -> T:
-    """Do `work` on rank 0 and hand its result to all; an error there is raised on every rank, so that none waits."""
-    box: list = [None, None]
-    if world.rank == 0:
-        try:
-            box[0] = work()
-        except errors as error:
-            box[1] = error
-    dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
+def from_rank0(world: World, value: T) -> T:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=world.patient)
     return box[0]
 
 
-def all_succeeded(world: World, succeeded: bool) -> bool:
-    """True on every rank if it was true on every rank."""
-    flag = torch.tensor(int(succeeded), device=world.device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag)
+def first_problem(world: World, problem: str | None) -> str | None:
+    """What went wrong on the first rank where something did, told to every rank; None if all is well."""
+    box: list[str | None] = [None] * world.size
+    dist.all_gather_object(box, problem, group=world.patient)
+    for rank, found in enumerate(box):
+        if found is not None:
+            return found if rank == 0 else f"{found} (rank {rank})"
+    return None
 
 
 def _free_port() -> str:

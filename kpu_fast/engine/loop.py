@@ -1,5 +1,6 @@
 """The training loop: one forward per teacher, losses weighed and summed, one backward, one step."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -14,11 +15,11 @@ from kpu_fast.config import Config
 from kpu_fast.data.pipeline import Stream
 from kpu_fast.data.scan import Index, load_or_scan
 from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints, resolve_resume
-from kpu_fast.engine.distributed import World, init_distributed, on_rank0
+from kpu_fast.engine.distributed import World, first_problem, from_rank0, init_distributed
 from kpu_fast.engine.monitor import Diverged, Monitor
-from kpu_fast.engine.optimizer import build_optimizer, build_scheduler
+from kpu_fast.engine.optimizer import build_optimizer, build_scheduler, restore_settings
 from kpu_fast.engine.result import write_result
-from kpu_fast.engine.run_folder import OutputError, prepare_run_folder
+from kpu_fast.engine.run_folder import OutputError, claim_run_folder, record_run
 from kpu_fast.models.attention import BackendError, describe
 from kpu_fast.models.student import Student
 from kpu_fast.models.teachers import Teacher, build_teacher
@@ -26,7 +27,7 @@ from kpu_fast.objectives.kpu import KPU
 
 
 class RunError(ValueError):
-    """The run cannot start: data, model, output or optimiser do not fit. The message says which and what to do."""
+    """Data, a model, the output folder or the optimiser cannot be used. The message says which and what to do."""
 
 
 class Parts(NamedTuple):
@@ -41,27 +42,30 @@ def train(cfg: Config, resume: str | None = None) -> None:
     """Train `cfg` to its last step and write the result; every rank calls it.
 
     resume: None (a new run), "auto" (the run's newest checkpoint, or a new run) or a checkpoint's folder.
-    Raises RunError before the first step, Diverged on a NaN or Inf loss, CheckpointError or OutputError when a
-    checkpoint or another file cannot be written.
+    Raises RunError where data, models or output cannot be used, Diverged on a NaN or Inf loss, CheckpointError or
+    OutputError when a checkpoint or another file cannot be written.
     """
     world = init_distributed()
     folder = Path(cfg.output) / cfg.name
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, world)
-    try:
-        checkpoint = on_rank0(world, lambda: resolve_resume(resume, checkpoints.folder), errors=(CheckpointError,))
-        on_rank0(world, lambda: prepare_run_folder(folder, cfg))
-        parts = build(cfg, world)
-        state = checkpoints.load(parts.engine, checkpoint) if checkpoint else {"step": 0, "streams": {}}
+    with _together(world):
+        lock = claim_run_folder(folder) if world.rank == 0 else None
+        checkpoint = resolve_resume(resume, checkpoints.folder) if world.rank == 0 else None
+    checkpoint = from_rank0(world, checkpoint)
+    parts = build(cfg, world)
+    state = {"step": 0, "streams": {}}
+    if checkpoint is not None:
+        state = _resume(cfg, world, parts.engine, checkpoints, checkpoint)
+    with _together(world):
         streams = open_streams(cfg, parts.indexes, world, state["streams"])
-    except (ValueError, OSError, ImportError, BackendError, CheckpointError) as error:
-        raise RunError(str(error)) from error
-    if "rng" in state:
-        _set_rng(state["rng"], world.device)
+        if world.rank == 0:
+            checkpoints.discard_partial()
+            record_run(folder, cfg)
     _announce(cfg, world, parts, state["step"], checkpoint)
     try:
         finished = _run_steps(cfg, world, parts, streams, checkpoints, state["step"])
-    except (Diverged, OutputError) as error:
-        newest = checkpoints.newest() or "none: no step was saved"
+    except (Diverged, OutputError, RunError) as error:
+        newest = checkpoints.newest() or checkpoint or "none: no step was saved"
         raise type(error)(f"{error}. The last good checkpoint is {newest}") from error
     if finished:
         try:
@@ -69,37 +73,68 @@ def train(cfg: Config, resume: str | None = None) -> None:
         except OSError as error:
             raise OutputError(f"{folder}: the result cannot be written ({error}); go on with --resume auto") from error
     dist.barrier()
+    if lock is not None:
+        lock.close()
 
 
 def build(cfg: Config, world: World) -> Parts:
-    """Data indexes, teachers and the DeepSpeed engine around the trainable module."""
+    """Data indexes, teachers and the DeepSpeed engine around the trainable module. Raises RunError on every rank."""
     import deepspeed
 
-    indexes = {}
-    for name, teacher in cfg.teachers.items():
-        # Rank 0 scans once; the others find its index.
-        on_rank0(world, lambda source=teacher.data.source: load_or_scan(source) and None)
-        indexes[name] = load_or_scan(teacher.data.source)
+    sources = {name: teacher.data.source for name, teacher in cfg.teachers.items()}
+    # One rank scans, then one per node where nodes share no cache; the others find its index.
+    for turn in (world.rank == 0, world.local_rank == 0, True):
+        with _together(world):
+            indexes = {name: load_or_scan(source) for name, source in sources.items()} if turn else {}
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    teachers = {
-        name: build_teacher(name, teacher, device=world.device, dtype=dtype, image_size=teacher.data.size)
-        for name, teacher in cfg.teachers.items()
-    }
-    specs = {name: teacher.spec for name, teacher in teachers.items()}
-    torch.manual_seed(cfg.seed)  # all ranks start from the same weights
-    student = Student.from_config(cfg.student, specs, activation_checkpointing=cfg.activation_checkpointing)
-    module = KPU(student, specs, cfg.objective).to(world.device)
-    optimizer = build_optimizer(cfg.optimizer, module, world.device)
+    with _together(world):
+        teachers = {
+            name: build_teacher(name, teacher, device=world.device, dtype=dtype, image_size=teacher.data.size)
+            for name, teacher in cfg.teachers.items()
+        }
+        specs = {name: teacher.spec for name, teacher in teachers.items()}
+        torch.manual_seed(cfg.seed)  # all ranks start from the same weights
+        student = Student.from_config(cfg.student, specs, activation_checkpointing=cfg.activation_checkpointing)
+        module = KPU(student, specs, cfg.objective).to(world.device)
+        optimizer = build_optimizer(cfg.optimizer, module, world.device)
+        scheduler = build_scheduler(cfg.optimizer, optimizer, cfg.steps)
     if cfg.compile:
         for compiled in (student, *teachers.values()):
             compiled.compile()
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        lr_scheduler=build_scheduler(cfg.optimizer, optimizer, cfg.steps),
-        config=cfg.deepspeed_config(),
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, lr_scheduler=scheduler, config=cfg.deepspeed_config()
+        )
+    except Exception as error:  # DeepSpeed has no error of its own for a block it cannot use
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(f"deepspeed: DeepSpeed cannot use this block ({type(error).__name__}: {reason})") from error
     return Parts(indexes, teachers, engine)
+
+
+def _resume(cfg: Config, world: World, engine, checkpoints: Checkpoints, checkpoint: Path) -> dict[str, Any]:
+    """Load a checkpoint; the config's settings hold, also where the checkpoint was written with others."""
+    try:
+        state = checkpoints.load(engine, checkpoint)
+    except CheckpointError as error:
+        raise RunError(str(error)) from error
+    if state["step"] > cfg.steps:
+        raise RunError(f"steps: found {cfg.steps}, but {checkpoint} is already at step {state['step']}")
+    restore_settings(cfg.optimizer, engine.lr_scheduler)
+    _set_rng(state["rng"], world.device)
+    return state
+
+
+@contextmanager
+def _together(world: World) -> Iterator[None]:
+    """What one rank cannot do, no rank goes on without: raises the same RunError on all of them."""
+    problem = None
+    try:
+        yield
+    except (ValueError, OSError, ImportError, BackendError, CheckpointError) as error:
+        problem = str(error)
+    problem = first_problem(world, problem)
+    if problem is not None:
+        raise RunError(problem)
 
 
 def forward(engine, teachers: dict[str, Teacher], batches: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -119,7 +154,7 @@ def _run_steps(cfg, world, parts: Parts, streams: dict[str, Stream], checkpoints
         try:
             began = time.perf_counter()
             for step in range(start + 1, cfg.steps + 1):
-                batches = {name: next(stream) for name, stream in streams.items()}
+                batches = {name: _next_batch(name, stream) for name, stream in streams.items()}
                 waited = time.perf_counter() - began
                 terms = forward(engine, parts.teachers, batches)
                 total = engine.module.total(terms)
@@ -129,17 +164,25 @@ def _run_steps(cfg, world, parts: Parts, streams: dict[str, Stream], checkpoints
                 now = time.perf_counter()
                 facts = {"lr": lr, "step_seconds": now - began, "data_wait_percent": 100.0 * waited / (now - began)}
                 began = now
-                monitor.push(step, terms, total, bool(asked), facts)
+                monitor.push(step, engine.module.unweighed(terms), total, bool(asked), facts)
                 if step % cfg.checkpoint.every == 0 or step == cfg.steps or monitor.stop:
                     monitor.flush()
                     states = {name: stream.state() for name, stream in streams.items()}
                     checkpoints.save(engine, step, {"streams": states, "rng": _get_rng(world.device)})
+                    began = time.perf_counter()  # a checkpoint is no part of the next step
                 if monitor.stop and step < cfg.steps:
                     monitor.say(f"stopped after step {step}; go on with --resume auto")
                     return False
         finally:
             monitor.close()
     return True
+
+
+def _next_batch(name: str, stream: Stream):
+    try:
+        return next(stream)
+    except (OSError, RuntimeError) as error:
+        raise RunError(f"teachers.{name}.data: {error}") from error
 
 
 def open_streams(cfg: Config, indexes: dict[str, Index], world: World, states: dict[str, Any]) -> dict[str, Stream]:
@@ -154,9 +197,23 @@ def open_streams(cfg: Config, indexes: dict[str, Index], world: World, states: d
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT while steps run, instead of dying in the middle of one."""
+    """Collect SIGTERM and SIGINT while steps run, instead of dying in the middle of one.
+
+    Launchers send both, and more than once; only a Ctrl-C seconds after the first one means "now".
+    """
     asked: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+    first = 0.0
+
+    def note(number: int, _frame) -> None:
+        nonlocal first
+        if not asked:
+            first = time.monotonic()
+            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again to stop at once\n")
+        elif number == signal.SIGINT and time.monotonic() - first > 3.0:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked
     finally:

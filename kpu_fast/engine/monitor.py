@@ -5,6 +5,7 @@ no wait on a GPU. So a NaN is noticed one step later, and `flush` looks at what 
 written.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -45,9 +46,12 @@ class Monitor:
         if world.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
-            _keep_until(folder / METRICS, start)
-            self._file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            try:
+                _keep_until(folder / METRICS, start)
+                self._file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            except OSError as error:
+                raise OutputError(f"{error.filename or folder} cannot be written ({error.strerror})") from error
             quiet = 0.5 if sys.stderr.isatty() else 10.0
             self._bar = tqdm(
                 total=steps, initial=start, desc="train", unit="step", mininterval=quiet, dynamic_ncols=True
@@ -114,18 +118,21 @@ class Monitor:
         """End the bar and the files."""
         if self._file is not None:
             self._bar.close()
-            self._file.close()
-            self._board.close()
+            for writer in (self._file, self._board):
+                with contextlib.suppress(OSError):  # a full disk was reported when a row could not be written
+                    writer.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, oldest first; a last line cut off by a kill is left out."""
+    """The rows of a run's metrics.jsonl, oldest first; lines that a kill or a full disk left damaged are left out."""
     rows = []
-    for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
+    for line in (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            break
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
     return rows
 
 

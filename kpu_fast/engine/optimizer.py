@@ -11,17 +11,15 @@ class OptimizerError(ValueError):
 
 
 def build_optimizer(cfg, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW on what requires grad; weight decay on matrices and convolutions only.
+    """AdamW on what requires grad; weight decay on the weights of linear layers and convolutions only.
 
     cfg: `Config.optimizer`. impl "auto" and "torch" are torch's fused AdamW, which needs nothing compiled.
     Raises OptimizerError when an implementation is not installed.
     """
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trainable if p.ndim >= 2 and name.endswith(".weight")]  # no tokens, no positions
+    rest = [p for name, p in trainable if p.ndim < 2 or not name.endswith(".weight")]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     options = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps}
     if cfg.impl == "deepspeed":
         return _deepspeed_adam(groups, options, device)
@@ -41,6 +39,16 @@ def build_scheduler(cfg, optimizer: torch.optim.Optimizer, steps: int) -> torch.
         return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def restore_settings(cfg, scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """After a checkpoint was loaded: what the config says holds, not what it said when the checkpoint was written."""
+    for group, decay in zip(scheduler.optimizer.param_groups, (cfg.weight_decay, 0.0), strict=True):
+        group.update(weight_decay=decay, betas=cfg.betas, eps=cfg.eps, initial_lr=cfg.lr)
+    scheduler.base_lrs = [cfg.lr] * len(scheduler.base_lrs)
+    for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        group["lr"] = cfg.lr * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]  # what get_last_lr() reads
 
 
 def _deepspeed_adam(groups, options, device):

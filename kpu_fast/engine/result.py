@@ -22,20 +22,21 @@ def write_result(cfg: Config, folder: Path, world: World, student: Student, teac
     """Write student/, features.png and losses.png into the run's folder, print where they are; all ranks call it."""
     from deepspeed import zero
 
+    rows = read_metrics(folder) if world.rank == 0 else []
     # ZeRO 3 holds a share of each parameter on every rank; elsewhere this gathers nothing.
     with zero.GatheredParameters(list(student.parameters())):
         if world.rank == 0:
-            student.save_pretrained(folder / "student", card=_card(cfg, read_metrics(folder)))
+            student.save_pretrained(folder / "student", card=_card(cfg, rows))
     if world.rank != 0:
         return
     # From the export, not from memory: what is pictured is what the user gets.
     exported = Student.from_pretrained(folder / "student").to(world.device).eval()
     panels = [_panel(cfg, name, teacher, exported, indexes[name], world.device) for name, teacher in teachers.items()]
     save_feature_picture(folder / "features.png", panels, title=f"{cfg.name}: features after {cfg.steps} steps")
-    curve = save_curve(folder)
     print(f"student  {folder / 'student'}")
     print(f"picture  {folder / 'features.png'}")
-    print(f"curve    {curve}")
+    if rows:
+        print(f"curve    {save_curve(folder, rows)}")
     print(f"peak     {peak_memory(world.device)}", flush=True)
 
 
@@ -59,7 +60,9 @@ def _panel(cfg: Config, name: str, teacher, student: Student, index: Any, device
 
 
 def _card(cfg: Config, rows: list[dict]) -> str:
-    losses = "\n".join(f"| {key} | {rows[0][key]:.4f} | {value:.4f} |" for key, value in rows[-1].items() if "/" in key)
+    first, last = (rows[0], rows[-1]) if rows else ({}, {})
+    terms = [key for key in last if "/" in key and key in first]
+    losses = "\n".join(f"| {key} | {first[key]:.4f} | {last[key]:.4f} |" for key in terms)
     adapter = cfg.student.adapter.cross_attention if cfg.student.adapter else "none, the whole ViT is trained"
     teachers = "\n".join(f"- {name}: {t.kind}, weights `{t.weights}`" for name, t in cfg.teachers.items())
     return f"""# {cfg.name}

@@ -1,11 +1,13 @@
 """runs/<name>/: what was run, with which code and which libraries."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import IO
 
 from kpu_fast.config import Config
 
@@ -17,10 +19,28 @@ class OutputError(RuntimeError):
     """Something a run leaves behind could not be written."""
 
 
-def prepare_run_folder(folder: Path, cfg: Config) -> None:
-    """Make the folder and save the config as it will be used. Raises OSError, naming it, when it cannot be written."""
+def claim_run_folder(folder: Path) -> IO:
+    """Make the folder and lock it against a second run; the lock lasts as long as what is returned stays open.
+
+    Raises OSError, naming the folder, when it cannot be written or another run is using it.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 (the caller keeps it)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"output: {folder} cannot be written ({reason}); set `output` to a folder that can") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise OSError(f"output: another run is using {folder}; wait for it, or set another name") from error
+    return lock
+
+
+def record_run(folder: Path, cfg: Config) -> None:
+    """Save the config as it is used, with commit and versions. Raises OSError, naming the folder."""
+    try:
         partial = folder / f".{RESOLVED}"
         partial.write_text(
             json.dumps({"config": cfg.model_dump(mode="json"), **circumstances()}, indent=2), encoding="utf-8"

@@ -111,7 +111,8 @@ def load_net(
     """A network of transformers with the weights in `folder`, on the CPU, in `dtype`.
 
     config: None for the folder's own. part: only weights with this in their names are checked. optional: beginnings of
-    the names of weights that a checkpoint may lack. A head or a second tower the network has no use for is ignored.
+    names of weights that a checkpoint may lack or have for nothing. A head or a second tower that the network has no
+    use for is ignored.
     Raises WeightsError where transformers fails, would fill in a weight at random, or would drop one.
     """
     with _reading(key, folder):
@@ -153,9 +154,12 @@ def _check_keys(key: str, folder: Path, net: nn.Module, info: dict, part: str, o
         ours = first in modules or (first in (net.base_model_prefix, "model") and second in modules)
         return ours and part in weight and not weight.endswith(_NOT_WEIGHTS)
 
+    def required(weight: str) -> bool:
+        return matters(weight) and not weight.startswith(optional)
+
     faults = {
-        "lacks": [w for w in info["missing_keys"] if matters(w) and not w.startswith(optional)],
-        "has weights its config.json has no place for:": [w for w in info["unexpected_keys"] if matters(w)],
+        "lacks": list(filter(required, info["missing_keys"])),
+        "has weights its config.json has no place for:": list(filter(required, info["unexpected_keys"])),
         "has other shapes:": [
             f"{w} {tuple(has)}, expected {tuple(wants)}" for w, has, wants in info["mismatched_keys"] if matters(w)
         ],

@@ -255,7 +255,8 @@ def _load_net(name: str, cfg, folder: Path, dtype: torch.dtype) -> nn.Module:
         _choose_levels(name, config, cfg.levels)
         # Not AutoBackbone.from_pretrained: it asks the hub whether a local folder exists there.
         net_class = hf.MODEL_FOR_BACKBONE_MAPPING[type(config)]
-        # A classifier's checkpoint has no norms for its stages: the backbone's are then scale 1 and shift 0.
+        # A classifier's checkpoint has no norms for its stages: the backbone's are then scale 1 and shift 0. A saved
+        # backbone may have norms for stages that `levels` leaves out.
         return load_net(key, net_class, folder, dtype=dtype, config=config, optional=("hidden_states_norms.",))
     if cfg.kind == "grounding_dino":
         # Only the image backbone is kept: text tower, neck, encoder and decoder are freed here.

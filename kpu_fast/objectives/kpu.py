@@ -25,7 +25,8 @@ from kpu_fast.models.student import Student
 class KPU(nn.Module):
     """Everything trainable: the student with its heads h_s2t, and the heads h_t2s and h_rec.
 
-    student: its `heads` name the teachers; the maps that none of them reads are dropped. specs: what each teacher's features look like. cfg: `Config.objective`.
+    student: its `heads` name the teachers; the maps that none of them reads are dropped. specs: what each teacher's
+    features look like. cfg: `Config.objective`.
     """
 
     def __init__(self, student: Student, specs: Mapping[str, FeatureSpec], cfg):

@@ -1,6 +1,7 @@
 """The command as its users run it: finished, killed, stopped, diverged, misused."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -168,7 +169,10 @@ def test_a_second_run_needs_resume(whole, start, tmp_path):
     shutil.copytree(whole, tmp_path / "tiny")
     _, err = finish(start(), code=2)
     assert "holds step-00000008 of an earlier run; add --resume auto" in err
+    rows = (tmp_path / "tiny" / "metrics.jsonl").read_text()
+    (tmp_path / "tiny" / "metrics.jsonl").write_text("not json\n" + rows + '{"step": 8, "cut')
     out, _ = finish(start(resume="auto"))  # nothing left to do: the result is written again
+    assert losses(tmp_path / "tiny") == losses(whole)  # damaged lines are gone
     assert f"from step 8 of {tmp_path / 'tiny' / 'checkpoints' / 'step-00000008'}" in out
     assert weights(tmp_path / "tiny") == weights(whole)
 
@@ -185,6 +189,8 @@ def test_a_second_run_needs_resume(whole, start, tmp_path):
         (["student.vit.arch.dimm=32"], None, "dimm"),
         (["student.attention=fa3"], None, "fa3"),
         (["optimizer.impl=apex"], None, "optimizer.impl"),
+        (["student.adapter.interactions=3"], None, "student: Adapter: interactions 3"),
+        (["deepspeed.zero_optimization.stagee=2"], None, "deepspeed: DeepSpeed cannot use this block"),
         ([], "/no/such/run", "--resume /no/such/run: no checkpoint there"),
     ],
     ids=lambda value: str(value)[:40],
@@ -221,3 +227,75 @@ def test_bad_images_are_left_out_and_counted(start, photos, tmp_path):
     assert "2 left out" in out
     assert "cut.jpg" in out
     assert "text.jpg" in out
+
+
+def test_settings_changed_on_resume_hold(whole, start, tmp_path):
+    """More steps and another optimiser: the schedule is that of the new config, not a mixture."""
+    shutil.copytree(whole, tmp_path / "tiny")
+    changed = ["steps=12", "optimizer.lr=1e-4", "optimizer.weight_decay=0.5"]
+    finish(start(*changed, resume="auto"))
+    rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    expected = [0.5e-4 * (1 + math.cos(math.pi * (step - 2) / 10)) for step in range(8, 12)]
+    assert [row["lr"] for row in rows[8:]] == pytest.approx(expected)
+    state = torch.load(
+        next((tmp_path / "tiny" / "checkpoints" / "step-00000012" / "state").glob("*optim_states.pt")),
+        weights_only=False,
+    )
+    groups = state["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    resolved = json.loads((tmp_path / "tiny" / "config.resolved.json").read_text())
+    assert resolved["config"]["steps"] == 12
+
+
+@pytest.mark.parametrize(
+    ("damage", "overrides", "resume", "message"),
+    [
+        (None, ["steps=4"], "auto", "steps: found 4, but"),
+        (None, [], "checkpoints/step-00000006", "holds step-00000008, which a run from there would contradict"),
+        ("rank-0.pt", [], "auto", "is damaged (UnpicklingError"),
+        ("meta.json", [], "auto", "meta.json cannot be used"),
+        (None, ["deepspeed.zero_optimization.stage=2"], "auto", "written with zero_stage = 1, this run has 2"),
+        (None, ["student.head_hidden=16"], "auto", "does not fit this config"),
+    ],
+    ids=str,
+)
+def test_resume_refuses_what_it_cannot_go_on_from(damage, overrides, resume, message, whole, start, tmp_path):
+    run = tmp_path / "tiny"
+    shutil.copytree(whole, run)
+    record = (run / "config.resolved.json").read_bytes()
+    if damage:
+        (run / "checkpoints" / "step-00000008" / damage).write_text("{}")
+    resume = resume if resume == "auto" else str(run / resume)
+    _, err = finish(start(*overrides, resume=resume), code=2)
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert (run / "config.resolved.json").read_bytes() == record
+
+
+def test_a_second_run_at_once_is_refused_and_a_lost_image_is_named(start, photos, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(photos, source)
+    first = start(f"source={source}", "steps=100000", "checkpoint.every=20")
+    wait_for(lambda: steps_done(tmp_path / "tiny") >= 21, first)
+    _, err = finish(start(f"source={source}", resume="auto"), code=2)
+    assert f"another run is using {tmp_path / 'tiny'}" in err
+    (source / "3.jpg").unlink()
+    _, err = finish(first, code=2)
+    last = err.splitlines()[-1]
+    assert last.startswith("error: teachers.")
+    assert "3.jpg" in last
+    assert "The last good checkpoint is" in last
+
+
+def test_a_rank_that_cannot_write_stops_all_ranks(tiny, environment, tmp_path):
+    """Disk full on rank 1 only, in DeepSpeed's file and in ours: every rank raises, none waits for another."""
+    worker = Path(__file__).parents[1] / "helpers" / "full_disk_worker.py"
+    launcher = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", "29623"]
+    done = subprocess.run(
+        [*launcher, str(worker), str(tiny), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    assert len(said) == 4
+    assert all("No space left on device (rank 1)" in line for line in said)
+    assert not list((tmp_path / "checkpoints").iterdir())

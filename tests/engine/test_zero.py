@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from zero_worker import STEPS, fixed_batches
 
 from kpu_fast.config import load_config
@@ -32,9 +33,11 @@ def plain(tiny) -> tuple[dict, dict]:
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     trainable = [p for p in module.parameters() if p.requires_grad]
     decay = cfg.optimizer.weight_decay
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
+    matrices = {id(m.weight) for m in layers}
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if id(p) in matrices], "weight_decay": decay},
+        {"params": [p for p in trainable if id(p) not in matrices], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
         groups, lr=cfg.optimizer.lr, betas=cfg.optimizer.betas, eps=cfg.optimizer.eps, fused=False
@@ -52,8 +55,10 @@ def plain(tiny) -> tuple[dict, dict]:
     return before, {name: p.detach() for name, p in module.named_parameters()}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_equal_plain_torch(stage, plain, tiny, environment, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "switches"), [(0, []), (1, []), (2, []), (3, []), (3, ["activation_checkpointing=true"])], ids=str
+)
+def test_two_ranks_equal_plain_torch(stage, switches, plain, tiny, environment, tmp_path):
     out = tmp_path / "after.pt"
     launcher = [
         str(Path(sys.executable).parent / "deepspeed"),
@@ -63,7 +68,7 @@ def test_two_ranks_equal_plain_torch(stage, plain, tiny, environment, tmp_path):
         str(29610 + stage),
     ]
     done = subprocess.run(
-        [*launcher, str(WORKER), str(tiny), str(stage), str(out)],
+        [*launcher, str(WORKER), str(tiny), str(stage), str(out), *switches],
         env=environment, capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

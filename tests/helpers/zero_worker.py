@@ -1,6 +1,7 @@
 """Five steps on fixed batches under a launcher; rank 0 saves the gathered parameters. Run by test_zero.py.
 
-zero_worker.py CONFIG STAGE OUT: the `fixed_batches` and `STEPS` here are what the test's plain torch run uses too.
+zero_worker.py CONFIG STAGE OUT [KEY=VALUE ...]
+The `fixed_batches` and `STEPS` here are what the test's plain torch run uses too.
 """
 
 import json
@@ -25,14 +26,17 @@ def fixed_batches(cfg: Config, step: int, ranks: int, rank: int | None) -> dict[
     return batches
 
 
-def main(config: str, stage: str, out: str) -> None:
+def main(config: str, stage: str, out: str, *switches: str) -> None:
     """Train and save."""
     import deepspeed
 
     from kpu_fast.engine.distributed import init_distributed
     from kpu_fast.engine.loop import build, forward
 
-    cfg = load_config(config, ["deepspeed=" + json.dumps({"zero_optimization": {"stage": int(stage)}})])
+    zero: dict = {"stage": int(stage)}
+    if zero["stage"] == 3:  # or parameters as small as these would never leave a rank
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}
+    cfg = load_config(config, ["deepspeed=" + json.dumps({"zero_optimization": zero}), *switches])
     world = init_distributed()
     parts = build(cfg, world)
     for step in range(STEPS):
@@ -40,6 +44,8 @@ def main(config: str, stage: str, out: str) -> None:
         parts.engine.backward(parts.engine.module.total(forward(parts.engine, parts.teachers, batches)))
         parts.engine.step()
     module = parts.engine.module
+    if zero["stage"] == 3:
+        assert all(p.numel() == 0 for p in module.parameters()), "ZeRO 3 shares no parameter: this would test nothing"
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
         if world.rank == 0:
             state = {name: p.detach().clone() for name, p in module.named_parameters()}

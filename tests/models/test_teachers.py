@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from kpu_fast.models import teachers  # noqa: E402
 from kpu_fast.models.features import FeatureSpec  # noqa: E402
-from kpu_fast.models.teachers import TeacherError, build_teacher  # noqa: E402
+from kpu_fast.models.hub import WeightsError  # noqa: E402
+from kpu_fast.models.teachers import build_teacher  # noqa: E402
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -150,7 +151,7 @@ def test_dinov2_sees_the_nearest_multiple_of_its_patch(saved, checkpoint, size):
     skip = 5 if checkpoint == "dinov2_reg" else 1
     torch.testing.assert_close(x, out.last_hidden_state[:, 0])
     torch.testing.assert_close(maps, (out.last_hidden_state[:, skip:].reshape(2, *grid, 32),), rtol=1e-4, atol=1e-5)
-    assert teacher.spec.strides == pytest.approx((((size[0] / grid[0]) * (size[1] / grid[1])) ** 0.5,))
+    assert maps[0].shape[1:3] == tuple(grid)
 
 
 def test_backbone_gives_the_stages_asked_for(saved):
@@ -165,6 +166,16 @@ def test_backbone_gives_the_stages_asked_for(saved):
     torch.testing.assert_close(maps, tuple(m.permute(0, 2, 3, 1) for m in expected))
     assert teacher.spec == FeatureSpec(None, (8, 32), (4.0, 16.0))
     assert build("backbone", folder).spec == FeatureSpec(None, (64,), (32.0,))  # no levels: the last stage
+
+
+def test_a_saved_backbone_gives_some_of_its_stages(tmp_path):
+    torch.manual_seed(0)
+    backbone = wake(transformers.SwinBackbone(transformers.SwinConfig(**SWIN, out_indices=[1, 2, 3])))
+    backbone.save_pretrained(tmp_path)
+    images = pictures(SQUARE)
+    expected = backbone(normalise(images, IMAGENET_MEAN, IMAGENET_STD)).feature_maps[1]
+    (found,) = build("backbone", tmp_path, levels=[2])(images).maps  # with the norm trained for that stage
+    torch.testing.assert_close(found, expected.permute(0, 2, 3, 1))
 
 
 def test_resnet_backbone_matches_hidden_states(saved):
@@ -190,11 +201,32 @@ def test_mean_and_std_come_from_the_image_processor(saved, tmp_path, file):
 
 def test_clip_with_patch_14_loses_no_pixel():
     teacher = build("clip", arch=dict(CLIP, patch_size=14, image_size=56), image_size=(64, 96))
-    assert teacher.spec.strides == pytest.approx(((64 / 5 * 96 / 7) ** 0.5,))  # 70×98 seen, not 56×84
     images = pictures((64, 96))
+    assert teacher(images).maps[0].shape == (2, 5, 7, 32)  # 70×98 seen, not 56×84
     corner = images.clone()
     corner[:, :, -4:, -4:] = 1 - corner[:, :, -4:, -4:]  # what a plain stride-14 convolution would cut off
     assert (teacher(images).maps[0] - teacher(corner).maps[0]).abs().amax() > 0.1
+
+
+# What a student does to find a teacher's grid: round pixels / stride. 224 is a multiple of 14; 512×512 → 37×37 has one
+# ratio on both axes; 256×512 → 18×37 and its transpose would be 18×36 by the geometric mean of a cell's sides.
+@pytest.mark.parametrize("size", [(224, 224), (256, 512), (512, 256), (512, 512), (96, 160)])
+@pytest.mark.parametrize("kind", ["dinov2", "clip", "grounding_dino"])
+def test_strides_tell_the_grid_of_every_map(kind, size):
+    arch = {"dinov2": dict(VIT, image_size=56), "clip": CLIP, "grounding_dino": SWIN}[kind]
+    teacher = build(kind, arch=dict(arch, num_hidden_layers=1) if kind != "grounding_dino" else arch, image_size=size)
+    maps = teacher(pictures(size, n=1)).maps
+    for m, stride in zip(maps, teacher.spec.strides, strict=True):
+        assert [round(side / stride) for side in size] == list(m.shape[1:3])
+    if kind == "dinov2":
+        assert teacher.spec.strides == ((512 / 37,) if size == (512, 512) else (14.0,))
+    else:
+        assert teacher.spec.strides == {"clip": (16.0,), "grounding_dino": (8.0, 16.0, 32.0)}[kind]
+
+
+def test_stride_where_no_rounding_gives_the_grid():
+    # Neither one ratio nor the patch size: the geometric mean of 32 / 3 and 64 / 5.
+    assert teachers._stride((32, 64), (3, 5), patch_size=4) == pytest.approx((32 / 3 * 64 / 5) ** 0.5)
 
 
 # ---------------------------------------------------------------------------------------------------- frozen, dtypes
@@ -307,7 +339,7 @@ def test_two_register_tokens_make_the_model_with_registers():
 
 
 def message(*args, **kwargs):
-    with pytest.raises(TeacherError) as caught:
+    with pytest.raises(WeightsError) as caught:
         build(*args, **kwargs)
     return str(caught.value)
 
@@ -413,6 +445,30 @@ def test_wrong_shapes_and_damaged_files(saved, tmp_path):
     assert "config.json" in message("clip", folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("config.json", [], "holds []"),
+        ("config.json", "clip", "holds clip"),
+        ("preprocessor_config.json", [1], "holds [1]"),
+        ("preprocessor_config.json", {"image_mean": 0.5, "image_std": 0.5}, "image_mean"),
+        ("preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5, "a", 1]}, "image_std"),
+        ("preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5, 0, 1]}, "above 0"),
+        ("preprocessor_config.json", {"image_mean": [0.5, float("nan"), 1], "image_std": [1] * 3}, "image_mean"),
+        ("preprocessor_config.json", {"image_mean": [0.5] * 4, "image_std": [1] * 4}, "image_mean"),
+        ("preprocessor_config.json", {"image_mean": [0.5] * 3}, "image_std"),
+        ("processor_config.json", {"image_processor": "CLIPImageProcessor"}, "image_processor"),
+    ],
+)
+def test_json_of_another_form_is_named(saved, tmp_path, file, content, expected):
+    folder = edited(saved, "clip", tmp_path)
+    (folder / file).write_text(json.dumps(content))
+    text = message("clip", folder)
+    assert text.startswith("teachers.t.weights: ")
+    assert str(folder / file) in text
+    assert expected in text
+
+
 def test_index_tables_in_old_checkpoints_do_no_harm(saved, tmp_path):
     def age(weights):
         weights["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
@@ -454,12 +510,3 @@ def test_hub_cache_is_used_without_asking_the_network(saved, monkeypatch, tmp_pa
     (repository / "snapshots" / "abc" / "model.safetensors").unlink()
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: (_ for _ in ()).throw(OSError("down")))
     assert "down" in message("clip", "lab/clip")
-
-
-def test_of_a_hub_repository_only_what_is_read_is_fetched():
-    both = ["README.md", "config.json", "flax_model.msgpack", "preprocessor_config.json", "onnx/model.safetensors"]
-    pickled = ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "tf_model.h5"]
-    sharded = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
-    small = ["config.json", "preprocessor_config.json"]
-    assert sorted(teachers._wanted_files(both + pickled + sharded)) == sorted(sharded + small)
-    assert sorted(teachers._wanted_files(both + pickled)) == sorted(pickled[:2] + small)

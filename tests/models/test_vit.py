@@ -1,9 +1,15 @@
 import copy
+import json
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kpu_fast.models.hub import WeightsError
 from kpu_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD, ViT, normalise, resize_to_stride_16
 
 transformers = pytest.importorskip("transformers", reason="the reference is transformers' Dinov2")
@@ -117,28 +123,95 @@ def test_loads_a_local_folder(tiny, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_missing_weights_say_how_to_get_them(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"the folder \./no/such/folder does not exist"):
-        ViT.from_hf("./no/such/folder")
-    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
-        ViT.from_hf(str(tmp_path))
+def broken(model, folder, edit_weights=lambda weights: None, **config):
+    """`folder` with the model as save_pretrained writes it, its weights edited in place and its config changed."""
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    edit_weights(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
 
-    def offline(*args, **kwargs):
-        raise OSError("cannot connect")
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
-    with pytest.raises(FileNotFoundError, match=r"hf download facebook/dinov2-base.*model\.safetensors"):
-        ViT.from_hf("facebook/dinov2-base")
+def refusal(weights):
+    with pytest.raises(WeightsError, match=r"^student\.vit\.weights: ") as caught:
+        ViT.from_hf(weights)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("lost", ["encoder.layer.1.norm1.bias", "embeddings.register_tokens", "layernorm.weight"])
+def test_a_missing_tensor_is_not_filled_in_at_random(tiny, tmp_path, lost):
+    assert f"lacks {lost}" in refusal(str(broken(tiny, tmp_path, lambda weights: weights.pop(lost))))
+
+
+def test_a_checkpoint_may_lack_the_mask_token(tiny, tmp_path):
+    folder = broken(tiny, tmp_path, lambda weights: weights.pop("embeddings.mask_token"))
+    expected, found = ViT.from_hf(tiny).state_dict(), ViT.from_hf(folder).state_dict()
+    assert not found.pop("embed.mask_token").any()
+    assert all(torch.equal(expected[name], found[name]) for name in found)
+
+
+def test_a_surplus_layer_is_not_dropped(tiny, tmp_path):
+    two = broken(tiny, tmp_path, num_hidden_layers=2, stage_names=None, out_features=None, out_indices=None)
+    text = refusal(two)
+    assert "no place" in text
+    assert "encoder.layer.2." in text
+
+
+def test_weights_of_another_shape_are_named(tiny, tmp_path):
+    def widen(weights):
+        weights["layernorm.bias"] = torch.zeros(49)
+
+    assert "layernorm.bias (49,), expected (48,)" in refusal(broken(tiny, tmp_path, widen))
+
+
+def test_damaged_files_are_named(tiny, tmp_path):
+    path = broken(tiny, tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    text = refusal(tmp_path)
+    assert str(tmp_path) in text
+    assert "damaged" in text
+    (tmp_path / "config.json").write_text("{")
+    assert f"{tmp_path / 'config.json'} is not readable JSON" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    assert f"{tmp_path / 'config.json'} holds []" in refusal(tmp_path)
+    assert "hf download" not in text  # no hub can help with a local folder
+
+
+def test_folders_without_a_model(tmp_path):
+    assert "'./no/such/folder' is not a folder" in refusal("./no/such/folder")
+    assert "'no/such' is not a folder" in refusal(Path("no/such"))  # a Path is no hub id
+    assert "has no file; expected config.json and model.safetensors" in refusal(tmp_path)
+
+
+def test_a_hub_id_without_network_fails_fast(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    start = time.perf_counter()
+    text = refusal("facebook/dinov2-base")
+    assert time.perf_counter() - start < 5
+    assert "hf download facebook/dinov2-base" in text
 
 
 def test_weights_of_another_model_are_refused(tiny, tmp_path):
-    transformers.ViTConfig(hidden_size=32).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="of type 'vit'; expected dinov2"):
-        ViT.from_hf(str(tmp_path))
+    text = refusal(broken(tiny, tmp_path, model_type="vit"))
+    assert "of type 'vit'; expected dinov2" in text
+    assert str(tmp_path) in text
     other = copy.deepcopy(tiny)
     other.config.hidden_act = "relu"
-    with pytest.raises(ValueError, match="hidden_act is 'relu'"):
-        ViT.from_hf(other)
+    assert "hidden_act is 'relu'" in refusal(other)
+    other.config = transformers.ViTConfig()
+    assert "of type 'vit'" in refusal(other)
+
+
+def test_without_transformers_the_message_says_what_to_install(tiny, tmp_path, monkeypatch):
+    folder = broken(tiny, tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for weights in (folder, "facebook/dinov2-base"):
+        assert "pip install 'kpu_fast[train]'" in refusal(weights)
 
 
 def small(**changes):
