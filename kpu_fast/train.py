@@ -3,8 +3,8 @@
     deepspeed kpu_fast/train.py --config configs/demo.json [--set path.to.key=value ...] [--resume auto|DIR]
 
 The same file runs under `deepspeed`, `torchrun` and plain `python`, on GPUs and on a CPU.
-Exit codes: 0 finished, or stopped by SIGTERM/SIGINT after writing a checkpoint (130: stopped at once by Ctrl-C); 2 a config, data, model or output that
-cannot be used; 3 the loss is no longer finite; 4 a checkpoint or another file could not be written.
+Exit codes: 0 finished, or stopped by SIGTERM/SIGINT after writing a checkpoint; 2 a config, data, model or output that
+cannot be used; 3 the loss is no longer finite; 4 a checkpoint or another file could not be written; 130 second Ctrl-C.
 """
 
 import argparse

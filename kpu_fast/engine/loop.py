@@ -100,7 +100,7 @@ def build(cfg: Config, world: World) -> Parts:
         scheduler = build_scheduler(cfg.optimizer, optimizer, cfg.steps)
     if cfg.compile:
         for compiled in (student, *teachers.values()):
-            compiled.compile()
+            compiled.compile(dynamic=False)  # a teacher's shape never changes: one graph for each, no symbols
     try:
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=scheduler, config=cfg.deepspeed_config()

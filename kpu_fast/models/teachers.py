@@ -105,12 +105,10 @@ class Teacher(nn.Module):
 
 def _stride(size: tuple[int, int], grid: tuple[int, int], patch_size: int) -> float:
     """Pixels per cell of a (h, w) grid on an (H, W) image: one number from which a student can find the grid again."""
-    by_height, by_width = (side / cells for side, cells in zip(size, grid, strict=True))
-    if by_height == by_width:
-        return by_height
     # Sides were resized to multiples of the patch: cells are not quite square, but rounding gives their number.
     if all(round(side / patch_size) == cells for side, cells in zip(size, grid, strict=True)):
         return float(patch_size)
+    by_height, by_width = (side / cells for side, cells in zip(size, grid, strict=True))
     return math.sqrt(by_height * by_width)
 
 
