@@ -23,7 +23,7 @@ demo: env
 	$(BIN)/python kpu_fast/train.py --config configs/demo.json
 
 test: env
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: env
 	$(BIN)/ruff check .

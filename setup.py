@@ -40,6 +40,6 @@ setup(
         "train": TRAIN,
         # Pre-release, Hopper and Blackwell only; FlashAttention 2 has no wheel and is built by hand (see README).
         "flash": ["flash-attn-4>=4.0.0b1; sys_platform == 'linux'"],
-        "dev": ["pytest", "pytest-benchmark", "pytest-timeout", "hypothesis", "ruff", "scikit-image"],
+        "dev": ["pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "scikit-image"],
     },
 )

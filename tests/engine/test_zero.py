@@ -1,11 +1,11 @@
 """Two ranks under the deepspeed launcher, ZeRO 0-3, against one process of plain torch on the same global batch."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import two_ranks
 from torch import nn
 from zero_worker import STEPS, fixed_batches
 
@@ -60,15 +60,8 @@ def plain(tiny) -> tuple[dict, dict]:
 )
 def test_two_ranks_equal_plain_torch(stage, switches, plain, tiny, environment, tmp_path):
     out = tmp_path / "after.pt"
-    launcher = [
-        str(Path(sys.executable).parent / "deepspeed"),
-        "--num_accelerators",
-        "2",
-        "--master_port",
-        str(29610 + stage),
-    ]
     done = subprocess.run(
-        [*launcher, str(WORKER), str(tiny), str(stage), str(out), *switches],
+        [*two_ranks("deepspeed"), str(WORKER), str(tiny), str(stage), str(out), *switches],
         env=environment, capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
