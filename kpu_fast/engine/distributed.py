@@ -39,11 +39,11 @@ def init_distributed() -> World:
     # DeepSpeed would compile its shared-memory all-reduce at the first start on a CPU: over a minute, and only where a
     # C++ compiler and ninja are at hand. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device(get_accelerator().device_name(local_rank))
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # before NCCL picks one
+    deepspeed.init_distributed(verbose=False)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
     return World(dist.get_rank(), dist.get_world_size(), device, local_rank, patient)
 
