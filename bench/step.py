@@ -45,7 +45,7 @@ def main() -> int:
         _step(parts, streams, lambda part: None)
     whole = _time_whole(world, parts, streams, args.steps)
     shares = _time_parts(world, parts, streams, min(10, args.steps))
-    images = world.size * sum(teacher.data.batch_size for teacher in cfg.teachers.values())
+    images = world.size * cfg.images_per_step()
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     result = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -206,10 +206,14 @@ class Config(_Strict):
         _check_deepspeed(self)
         return self
 
+    def images_per_step(self) -> int:
+        """Images of all teachers that one rank sees in a step."""
+        return sum(teacher.data.batch_size for teacher in self.teachers.values())
+
     def deepspeed_config(self) -> dict[str, Any]:
         """The `deepspeed` block as given, plus the keys DeepSpeed requires and the block leaves to this config."""
         ours = {
-            "train_micro_batch_size_per_gpu": sum(t.data.batch_size for t in self.teachers.values()),
+            "train_micro_batch_size_per_gpu": self.images_per_step(),
             "bf16": {"enabled": self.precision == "bf16"},
             "steps_per_print": self.steps + 1,  # our own monitor reports
         }
@@ -230,6 +234,12 @@ def _check_deepspeed(cfg: Config) -> None:
         found = block["gradient_accumulation_steps"]
         raise _impossible(
             f"deepspeed.gradient_accumulation_steps: found {found}; a step is one backward, so 1 or nothing"
+        )
+    batch = cfg.images_per_step()
+    if block.get("train_micro_batch_size_per_gpu", batch) != batch:
+        found = block["train_micro_batch_size_per_gpu"]
+        raise _impossible(
+            f"deepspeed.train_micro_batch_size_per_gpu: found {found}; the teachers' batches make {batch}, leave it out"
         )
     if _enabled(block, "fp16"):
         raise _impossible('deepspeed.fp16: not supported; set precision to "bf16" or "fp32"')

@@ -50,12 +50,9 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         train(cfg, resume=args.resume)
-    except RunError as error:
-        return _fail(error, 2)
-    except Diverged as error:
-        return _fail(error, 3)
-    except (CheckpointError, OutputError) as error:
-        return _fail(error, 4)
+    except (RunError, Diverged, CheckpointError, OutputError) as error:
+        code = 2 if isinstance(error, RunError) else 3 if isinstance(error, Diverged) else 4
+        return _fail(error, code, alone=not hasattr(error, "shared"))
     except KeyboardInterrupt:
         return _fail("interrupted; what is saved is whole: go on with --resume auto", 130)
     return 0
@@ -68,8 +65,9 @@ def _installed(name: str) -> bool:
         return False
 
 
-def _fail(error: Exception | str, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":
+def _fail(error: Exception | str, code: int, alone: bool = False) -> int:
+    """Print an error: on rank 0, or wherever it came up if it came up on this rank alone."""
+    if alone or os.environ.get("RANK", "0") == "0":
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
     return code

@@ -101,6 +101,7 @@ MISTAKES = [
     ("optimizer.warmup_steps=121", "optimizer.warmup_steps: found 121, more than steps = 120"),
     ("deepspeed.zero_optimization.stage=4", "deepspeed.zero_optimization: found"),
     ("deepspeed.optimizer.type=Adam", "deepspeed.optimizer: set it through optimizer"),
+    ("deepspeed.train_micro_batch_size_per_gpu=3", "deepspeed.train_micro_batch_size_per_gpu: found 3"),
     ("deepspeed.bf16.enabled=true", "deepspeed.bf16: found {'enabled': True}, which contradicts"),
     ("deepspeed.fp16.enabled=true", "deepspeed.fp16: not supported"),
     ("deepspeed.bf16=true", "deepspeed.bf16: found True; expected an object"),

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written beside, renamed, then named in `latest`.
+"""Checkpoints that are whole or not there: written beside, then renamed. `latest` is for people to read.
 
 checkpoints/latest            the name of the newest one, written last
 checkpoints/step-00000120/    state/ (DeepSpeed: model and optimiser), rank-<r>.pt (RNG, data), meta.json
@@ -7,14 +7,16 @@ checkpoints/step-00000120/    state/ (DeepSpeed: model and optimiser), rank-<r>.
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from kpu_fast.engine.distributed import World, first_problem
+from kpu_fast.engine.distributed import World, first_problem, shared
 
 LATEST = "latest"
 META = "meta.json"
@@ -26,7 +28,7 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of one run; keeps the newest `keep`. Every method is called by all ranks together."""
+    """The checkpoints of one run; keeps the newest `keep`. All ranks save and load together."""
 
     def __init__(self, folder: Path, keep: int, world: World):
         self.folder, self.keep, self.world = folder, keep, world
@@ -59,19 +61,34 @@ class Checkpoints:
                     f"{folder}: written with {key} = {meta[key]}, this run has {value}; go on with the same number of "
                     "ranks and the same ZeRO stage"
                 )
-        problem = state = None
+        state = self._read_rank_state(folder)
+        problem = None
         try:
-            state = torch.load(folder / f"rank-{self.world.rank}.pt", weights_only=True)
             loaded, _ = engine.load_checkpoint(str(folder), tag=STATE)
             problem = None if loaded else "DeepSpeed found no state in it"
-        except Exception as error:  # unpickling, shapes, keys, zip files: whatever damage can lead to
-            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        except Exception as error:  # shapes, keys, unpickling: whatever damage or another model can lead to
+            problem = _in_one_line(error)
+        self._agree_on_load(problem, folder)
+        return state | {"step": meta["step"]}
+
+    def _read_rank_state(self, folder: Path) -> dict[str, Any]:
+        """This rank's own file, once every file is seen to be whole: DeepSpeed's loading needs all ranks to the end."""
+        problem = state = None
+        cut = [file.name for file in sorted((folder / STATE).glob("*.pt")) if not zipfile.is_zipfile(file)]
+        try:
+            problem = f"{cut[0]} is cut off" if cut else None
+            state = torch.load(folder / f"rank-{self.world.rank}.pt", weights_only=True)
+        except Exception as error:  # unpickling can raise anything
+            problem = _in_one_line(error)
+        self._agree_on_load(problem, folder)
+        return state
+
+    def _agree_on_load(self, problem: str | None, folder: Path) -> None:
         problem = first_problem(self.world, problem)
         if problem is not None:
             older = [path.name for path in _whole(folder.parent) if path.name < folder.name]
             hint = f"; an older one is {older[-1]}" if older else ""
-            raise CheckpointError(f"{folder}: does not fit this config or is damaged ({problem}){hint}")
-        return state | {"step": meta["step"]}
+            raise shared(CheckpointError(f"{folder}: does not fit this config or is damaged ({problem}){hint}"))
 
     def discard_partial(self) -> None:
         """Remove what a kill left half written; rank 0 only."""
@@ -94,9 +111,10 @@ class Checkpoints:
         _flush_to_disk(pointer)
         os.replace(pointer, self.folder / LATEST)
         _flush_to_disk(self.folder)
-        older = [path for path in _whole(self.folder) if path.name <= final.name]
-        for path in older[: -self.keep]:
-            shutil.rmtree(path)
+        for old in _whole(self.folder)[: -self.keep]:
+            gone = old.with_name(f".partial-{old.name}")  # a kill in the middle must not leave half a checkpoint
+            os.replace(old, gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
     def _on_rank0(self, work: Callable[[], None]) -> str | None:
         """Do `work` on rank 0 only; what went wrong there, or None."""
@@ -113,17 +131,13 @@ class Checkpoints:
             return
         newest = self.newest()
         kept = f"the last good checkpoint is {newest}" if newest else "there is no earlier checkpoint"
-        raise CheckpointError(f"{self.folder}: the checkpoint of step {step} was not written: {problem}; {kept}")
+        raise shared(
+            CheckpointError(f"{self.folder}: the checkpoint of step {step} was not written: {problem}; {kept}")
+        )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """What `latest` names, or else the newest whole checkpoint in the folder; None if there is none."""
-    try:
-        named = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
-    except OSError:
-        named = None
-    if named is not None and (named / META).is_file():
-        return named
+    """The newest checkpoint in the folder; None if there is none. Only whole ones carry the name step-…"""
     return max(_whole(folder), default=None)
 
 
@@ -166,6 +180,10 @@ def _whole(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{META}"))
 
 
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
@@ -195,7 +213,7 @@ def _collected(problems: list[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        problems.append(str(error).splitlines()[0])
+        problems.append((str(error) or type(error).__name__).splitlines()[0])
 
 
 def _save_engine(engine, folder: Path) -> list[str]:
@@ -209,15 +227,23 @@ def _save_engine(engine, folder: Path) -> list[str]:
             write(*args, **kwargs)
 
     writer.save = guarded
+    engine._copy_recovery_script = lambda folder: None  # copies two scripts that nobody needs here, and can fail too
     try:
         with _collected(problems):
             engine.save_checkpoint(str(folder), tag=STATE, save_latest=False)
     finally:
-        del writer.save
+        del writer.save, engine._copy_recovery_script
     return problems
 
 
 def _finite(engine) -> bool:
-    # ZeRO 3 keeps a rank's share of a parameter in ds_tensor.
-    shares = [getattr(p, "ds_tensor", p) for p in engine.module.parameters() if p.requires_grad]
-    return bool(torch.stack([share.detach().isfinite().all() for share in shares]).all())
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    return bool(torch.stack([_share(p).detach().isfinite().all() for p in trained]).all())
+
+
+def _share(p: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a parameter; under ZeRO 3 that is ds_tensor, whose end may be padding."""
+    if not hasattr(p, "ds_tensor"):
+        return p
+    start = dist.get_rank() * p.ds_tensor.numel()
+    return p.ds_tensor.narrow(0, 0, max(0, min(p.ds_tensor.numel(), p.ds_numel - start)))

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 
 class World(NamedTuple):
@@ -46,6 +47,12 @@ def init_distributed() -> World:
     deepspeed.init_distributed(verbose=False)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
     return World(dist.get_rank(), dist.get_world_size(), device, local_rank, patient)
+
+
+def shared(error: E) -> E:
+    """Mark an error that every rank raises alike, so that it is printed once and not by each of them."""
+    error.shared = True
+    return error
 
 
 def from_rank0(world: World, value: T) -> T:

@@ -15,7 +15,7 @@ from kpu_fast.config import Config
 from kpu_fast.data.pipeline import Stream
 from kpu_fast.data.scan import Index, load_or_scan
 from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints, resolve_resume
-from kpu_fast.engine.distributed import World, first_problem, from_rank0, init_distributed
+from kpu_fast.engine.distributed import World, first_problem, from_rank0, init_distributed, shared
 from kpu_fast.engine.monitor import Diverged, Monitor
 from kpu_fast.engine.optimizer import build_optimizer, build_scheduler, restore_settings
 from kpu_fast.engine.result import write_result
@@ -66,7 +66,8 @@ def train(cfg: Config, resume: str | None = None) -> None:
         finished = _run_steps(cfg, world, parts, streams, checkpoints, state["step"])
     except (Diverged, OutputError, RunError) as error:
         newest = checkpoints.newest() or checkpoint or "none: no step was saved"
-        raise type(error)(f"{error}. The last good checkpoint is {newest}") from error
+        named = type(error)(f"{error}. The last good checkpoint is {newest}")
+        raise (shared(named) if hasattr(error, "shared") else named) from error
     if finished:
         try:
             write_result(cfg, folder, world, parts.engine.module.student, parts.teachers, parts.indexes)
@@ -101,13 +102,20 @@ def build(cfg: Config, world: World) -> Parts:
     if cfg.compile:
         for compiled in (student, *teachers.values()):
             compiled.compile(dynamic=False)  # a teacher's shape never changes: one graph for each, no symbols
+    # In bf16 at stage 0 DeepSpeed takes a step with gradient 0 to allocate the optimiser's state: it must move nothing.
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     try:
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=scheduler, config=cfg.deepspeed_config()
         )
     except Exception as error:  # DeepSpeed has no error of its own for a block it cannot use
         reason = " ".join(str(error).split())[:300]
-        raise RunError(f"deepspeed: DeepSpeed cannot use this block ({type(error).__name__}: {reason})") from error
+        problem = f"deepspeed: DeepSpeed cannot use this block ({type(error).__name__}: {reason})"
+        raise shared(RunError(problem)) from error
+    restore_settings(cfg.optimizer, scheduler)
+    if engine.zero_optimization_stage() == 0:
+        optimizer.state.clear()
     return Parts(indexes, teachers, engine)
 
 
@@ -116,10 +124,12 @@ def _resume(cfg: Config, world: World, engine, checkpoints: Checkpoints, checkpo
     try:
         state = checkpoints.load(engine, checkpoint)
     except CheckpointError as error:
-        raise RunError(str(error)) from error
+        raise shared(RunError(str(error))) from error
     if state["step"] > cfg.steps:
-        raise RunError(f"steps: found {cfg.steps}, but {checkpoint} is already at step {state['step']}")
+        raise shared(RunError(f"steps: found {cfg.steps}, but {checkpoint} is already at step {state['step']}"))
     restore_settings(cfg.optimizer, engine.lr_scheduler)
+    if hasattr(engine.optimizer, "clip_grad"):  # ZeRO's optimisers take it from the checkpoint
+        engine.optimizer.clip_grad = engine.gradient_clipping()
     _set_rng(state["rng"], world.device)
     return state
 
@@ -134,7 +144,7 @@ def _together(world: World) -> Iterator[None]:
         problem = str(error)
     problem = first_problem(world, problem)
     if problem is not None:
-        raise RunError(problem)
+        raise shared(RunError(problem))
 
 
 def forward(engine, teachers: dict[str, Teacher], batches: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -148,7 +158,7 @@ def forward(engine, teachers: dict[str, Teacher], batches: dict[str, Any]) -> di
 def _run_steps(cfg, world, parts: Parts, streams: dict[str, Stream], checkpoints: Checkpoints, start: int) -> bool:
     """Steps start+1 ... cfg.steps; True if it got there, False if a signal ended it after a checkpoint."""
     engine = parts.engine
-    images = world.size * sum(teacher.data.batch_size for teacher in cfg.teachers.values())
+    images = world.size * cfg.images_per_step()
     monitor = Monitor(checkpoints.folder.parent, world, start=start, steps=cfg.steps, images_per_step=images)
     with _stop_signals() as asked:
         try:
@@ -165,6 +175,9 @@ def _run_steps(cfg, world, parts: Parts, streams: dict[str, Stream], checkpoints
                 facts = {"lr": lr, "step_seconds": now - began, "data_wait_percent": 100.0 * waited / (now - began)}
                 began = now
                 monitor.push(step, engine.module.unweighed(terms), total, bool(asked), facts)
+                if not engine.was_step_applied():  # DeepSpeed leaves out a step whose gradient is not finite
+                    monitor.flush()  # which raises, with the terms, if it is a loss that is not
+                    raise shared(Diverged(f"step {step}: a gradient is NaN or Inf, though every loss is finite"))
                 if step % cfg.checkpoint.every == 0 or step == cfg.steps or monitor.stop:
                     monitor.flush()
                     states = {name: stream.state() for name, stream in streams.items()}
@@ -230,7 +243,7 @@ def _get_rng(device: torch.device) -> dict[str, torch.Tensor]:
 
 def _set_rng(state: dict[str, torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
+    if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 

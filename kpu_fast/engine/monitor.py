@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from kpu_fast.engine.distributed import World
+from kpu_fast.engine.distributed import World, shared
 from kpu_fast.engine.run_folder import OutputError
 
 METRICS = "metrics.jsonl"
@@ -83,7 +83,7 @@ class Monitor:
         bad = [f"{name} = {value}" for name, value in row.items() if not math.isfinite(value)]
         if bad:
             # `loss` only repeats what the terms say, unless they are finite and their sum is not.
-            raise Diverged(f"step {pending.step}: {', '.join(bad[:-1] or bad)}")
+            raise shared(Diverged(f"step {pending.step}: {', '.join(bad[:-1] or bad)}"))
         self._report(pending.step, row, pending.facts)
 
     def _report(self, step: int, row: dict[str, float], facts: dict[str, float]) -> None:
@@ -95,13 +95,12 @@ class Monitor:
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+            for key, value in row.items():
+                self._board.add_scalar(f"loss/{key}", value, step)
+            for key in ("lr", "images_per_second", "data_wait_percent"):
+                self._board.add_scalar(f"run/{key}", record[key], step)
         except OSError as error:
-            raise OutputError(f"{self._file.name} cannot be written ({error.strerror})") from error
-        for key, value in row.items():
-            self._board.add_scalar(f"loss/{key}", value, step)
-        self._board.add_scalar("run/lr", facts["lr"], step)
-        self._board.add_scalar("run/images_per_second", record["images_per_second"], step)
-        self._board.add_scalar("run/data_wait_percent", facts["data_wait_percent"], step)
+            raise OutputError(f"{self._file.name} or tensorboard/ cannot be written ({error.strerror})") from error
         teachers = {key.partition("/")[0] for key in row if "/" in key}
         per_teacher = {t: sum(v for k, v in row.items() if k.startswith(f"{t}/")) for t in sorted(teachers)}
         shown = [f"{name} {value:.3f}" for name, value in per_teacher.items()]

@@ -3,6 +3,7 @@
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -32,9 +33,13 @@ def claim_run_folder(folder: Path) -> IO:
         raise OSError(f"output: {folder} cannot be written ({reason}); set `output` to a folder that can") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         lock.close()
         raise OSError(f"output: another run is using {folder}; wait for it, or set another name") from error
+    except OSError as error:  # some network file systems have no locks
+        logging.getLogger(__name__).warning(
+            "%s cannot be locked (%s): see that one run uses it", folder, error.strerror
+        )
     return lock
 
 

@@ -296,3 +296,13 @@ def test_a_rank_that_cannot_write_stops_all_ranks(tiny, environment, tmp_path):
     assert len(said) == 4
     assert all("No space left on device (rank 1)" in line for line in said)
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tiny, environment, tmp_path):
+    """DeepSpeed leaves such a step out and goes on: a run that no longer moves must not look like one that trains."""
+    worker = Path(__file__).parents[1] / "helpers" / "nan_gradient_worker.py"
+    done = subprocess.run(
+        [sys.executable, str(worker), str(tiny), str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert "stopped: step 3: a gradient is NaN or Inf, though every loss is finite" in done.stdout, done.stderr
+    assert f"last good checkpoint is {tmp_path / 'tiny' / 'checkpoints' / 'step-00000002'}" in done.stdout
