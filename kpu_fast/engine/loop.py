@@ -82,11 +82,15 @@ def build(cfg: Config, world: World) -> Parts:
     """Data indexes, teachers and the DeepSpeed engine around the trainable module. Raises RunError on every rank."""
     import deepspeed
 
-    sources = {name: teacher.data.source for name, teacher in cfg.teachers.items()}
+    sources = {name: str(teacher.data.source) for name, teacher in cfg.teachers.items()}
+    found: dict[str, Index] = {}  # each source once, however many teachers share it
     # One rank scans, then one per node where nodes share no cache; the others find its index.
     for turn in (world.rank == 0, world.local_rank == 0, True):
         with _together(world):
-            indexes = {name: load_or_scan(source) for name, source in sources.items()} if turn else {}
+            for name, source in sources.items():
+                if turn and source not in found:
+                    found[source] = load_or_scan(cfg.teachers[name].data.source)
+    indexes = {name: found[source] for name, source in sources.items()}
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     with _together(world):
         teachers = {
@@ -148,7 +152,7 @@ def _together(world: World) -> Iterator[None]:
 
 
 def forward(engine, teachers: dict[str, Teacher], batches: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """One forward per teacher over its own batch; all loss terms, not yet weighed."""
+    """One forward per teacher over its own batch; the loss terms of all, as the objective returns them."""
     terms = {}
     for name, batch in batches.items():
         terms |= engine(name, batch.images, teachers[name](batch.images), batch.valid)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from kpu_fast.models.features import Features, FeatureSpec
 from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_config, load_net, read_json
+from kpu_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
 log = logging.getLogger(__name__)
 
-IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN_STD = IMAGENET_MEAN, IMAGENET_STD
 CLIP_MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # What config.json may call itself; None: every model type transformers has a backbone class for.
