@@ -3,15 +3,14 @@
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .resize import resize_bilinear_reference
 
 EPS = 1e-8  # torch.nn.functional.cosine_similarity's
-# Numbers per side at once, so that a block's dozen passes run in the cache. Of 2¹⁴…2¹⁹ the fastest or within 20 % of it
-# for (1, 50, 84, 384) and (32, 14, 14, 768) float32 on 1 and 2 threads of a shared x86 server, November 2026.
-BLOCK = 1 << 18
+# Numbers per side at once, so that a block's passes run in the cache. Of 2¹⁶…2²¹ the fastest or within 15 % of it for
+# (1, 50, 84, 384) and (32, 16, 16, 768) float32 on 1 and 2 threads of a shared x86 server, November 2026.
+BLOCK = 1 << 19
 
 
 def compute_dtype(source: Tensor, target: Tensor) -> torch.dtype:
@@ -50,17 +49,20 @@ def forward(
 ):  # fmt: skip
     """Fill rows (B, H, W), and stats (3, B, H, W) and the gradients where they are not empty."""
     upstream = rows.new_ones(()).expand(rows.shape)
-    for at, s, t in _blocks(source, target, mean, std, valid, resize):
-        sums = (s * t).sum(-1), (s * s).sum(-1), (t * t).sum(-1)  # (b, h, W)
-        cos_share, l1_share = share[:, at[0], None, None]
-        value = (l1_weight * l1_share) * F.smooth_l1_loss(s, t, beta=beta, reduction="none").mean(-1)
+    for at, s, t, scratch in _blocks(source, target, mean, std, valid, resize):
+        u_cos, u_l1 = _token_weights(upstream, share, valid, at, cos_weight, l1_weight / s.shape[1])
+        norms = torch.linalg.vector_norm(s, dim=1, keepdim=True), torch.linalg.vector_norm(t, dim=1, keepdim=True)
+        value = u_l1 * _smooth_l1(s, t, beta, scratch).sum(1, keepdim=True)
+        grads = _part(grad_source, at), _part(grad_target, at)
+        st = _gradients(s, t, std, None, *norms, u_cos, u_l1, beta, scratch, *grads)
+        if st is None:
+            st = torch.mul(s, t, out=scratch).sum(1, keepdim=True)
         if not by_map:
-            value += cos_weight * cos_share * (1 - cosine(*sums))
-        rows[at] = value if valid is None else value.masked_fill_(~valid[at], 0)
+            value += u_cos * (1 - st / (norms[0].clamp(min=EPS) * norms[1].clamp(min=EPS)))
+        rows[at] = value.view_as(rows[at])
         if stats.numel():
-            stats[:, at[0], at[1]] = torch.stack(sums)
-        weights = _token_weights(upstream, share, valid, at, cos_weight, l1_weight / s.shape[-1])
-        _gradients(s, t, std, sums, *weights, beta, _part(grad_source, at), _part(grad_target, at))
+            part = stats[:, at[0], at[1]]
+            part.copy_(torch.stack((st, norms[0].square(), norms[1].square())).view_as(part))
 
 
 def backward(
@@ -68,20 +70,26 @@ def backward(
     grad_source, grad_target,
 ):  # fmt: skip
     """Fill the gradients that are not empty; upstream is (B, H, W)."""
+    by_map = stats.shape[2:] != upstream.shape[1:]
     stats = stats.expand(3, *upstream.shape)  # (3, B, 1, 1) where the cosine is one per sample
-    for at, s, t in _blocks(source, target, mean, std, valid, resize):
-        weights = _token_weights(upstream, share, valid, at, cos_weight, l1_weight / s.shape[-1])
-        sums = stats[:, at[0], at[1]]
-        _gradients(s, t, std, sums, *weights, beta, _part(grad_source, at), _part(grad_target, at))
+    for at, s, t, scratch in _blocks(source, target, mean, std, valid, resize):
+        u_cos, u_l1 = _token_weights(upstream, share, valid, at, cos_weight, l1_weight / s.shape[1])
+        st, ss, tt = stats[:, at[0], at[1]].reshape(3, -1, 1)
+        grads = _part(grad_source, at), _part(grad_target, at)
+        _gradients(s, t, std, st if by_map else None, ss.sqrt(), tt.sqrt(), u_cos, u_l1, beta, scratch, *grads)
 
 
-def _blocks(source, target, mean, std, valid, resize) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
-    """(where, source, target): a few samples, or a few rows of one, on the common grid, standardised, padding 0."""
+def _blocks(source, target, mean, std, valid, resize) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, Tensor]]:
+    """(where, source, target, scratch): a few samples, or a few lines of one, on the common grid, standardised.
+
+    The three are (tokens, C), dense, in the dtype that is computed in; padding is 0, scratch is anything.
+    """
     batch, height, width, channels = (target if resize == "source" else source).shape
-    block = BLOCK if source.device.type == "cpu" else source.numel() + target.numel()
-    samples = max(1, block // (height * width * channels))
-    lines = height if samples > 1 else max(1, block // (width * channels))
     compute = compute_dtype(source, target)
+    block = BLOCK if source.device.type == "cpu" else source.numel() + target.numel()
+    samples = min(batch, max(1, block // (height * width * channels)))
+    lines = height if samples > 1 else min(height, max(1, block // (width * channels)))
+    scratch = source.new_empty((samples * lines * width, channels), dtype=compute)
     mean = None if mean is None else mean.to(compute)
     std = None if std is None else std.to(compute)
     for first in range(0, batch, samples):
@@ -93,14 +101,14 @@ def _blocks(source, target, mean, std, valid, resize) -> Iterator[tuple[tuple[sl
             t = resize_bilinear_reference(t.to(compute), (height, width))
         for line in range(0, height, lines):
             at = some, slice(line, line + lines)
-            s_block, t_block = s[:, at[1]].to(compute), t[:, at[1]].to(compute)
+            s_block, t_block = (side[:, at[1]].to(compute).reshape(-1, channels).contiguous() for side in (s, t))
             t_block = t_block if mean is None else t_block - mean
             t_block = t_block if std is None else t_block / std
             if valid is not None:
                 # Not a product: padding may hold NaN.
-                padding = ~valid[at][..., None]
+                padding = ~valid[at].reshape(-1, 1)
                 s_block, t_block = s_block.masked_fill(padding, 0), t_block.masked_fill(padding, 0)
-            yield at, s_block, t_block
+            yield at, s_block, t_block, scratch[: len(s_block)]
 
 
 def _part(grad: Tensor, at: tuple[slice, slice]) -> Tensor:
@@ -108,31 +116,55 @@ def _part(grad: Tensor, at: tuple[slice, slice]) -> Tensor:
 
 
 def _token_weights(upstream, share, valid, at, cos_weight, l1_weight) -> tuple[Tensor, Tensor]:
-    """Upstream gradient times weight, of the cosine and of one channel's smooth-L1; (b, h, W), 0 on padding."""
+    """Upstream gradient times weight, of the cosine and of one channel's smooth-L1; (tokens, 1), 0 on padding."""
     upstream = upstream[at] if valid is None else upstream[at].masked_fill(~valid[at], 0)
     cos_share, l1_share = share[:, at[0], None, None]
-    return upstream * (cos_weight * cos_share), upstream * (l1_weight * l1_share)
+    return (upstream * (cos_weight * cos_share)).view(-1, 1), (upstream * (l1_weight * l1_share)).view(-1, 1)
 
 
-def _gradients(s, t, std, sums, u_cos, u_l1, beta, grad_source, grad_target):
+def _smooth_l1(s: Tensor, t: Tensor, beta: float, out: Tensor) -> Tensor:
+    if beta == 0:
+        return torch.sub(s, t, out=out).abs_()
+    return torch.ops.aten.smooth_l1_loss.out(s, t, 0, beta, out=out)
+
+
+def _gradients(
+    s, t, std, st, s_norm, t_norm, u_cos, u_l1, beta, scratch, grad_source, grad_target
+) -> Tensor | None:  # fmt: skip
+    """Fill the gradients that are not empty. Without st it is each token's own; it comes back if it was needed."""
     if not (grad_source.numel() or grad_target.numel()):
-        return
-    st, ss, tt = sums
-    s_norm, t_norm = ss.sqrt().clamp(min=EPS), tt.sqrt().clamp(min=EPS)
-    difference = s - t
-    slope = difference.div_(beta).clamp_(-1, 1) if beta > 0 else difference.sign_()
-    slope *= u_l1[..., None]
-    cross = -u_cos / (s_norm * t_norm)
-    along = u_cos * st / (s_norm * t_norm)
+        return None
+    slope = torch.sub(s, t, out=scratch)
+    slope = slope.sign_() if beta == 0 else slope.div_(beta).clamp_(-1, 1)
+    made = st
     if grad_source.numel():
-        mine = torch.addcmul(slope, t, _where_long(cross, s_norm))
-        grad_source.copy_(mine.addcmul_(s, _where_long(along / s_norm**2, s_norm)))
+        grad, made = _cosine_gradient(s, t, st, s_norm, t_norm, u_cos)
+        _put(grad_source, grad, slope, u_l1, None)
     if grad_target.numel():
-        mine = torch.addcmul(-slope, s, _where_long(cross, t_norm))
-        mine.addcmul_(t, _where_long(along / t_norm**2, t_norm))
-        grad_target.copy_(mine if std is None else mine / std.to(mine.dtype))
+        grad, made = _cosine_gradient(t, s, st, t_norm, s_norm, u_cos)
+        _put(grad_target, grad, slope, -u_l1, std)
+    return made
 
 
-def _where_long(coefficient: Tensor, norm: Tensor) -> Tensor:
-    """0 where the vector is too short to have a direction; (B, H, W, 1)."""
-    return torch.where(norm > EPS, coefficient, 0)[..., None]
+def _cosine_gradient(mine, other, st, norm, other_norm, u_cos) -> tuple[Tensor, Tensor]:
+    """Gradient of u_cos·(1 − cosine) to `mine`, (tokens, C); and s·t, (tokens, 1)."""
+    has_length, norm, other_norm = norm > EPS, norm.clamp(min=EPS), other_norm.clamp(min=EPS)
+    weight = torch.where(has_length, -u_cos / other_norm, 0)
+    if st is None and mine.device.type == "cpu":
+        # Weight normalisation, w = g·v/|v|, has this very gradient, and PyTorch makes it in one pass over the token:
+        # dv = g/|v|·(dw − v·(dw·v)/|v|²), dg = dw·v/|v|.
+        grad, projection = torch.ops.aten._weight_norm_interface_backward(other, mine, weight, norm, 0)
+        return grad, projection.mul_(norm)
+    st = (mine * other).sum(1, keepdim=True) if st is None else st
+    weight = weight / norm
+    return (other * weight).addcmul_(mine, -weight * st / norm**2), st
+
+
+def _put(grad: Tensor, cosine_part: Tensor, slope: Tensor, u_l1: Tensor, std: Tensor | None) -> None:
+    """grad = (cosine_part + u_l1·slope) / std, in the layout and dtype of `grad`, (b, h, W, C)."""
+    if std is None and grad.is_contiguous() and grad.dtype == cosine_part.dtype:
+        torch.addcmul(cosine_part, slope, u_l1, out=grad.view(cosine_part.shape))
+        return
+    whole = cosine_part.addcmul_(slope, u_l1)
+    whole = whole if std is None else whole.div_(std.to(whole.dtype))
+    grad.copy_(whole.view(grad.shape))
