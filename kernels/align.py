@@ -20,12 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import align_torch
+from .align_op import align
+from .align_torch import EPS
 from .launch import IMPLS, MAX_CHANNELS, MAX_SIDE, choose_impl
-from .resize import channels_last, empty_map, resize_backward, resize_bilinear_reference
-
-EPS = align_torch.EPS
-_NO_DOUBLE = "align_loss: its backward cannot be differentiated again; use align_loss_reference with create_graph=True"
+from .resize import resize_bilinear_reference
 
 
 def align_loss_reference(
@@ -36,6 +34,7 @@ def align_loss_reference(
     l1_weight: float = 0.1,
     beta: float = 1.0,
     resize: str | None = None,
+    align_corners: bool = False,
     target_mean: Tensor | None = None,
     target_std: Tensor | None = None,
     cos_over: str = "token",
@@ -44,9 +43,9 @@ def align_loss_reference(
 ) -> Tensor:
     """`align_loss` in plain torch with autograd, computed in the inputs' own dtype (use float64 to judge others)."""
     if resize == "source" and source.dim() == 4:
-        source = resize_bilinear_reference(source, target.shape[1:3])
+        source = resize_bilinear_reference(source, target.shape[1:3], align_corners=align_corners)
     if resize == "target" and source.dim() == 4:
-        target = resize_bilinear_reference(target, source.shape[1:3])
+        target = resize_bilinear_reference(target, source.shape[1:3], align_corners=align_corners)
     target = target if target_mean is None else target - target_mean
     target = target if target_std is None else target / target_std
     common = torch.promote_types(source.dtype, target.dtype)
@@ -78,180 +77,6 @@ def _cosine_reference(s: Tensor, t: Tensor) -> Tensor:
     return (s * t).sum(-1)
 
 
-_OPTIONS = "float cos_weight, float l1_weight, float beta, str resize"
-
-
-@torch.library.custom_op(
-    "kpu_fast::align_forward",
-    mutates_args=(),
-    schema="(Tensor source, Tensor target, Tensor? mean, Tensor? std, Tensor? valid, "
-    f"{_OPTIONS}, str cos_over, str reduction, bool triton, bool need_source, bool need_target)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(
-    source, target, mean, std, valid, cos_weight, l1_weight, beta, resize, cos_over, reduction, triton, need_s, need_t
-):
-    """(loss, share, stats, gradient to source, gradient to target); what is not kept is an empty tensor."""
-    kept = _allocate(source, target, resize, cos_over, reduction, need_s, need_t)
-    loss, rows, stats, grad_source, grad_target = kept
-    by_map = cos_over == "map"
-    share = align_torch.shares(valid, rows, by_map, reduction)
-    if triton:
-        from .align_triton import launch_forward as run
-    else:
-        run = align_torch.forward
-    sums = rows.new_empty((3, *rows.shape)) if by_map else stats
-    run(
-        source, target, mean, std, valid, share, cos_weight, l1_weight, beta, resize, by_map,
-        rows, sums, grad_source, grad_target,
-    )  # fmt: skip
-    if by_map:
-        torch.sum(sums, (2, 3), keepdim=True, out=stats)
-        sample = share[0] * cos_weight * (1 - align_torch.cosine(*stats.flatten(1))) + rows.sum((1, 2))
-        loss = sample.sum() if reduction == "mean" else sample
-    elif reduction == "mean":
-        loss = rows.sum()
-    else:
-        loss = rows.sum((1, 2)) if reduction == "sample" else rows
-    return loss, share, stats, grad_source, grad_target
-
-
-@_forward.register_fake
-def _(source, target, mean, std, valid, cos_w, l1_w, beta, resize, cos_over, reduction, triton, need_s, need_t):
-    loss, rows, stats, grad_s, grad_t = _allocate(source, target, resize, cos_over, reduction, need_s, need_t)
-    return loss, rows.new_empty((2, rows.shape[0])), stats, grad_s, grad_t
-
-
-def _allocate(source, target, resize, cos_over, reduction, need_source, need_target):
-    """Uninitialised (loss, rows, stats, gradient to source, to target) of one call; empty where not kept."""
-    batch, height, width, _ = (target if resize == "source" else source).shape
-    rows = source.new_empty((batch, height, width), dtype=align_torch.compute_dtype(source, target))
-    loss = rows.new_empty({"mean": (), "sample": (batch,), "token": (batch, height, width)}[reduction])
-    early = _gradient_in_forward(source, target, cos_over, reduction)
-    stats = rows.new_empty(0)
-    if cos_over == "map":
-        stats = rows.new_empty((3, batch, 1, 1))
-    elif not early and (need_source or need_target):
-        stats = rows.new_empty((3, batch, height, width))
-    grad_source, grad_target = _allocate_gradients(source, target, resize, early and need_source, early and need_target)
-    return loss, rows, stats, grad_source, grad_target
-
-
-def _allocate_gradients(source, target, resize, need_source, need_target):
-    """Gradients on the common grid: like the side itself, or channels-last where the side will be resized."""
-    grad_source, grad_target = source.new_empty(0), target.new_empty(0)
-    if need_source:
-        resized = resize == "source"
-        grad_source = source.new_empty((*target.shape[:3], source.shape[3])) if resized else torch.empty_like(source)
-    if need_target:
-        resized = resize == "target"
-        grad_target = target.new_empty((*source.shape[:3], target.shape[3])) if resized else torch.empty_like(target)
-    return grad_source, grad_target
-
-
-def _gradient_in_forward(source: Tensor, target: Tensor, cos_over: str, reduction: str) -> bool:
-    return reduction == "mean" and cos_over == "token" and torch.float16 not in (source.dtype, target.dtype)
-
-
-@torch.library.custom_op(
-    "kpu_fast::align_backward",
-    mutates_args=(),
-    schema="(Tensor upstream, Tensor source, Tensor target, Tensor? mean, Tensor? std, Tensor? valid, Tensor share, "
-    f"Tensor stats, {_OPTIONS}, bool triton, bool need_source, bool need_target) -> (Tensor, Tensor)",
-)
-def _recompute(
-    upstream, source, target, mean, std, valid, share, stats, cos_w, l1_w, beta, resize, triton, need_s, need_t
-):
-    """Gradients from the kept sums; upstream is (), (B,) or (B, H, W)."""
-    grads = _allocate_gradients(source, target, resize, need_s, need_t)
-    batch, height, width, _ = (target if resize == "source" else source).shape
-    per_token = (upstream[:, None, None] if upstream.dim() == 1 else upstream).expand(batch, height, width)
-    if triton:
-        from .align_triton import launch_backward as run
-    else:
-        run = align_torch.backward
-    run(per_token, source, target, mean, std, valid, share, stats, cos_w, l1_w, beta, resize, *grads)
-    if resize == "source" and need_s:
-        grads = (resize_backward(grads[0], None, *source.shape[1:3], channels_last(source), triton), grads[1])
-    if resize == "target" and need_t:
-        grads = (grads[0], resize_backward(grads[1], None, *target.shape[1:3], channels_last(target), triton))
-    return grads
-
-
-@_recompute.register_fake
-def _(upstream, source, target, mean, std, valid, share, stats, cos_w, l1_w, beta, resize, triton, need_s, need_t):
-    grad_source, grad_target = _allocate_gradients(source, target, resize, need_s, need_t)
-    if resize == "source" and need_s:
-        grad_source = empty_map(source, *source.shape[1:3])
-    if resize == "target" and need_t:
-        grad_target = empty_map(target, *target.shape[1:3])
-    return grad_source, grad_target
-
-
-@torch.library.custom_op(
-    "kpu_fast::align_scale_", mutates_args={"grad"}, schema="(Tensor(a!) grad, Tensor factor, bool triton) -> ()"
-)
-def _scale_(grad, factor, triton):
-    """Multiply a dense gradient by a scalar tensor; on the GPU a factor of 1 ends the kernel before it reads."""
-    if triton:
-        from .align_triton import launch_scale
-
-        launch_scale(grad, factor)
-    elif grad.is_cuda or factor != 1:
-        grad.mul_(factor)
-
-
-@_scale_.register_fake
-def _(grad, factor, triton):
-    return None
-
-
-def _save(ctx, inputs, output):
-    source, target, mean, std, valid, *weights, resize, cos_over, reduction, triton, need_source, need_target = inputs
-    _, share, stats, *grads = output
-    ctx.mark_non_differentiable(share, stats, *grads)
-    ctx.set_materialize_grads(False)
-    ctx.early = _gradient_in_forward(source, target, cos_over, reduction)
-    ctx.sides = tuple((*side.shape[1:3], channels_last(side)) for side in (source, target))
-    ctx.weights, ctx.resize, ctx.triton, ctx.needs = weights, resize, triton, (need_source, need_target)
-    ctx.save_for_backward(*(grads if ctx.early else (source, target, mean, std, valid, share, stats)))
-
-
-def _backward(ctx, upstream, *_):
-    if torch.is_grad_enabled():
-        raise RuntimeError(_NO_DOUBLE)
-    grads = (None, None)
-    if upstream is not None and ctx.early:
-        grads = tuple(
-            _scaled(ctx, grad, upstream, name, side) if needed else None
-            for name, side, grad, needed in zip(
-                ("source", "target"), ctx.sides, ctx.saved_tensors, ctx.needs, strict=True
-            )
-        )
-    elif upstream is not None:
-        grads = _recompute(upstream, *ctx.saved_tensors, *ctx.weights, ctx.resize, ctx.triton, *ctx.needs)
-        grads = tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True))
-    return (*grads, *[None] * 12)
-
-
-# Private to torch; where a release has no such call, the gradient is scaled into a new tensor.
-_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-
-
-def _scaled(ctx, grad: Tensor, upstream: Tensor, name: str, side: tuple) -> Tensor:
-    if ctx.resize == name:
-        return resize_backward(grad, upstream, *side, ctx.triton)
-    # In place, unless this graph will be walked again and needs the gradient as the forward left it, or a compiler is
-    # tracing it and can fuse the product.
-    if type(grad) is not Tensor or _graph_is_kept():
-        return grad * upstream
-    _scale_(grad, upstream, ctx.triton)
-    return grad
-
-
-_forward.register_autograd(_backward, setup_context=_save)
-
-
 def align_loss(
     source: Tensor,
     target: Tensor,
@@ -260,6 +85,7 @@ def align_loss(
     l1_weight: float = 0.1,
     beta: float = 1.0,
     resize: str | None = None,
+    align_corners: bool = False,
     target_mean: Tensor | None = None,
     target_std: Tensor | None = None,
     cos_over: str = "token",
@@ -271,7 +97,8 @@ def align_loss(
 
     source, target: (B, H, W, C), (B, N, C) or (B, C), any strides (NCHW as `.permute(0, 2, 3, 1)`), floating dtypes
     that may differ, up to 4096 channels in the kernels (more take the torch path); gradients to either or both.
-    resize: "source" | "target" bilinearly moves that side to the other's grid (align_corners=False); None: grids match.
+    resize: "source" | "target" bilinearly moves that side to the other's grid; None: grids match. align_corners: as in
+    `F.interpolate`.
     target_mean, target_std: (C,) make the target (target − mean) / std; constants, no gradient; std must not be 0.
     cos_over: "token" takes one cosine per token, "map" one per sample over its flattened H·W·C.
     valid: bool, shape of the common grid, (B, H, W), (B, N) or (B,); False tokens count neither in sum nor in mean and
@@ -285,26 +112,24 @@ def align_loss(
     gradient cannot itself be differentiated, and there is no forward-mode derivative.
     Raises ValueError for shapes, grids, devices and options that do not fit, TypeError for dtypes.
     """
-    _check_options(beta, resize, cos_over, reduction, impl)
-    _check_tensors(source, target, resize, target_mean, target_std, valid)
+    check_options(beta, resize, cos_over, reduction, impl)
+    check_tensors(source, target, resize, target_mean, target_std, valid)
     rank = source.dim()
     shape = (target if resize == "source" else source).shape[:-1]
     if rank == 2:  # B one-token samples are one sample of B tokens: "sample" is "token", and a map is a token
         cos_over, reduction = "token", "token" if reduction == "sample" else reduction
-        source, target = source[None, None], target[None, None]
-        valid = None if valid is None else valid[None, None]
+        source, target = source[None, :, None], target[None, :, None]
+        valid = None if valid is None else valid[None, :, None]
     elif rank == 3:
-        source, target = source[:, None], target[:, None]
-        valid = None if valid is None else valid[:, None]
+        source, target = source[:, :, None], target[:, :, None]
+        valid = None if valid is None else valid[:, :, None]
     moved = "none" if resize is None or source.shape[1:3] == target.shape[1:3] else resize
-    fits = moved == "none" or max(*source.shape[1:3], *target.shape[1:3]) <= MAX_SIDE
-    chosen = choose_impl(impl, source, target, supported=fits and source.shape[-1] <= MAX_CHANNELS)
     recording = torch.is_grad_enabled()
-    loss = _forward(
+    loss = align(
         source, target, target_mean, target_std, valid, float(cos_weight), float(l1_weight), float(beta),
-        moved, cos_over, reduction, chosen == "triton",
+        moved, bool(align_corners), cos_over, reduction, takes_triton(impl, source, target, moved != "none"),
         recording and source.requires_grad, recording and target.requires_grad,
-    )[0]  # fmt: skip
+    )  # fmt: skip
     return loss.reshape(shape) if reduction == "token" else loss
 
 
@@ -318,6 +143,7 @@ class AlignLoss(nn.Module):
         l1_weight: float = 0.1,
         beta: float = 1.0,
         resize: str | None = None,
+        align_corners: bool = False,
         target_mean: Tensor | None = None,
         target_std: Tensor | None = None,
         cos_over: str = "token",
@@ -327,8 +153,8 @@ class AlignLoss(nn.Module):
         super().__init__()
         weights = {"cos_weight": cos_weight, "l1_weight": l1_weight, "beta": beta}
         choices = {"resize": resize, "cos_over": cos_over, "reduction": reduction, "impl": impl}
-        _check_options(beta, **choices)
-        self.options = weights | choices
+        check_options(beta, **choices)
+        self.options = weights | choices | {"align_corners": align_corners}
         self.register_buffer("target_mean", target_mean, persistent=False)
         self.register_buffer("target_std", target_std, persistent=False)
 
@@ -338,7 +164,14 @@ class AlignLoss(nn.Module):
         return align_loss(source, target, target_mean=mean, target_std=std, valid=valid, **self.options)
 
 
-def _check_options(beta, resize, cos_over, reduction, impl) -> None:
+def takes_triton(impl: str, source: Tensor, target: Tensor, resized: bool = False) -> bool:
+    """Whether `align_loss` runs these sides in its kernels; raises where "triton" was asked for and cannot."""
+    fits = not resized or max(*source.shape[1:3], *target.shape[1:3]) <= MAX_SIDE
+    return choose_impl(impl, source, target, supported=fits and source.shape[-1] <= MAX_CHANNELS) == "triton"
+
+
+def check_options(beta, resize, cos_over, reduction, impl) -> None:
+    """Raise what `align_loss` promises for options that do not fit."""
     for name, found, allowed in (
         ("impl", impl, IMPLS),
         ("resize", resize, ("source", "target", None)),
@@ -353,7 +186,8 @@ def _check_options(beta, resize, cos_over, reduction, impl) -> None:
         raise ValueError(f"beta: expected 0 or a number from 1e-30 on, found {beta}")
 
 
-def _check_tensors(source, target, resize, mean, std, valid) -> None:
+def check_tensors(source, target, resize, mean, std, valid) -> None:
+    """Raise what `align_loss` promises for tensors that do not fit together."""
     for name, x in (("source", source), ("target", target)):
         if x.dim() not in (2, 3, 4):
             raise ValueError(f"{name}: expected (B, H, W, C), (B, N, C) or (B, C), found shape {tuple(x.shape)}")

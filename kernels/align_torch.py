@@ -44,12 +44,12 @@ def cosine(st: Tensor, ss: Tensor, tt: Tensor) -> Tensor:
 
 
 def forward(
-    source, target, mean, std, valid, share, cos_weight, l1_weight, beta, resize, by_map,
+    source, target, mean, std, valid, share, cos_weight, l1_weight, beta, resize, corners, by_map,
     rows, stats, grad_source, grad_target,
 ):  # fmt: skip
     """Fill rows (B, H, W), and stats (3, B, H, W) and the gradients where they are not empty."""
     upstream = rows.new_ones(()).expand(rows.shape)
-    for at, s, t, scratch in _blocks(source, target, mean, std, valid, resize):
+    for at, s, t, scratch in _blocks(source, target, mean, std, valid, resize, corners):
         u_cos, u_l1 = _token_weights(upstream, share, valid, at, cos_weight, l1_weight / s.shape[1])
         norms = torch.linalg.vector_norm(s, dim=1, keepdim=True), torch.linalg.vector_norm(t, dim=1, keepdim=True)
         value = u_l1 * _smooth_l1(s, t, beta, scratch).sum(1, keepdim=True)
@@ -66,20 +66,22 @@ def forward(
 
 
 def backward(
-    upstream, source, target, mean, std, valid, share, stats, cos_weight, l1_weight, beta, resize,
+    upstream, source, target, mean, std, valid, share, stats, cos_weight, l1_weight, beta, resize, corners,
     grad_source, grad_target,
 ):  # fmt: skip
     """Fill the gradients that are not empty; upstream is (B, H, W)."""
     by_map = stats.shape[2:] != upstream.shape[1:]
     stats = stats.expand(3, *upstream.shape)  # (3, B, 1, 1) where the cosine is one per sample
-    for at, s, t, scratch in _blocks(source, target, mean, std, valid, resize):
+    for at, s, t, scratch in _blocks(source, target, mean, std, valid, resize, corners):
         u_cos, u_l1 = _token_weights(upstream, share, valid, at, cos_weight, l1_weight / s.shape[1])
         st, ss, tt = stats[:, at[0], at[1]].reshape(3, -1, 1)
         grads = _part(grad_source, at), _part(grad_target, at)
         _gradients(s, t, std, st if by_map else None, ss.sqrt(), tt.sqrt(), u_cos, u_l1, beta, scratch, *grads)
 
 
-def _blocks(source, target, mean, std, valid, resize) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, Tensor]]:
+def _blocks(
+    source, target, mean, std, valid, resize, corners
+) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, Tensor]]:
     """(where, source, target, scratch): a few samples, or a few lines of one, on the common grid, standardised.
 
     The three are (tokens, C), dense, in the dtype that is computed in; padding is 0, scratch is anything.
@@ -96,9 +98,9 @@ def _blocks(source, target, mean, std, valid, resize) -> Iterator[tuple[tuple[sl
         some = slice(first, first + samples)
         s, t = source[some], target[some]
         if resize == "source":
-            s = resize_bilinear_reference(s.to(compute), (height, width))
+            s = resize_bilinear_reference(s.to(compute), (height, width), align_corners=corners)
         elif resize == "target":
-            t = resize_bilinear_reference(t.to(compute), (height, width))
+            t = resize_bilinear_reference(t.to(compute), (height, width), align_corners=corners)
         for line in range(0, height, lines):
             at = some, slice(line, line + lines)
             s_block, t_block = (side[:, at[1]].to(compute).reshape(-1, channels).contiguous() for side in (s, t))

@@ -2,75 +2,121 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .launch import SCALE_TILE, align_tile, device_of
-from .resize_triton import load_rows
-
-_RESIZE = {"none": 0, "source": 1, "target": 2}
+from .resize_triton import load_tokens
 
 
 @triton.jit
-def _load_sides(
+def load_sides(
     s_ptr, t_ptr,  # (B, SH, SW, C), (B, TH, TW, C)
     mean_ptr, std_ptr,  # (C,)
-    batch, y, x, cols, mask,
+    batch, y, x,  # as in load_tokens
+    channel,  # (BLOCK_C,) or (CHUNK,)
+    mask,  # of the tokens, in the shape of y and x
     s_sb, s_sh, s_sw, s_sc, t_sb, t_sh, t_sw, t_sc,
     s_height, s_width, t_height, t_width, height, width, channels,
-    RESIZE: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr,
+    RESIZE: tl.constexpr, CORNERS: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Source and standardised target on the common grid, and std; (ROWS, BLOCK_C) float32, 0 outside `mask`."""
-    s = load_rows(
-        s_ptr, batch, y, x, cols, mask, s_sb, s_sh, s_sw, s_sc, s_height, s_width, height, width, RESIZE == 1
+    """Source and standardised target on the common grid, and std; float32 tiles, 0 outside `mask`."""
+    cols = across_or_along(channel, ACROSS)
+    mask = mask & (cols < channels)
+    s = load_tokens(
+        s_ptr, batch, y, x, cols, mask, s_sb, s_sh, s_sw, s_sc, s_height, s_width, height, width, RESIZE == 1, CORNERS
     )  # fmt: skip
-    t = load_rows(
-        t_ptr, batch, y, x, cols, mask, t_sb, t_sh, t_sw, t_sc, t_height, t_width, height, width, RESIZE == 2
+    t = load_tokens(
+        t_ptr, batch, y, x, cols, mask, t_sb, t_sh, t_sw, t_sc, t_height, t_width, height, width, RESIZE == 2, CORNERS
     )  # fmt: skip
-    std = tl.full(cols.shape, 1.0, tl.float32)
-    if HAS_MEAN:
-        mean = tl.load(mean_ptr + cols, mask=cols < channels, other=0.0).to(tl.float32)
-        t = t - mean[None, :]
-    if HAS_STD:
-        std = tl.load(std_ptr + cols, mask=cols < channels, other=1.0).to(tl.float32)
-        t = t / std[None, :]
-    if HAS_MEAN or HAS_STD:
-        t = tl.where(mask, t, 0.0)
+    t, std = standardise(t, mean_ptr, std_ptr, channel, mask, channels, HAS_MEAN, HAS_STD, ACROSS)
     return s, t, std
 
 
 @triton.jit
-def _store_gradients(
+def across_or_along(channel, ACROSS: tl.constexpr):
+    """A vector over channels as a column where tokens lie along the last dimension, else as a row."""
+    if ACROSS:
+        placed = channel[:, None]
+    else:
+        placed = channel[None, :]
+    return placed
+
+
+@triton.jit
+def standardise(
+    t, mean_ptr, std_ptr, channel, mask, channels,
+    HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """(t − mean)/std, 0 outside `mask`; and std."""
+    std = tl.full(channel.shape, 1.0, tl.float32)
+    if HAS_MEAN:
+        mean = tl.load(mean_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
+        t = t - across_or_along(mean, ACROSS)
+    if HAS_STD:
+        std = tl.load(std_ptr + channel, mask=channel < channels, other=1.0).to(tl.float32)
+    std = across_or_along(std, ACROSS)
+    if HAS_STD:
+        t = t / std
+    if HAS_MEAN or HAS_STD:
+        t = tl.where(mask, t, 0.0)
+    return t, std
+
+
+@triton.jit
+def smooth_l1(difference, beta, inv_beta):
+    """φ_β."""
+    size = tl.abs(difference)
+    return tl.where(size < beta, 0.5 * size * size * inv_beta, size - 0.5 * beta)
+
+
+@triton.jit
+def smooth_l1_slope(difference, beta, inv_beta):
+    """φ'_β."""
+    sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
+    return tl.where(tl.abs(difference) < beta, difference * inv_beta, sign)
+
+
+@triton.jit
+def cosine(st, ss, tt):
+    """From the three sums, norms clamped."""
+    return st / (tl.maximum(tl.sqrt(ss), 1e-8) * tl.maximum(tl.sqrt(tt), 1e-8))
+
+
+@triton.jit
+def cosine_gradient(st, mine, other, u_cos):
+    """a, b: the gradient of u_cos·(1 − cos) to x is a·x + b·y, from s·t, x·x and y·y."""
+    norm = tl.maximum(tl.sqrt(mine), 1e-8)
+    other_norm = tl.maximum(tl.sqrt(other), 1e-8)
+    b = tl.where(norm > 1e-8, -u_cos / (norm * other_norm), 0.0)
+    return -b * st / (norm * norm), b
+
+
+@triton.jit
+def store_gradients(
     gs_ptr, gt_ptr,  # (B, H, W, C) on the common grid
-    s, t, std,  # (ROWS, BLOCK_C), (ROWS, BLOCK_C), (BLOCK_C,)
-    st, ss, tt,  # (ROWS,) sums over the channels
-    u_cos, u_l1,  # (ROWS,) weights, 0 where a token does not count
+    gs_at, gt_at,  # offsets of the tokens, int64
+    s, t, std,
+    st, ss, tt,  # sums over the channels
+    u_cos, u_l1,  # weights, 0 where a token does not count
     beta, inv_beta,
-    batch, y, x, cols, mask,
-    gs_sb, gs_sh, gs_sw, gs_sc, gt_sb, gt_sh, gt_sw, gt_sc,
+    cols, gs_sc, gt_sc, mask,
     GRAD_S: tl.constexpr, GRAD_T: tl.constexpr, HAS_STD: tl.constexpr,
 ):  # fmt: skip
-    s_norm = tl.maximum(tl.sqrt(ss), 1e-8)
-    t_norm = tl.maximum(tl.sqrt(tt), 1e-8)
-    cross = u_cos / (s_norm * t_norm)
-    along = cross * st
-    difference = s - t
-    sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
-    slope = tl.where(tl.abs(difference) < beta, difference * inv_beta, sign) * u_l1[:, None]
+    """Both gradients, from a tile of both sides and per-token values that broadcast to it."""
+    slope = smooth_l1_slope(s - t, beta, inv_beta) * u_l1
     if GRAD_S:
-        has_length = s_norm > 1e-8
-        a = tl.where(has_length, cross, 0.0)[:, None]
-        b = tl.where(has_length, along / (s_norm * s_norm), 0.0)[:, None]
-        at = batch.to(tl.int64) * gs_sb + y.to(tl.int64) * gs_sh + x.to(tl.int64) * gs_sw
-        tl.store(gs_ptr + at[:, None] + cols[None, :].to(tl.int64) * gs_sc, b * s - a * t + slope, mask=mask)
+        a, b = cosine_gradient(st, ss, tt, u_cos)
+        tl.store(gs_ptr + gs_at + cols.to(tl.int64) * gs_sc, a * s + b * t + slope, mask=mask)
     if GRAD_T:
-        has_length = t_norm > 1e-8
-        a = tl.where(has_length, cross, 0.0)[:, None]
-        b = tl.where(has_length, along / (t_norm * t_norm), 0.0)[:, None]
-        grad = b * t - a * s - slope
+        a, b = cosine_gradient(st, tt, ss, u_cos)
+        grad = a * t + b * s - slope
         if HAS_STD:
-            grad = grad / std[None, :]
-        at = batch.to(tl.int64) * gt_sb + y.to(tl.int64) * gt_sh + x.to(tl.int64) * gt_sw
-        tl.store(gt_ptr + at[:, None] + cols[None, :].to(tl.int64) * gt_sc, grad, mask=mask)
+            grad = grad / std
+        tl.store(gt_ptr + gt_at + cols.to(tl.int64) * gt_sc, grad, mask=mask)
+
+
+@triton.jit
+def token_offset(batch, y, x, stride_b, stride_h, stride_w):
+    """Offset of a token, int64."""
+    return batch.to(tl.int64) * stride_b + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
 
 
 @triton.jit
@@ -87,13 +133,15 @@ def align_forward_kernel(
     rows, samples, channels,  # B·H·W, B, C
     s_height, s_width, t_height, t_width, height, width,
     cos_weight, l1_weight, beta, inv_beta,
-    RESIZE: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
+    RESIZE: tl.constexpr, CORNERS: tl.constexpr,
+    HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
     BY_MAP: tl.constexpr, STATS: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS whole tokens; the loss of each, and its gradient while both sides are in registers."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK_C)
+    channel = tl.arange(0, BLOCK_C)
+    cols = channel[None, :]
     inside = row < rows
     counts = inside
     if HAS_VALID:
@@ -101,24 +149,22 @@ def align_forward_kernel(
     x = row % width
     y = row // width % height
     batch = row // (width * height)
-    read = counts[:, None] & (cols < channels)[None, :]
-    s, t, std = _load_sides(
-        s_ptr, t_ptr, mean_ptr, std_ptr, batch, y, x, cols, read,
+    s, t, std = load_sides(
+        s_ptr, t_ptr, mean_ptr, std_ptr, batch[:, None], y[:, None], x[:, None], channel, counts[:, None],
         s_sb, s_sh, s_sw, s_sc, t_sb, t_sh, t_sw, t_sc,
-        s_height, s_width, t_height, t_width, height, width, channels, RESIZE, HAS_MEAN, HAS_STD,
+        s_height, s_width, t_height, t_width, height, width, channels, RESIZE, CORNERS, HAS_MEAN, HAS_STD, False,
     )  # fmt: skip
     st = tl.sum(s * t, axis=1)
     ss = tl.sum(s * s, axis=1)
     tt = tl.sum(t * t, axis=1)
-    size = tl.abs(s - t)
-    smooth = tl.sum(tl.where(size < beta, 0.5 * size * size * inv_beta, size - 0.5 * beta), axis=1)
-    smooth = smooth / channels  # columns beyond C hold 0 on both sides, and φ_β(0) = 0 for every β
+    # Columns beyond C hold 0 on both sides, and φ_β(0) = 0 for every β.
+    smooth = tl.sum(smooth_l1(s - t, beta, inv_beta), axis=1)
 
     u_cos = tl.load(share_ptr + batch, mask=counts, other=0.0) * cos_weight
-    u_l1 = tl.load(share_ptr + samples + batch, mask=counts, other=0.0) * l1_weight
+    u_l1 = tl.load(share_ptr + samples + batch, mask=counts, other=0.0) * l1_weight / channels
     value = u_l1 * smooth
     if not BY_MAP:
-        value += u_cos * (1.0 - st / (tl.maximum(tl.sqrt(ss), 1e-8) * tl.maximum(tl.sqrt(tt), 1e-8)))
+        value += u_cos * (1.0 - cosine(st, ss, tt))
     tl.store(rows_ptr + row, tl.where(counts, value, 0.0), mask=inside)
     if STATS:
         plane = tl.cast(rows, tl.int64)
@@ -126,10 +172,12 @@ def align_forward_kernel(
         tl.store(stats_ptr + plane + row, ss, mask=inside)
         tl.store(stats_ptr + 2 * plane + row, tt, mask=inside)
     if GRAD_S or GRAD_T:
-        _store_gradients(
-            gs_ptr, gt_ptr, s, t, std, st, ss, tt, u_cos, u_l1 / channels, beta, inv_beta,
-            batch, y, x, cols, inside[:, None] & (cols < channels)[None, :],
-            gs_sb, gs_sh, gs_sw, gs_sc, gt_sb, gt_sh, gt_sw, gt_sc, GRAD_S, GRAD_T, HAS_STD,
+        store_gradients(
+            gs_ptr, gt_ptr,
+            token_offset(batch, y, x, gs_sb, gs_sh, gs_sw)[:, None],
+            token_offset(batch, y, x, gt_sb, gt_sh, gt_sw)[:, None],
+            s, t, std, st[:, None], ss[:, None], tt[:, None], u_cos[:, None], u_l1[:, None], beta, inv_beta,
+            cols, gs_sc, gt_sc, inside[:, None] & (cols < channels), GRAD_S, GRAD_T, HAS_STD,
         )  # fmt: skip
 
 
@@ -145,13 +193,15 @@ def align_backward_kernel(
     rows, samples, channels,
     s_height, s_width, t_height, t_width, height, width,
     cos_weight, l1_weight, beta, inv_beta,
-    RESIZE: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
+    RESIZE: tl.constexpr, CORNERS: tl.constexpr,
+    HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
     BY_MAP: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS whole tokens, read again; their gradient from the three kept sums."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK_C)
+    channel = tl.arange(0, BLOCK_C)
+    cols = channel[None, :]
     inside = row < rows
     counts = inside
     if HAS_VALID:
@@ -159,11 +209,10 @@ def align_backward_kernel(
     x = row % width
     y = row // width % height
     batch = row // (width * height)
-    read = counts[:, None] & (cols < channels)[None, :]
-    s, t, std = _load_sides(
-        s_ptr, t_ptr, mean_ptr, std_ptr, batch, y, x, cols, read,
+    s, t, std = load_sides(
+        s_ptr, t_ptr, mean_ptr, std_ptr, batch[:, None], y[:, None], x[:, None], channel, counts[:, None],
         s_sb, s_sh, s_sw, s_sc, t_sb, t_sh, t_sw, t_sc,
-        s_height, s_width, t_height, t_width, height, width, channels, RESIZE, HAS_MEAN, HAS_STD,
+        s_height, s_width, t_height, t_width, height, width, channels, RESIZE, CORNERS, HAS_MEAN, HAS_STD, False,
     )  # fmt: skip
     if BY_MAP:
         stat = batch
@@ -174,14 +223,15 @@ def align_backward_kernel(
     st = tl.load(stats_ptr + stat, mask=inside, other=0.0)
     ss = tl.load(stats_ptr + plane + stat, mask=inside, other=0.0)
     tt = tl.load(stats_ptr + 2 * plane + stat, mask=inside, other=0.0)
-    at = batch.to(tl.int64) * u_sb + y.to(tl.int64) * u_sh + x.to(tl.int64) * u_sw
-    upstream = tl.load(u_ptr + at, mask=counts, other=0.0).to(tl.float32)
+    upstream = tl.load(u_ptr + token_offset(batch, y, x, u_sb, u_sh, u_sw), mask=counts, other=0.0).to(tl.float32)
     u_cos = upstream * tl.load(share_ptr + batch, mask=counts, other=0.0) * cos_weight
-    u_l1 = upstream * tl.load(share_ptr + samples + batch, mask=counts, other=0.0) * l1_weight
-    _store_gradients(
-        gs_ptr, gt_ptr, s, t, std, st, ss, tt, u_cos, u_l1 / channels, beta, inv_beta,
-        batch, y, x, cols, inside[:, None] & (cols < channels)[None, :],
-        gs_sb, gs_sh, gs_sw, gs_sc, gt_sb, gt_sh, gt_sw, gt_sc, GRAD_S, GRAD_T, HAS_STD,
+    u_l1 = upstream * tl.load(share_ptr + samples + batch, mask=counts, other=0.0) * l1_weight / channels
+    store_gradients(
+        gs_ptr, gt_ptr,
+        token_offset(batch, y, x, gs_sb, gs_sh, gs_sw)[:, None],
+        token_offset(batch, y, x, gt_sb, gt_sh, gt_sw)[:, None],
+        s, t, std, st[:, None], ss[:, None], tt[:, None], u_cos[:, None], u_l1[:, None], beta, inv_beta,
+        cols, gs_sc, gt_sc, inside[:, None] & (cols < channels), GRAD_S, GRAD_T, HAS_STD,
     )  # fmt: skip
 
 
@@ -198,80 +248,3 @@ def align_scale_kernel(
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         grad = tl.load(grad_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
         tl.store(grad_ptr + at, grad * factor, mask=at < numel)
-
-
-def launch_forward(
-    source, target, mean, std, valid, share, cos_weight, l1_weight, beta, resize, by_map,
-    rows, stats, grad_source, grad_target,
-):  # fmt: skip
-    """As align_torch.forward: fill rows, and stats and the gradients where they are not empty."""
-    tile = align_tile(source.shape[3])
-    with device_of(source):
-        align_forward_kernel[(triton.cdiv(rows.numel(), tile.rows),)](
-            source, target, *_constants(source, mean, std, valid), share, rows, stats, grad_source, grad_target,
-            *source.stride(), *target.stride(), *_strides(grad_source), *_strides(grad_target),
-            rows.numel(), *_sizes(source, target, resize), cos_weight, l1_weight, beta, 1 / beta if beta > 0 else 0.0,
-            **_flags(mean, std, valid, resize, by_map, grad_source, grad_target), STATS=stats.numel() > 0,
-            ROWS=tile.rows, BLOCK_C=tile.channels, num_warps=tile.num_warps,
-        )  # fmt: skip
-
-
-def launch_backward(
-    upstream, source, target, mean, std, valid, share, stats, cos_weight, l1_weight, beta, resize,
-    grad_source, grad_target,
-):  # fmt: skip
-    """As align_torch.backward: fill the gradients that are not empty."""
-    if not (grad_source.numel() or grad_target.numel()):
-        return
-    tile = align_tile(source.shape[3])
-    by_map = stats.shape[2:] != upstream.shape[1:]
-    with device_of(source):
-        align_backward_kernel[(triton.cdiv(upstream.numel(), tile.rows),)](
-            upstream, source, target, *_constants(source, mean, std, valid), share, stats, grad_source, grad_target,
-            *upstream.stride(),
-            *source.stride(), *target.stride(), *_strides(grad_source), *_strides(grad_target),
-            upstream.numel(), *_sizes(source, target, resize),
-            cos_weight, l1_weight, beta, 1 / beta if beta > 0 else 0.0,
-            **_flags(mean, std, valid, resize, by_map, grad_source, grad_target),
-            ROWS=tile.rows, BLOCK_C=tile.channels, num_warps=tile.num_warps,
-        )  # fmt: skip
-
-
-def launch_scale(grad: Tensor, factor: Tensor) -> None:
-    """grad *= factor in place, for a dense gradient in any order of dimensions."""
-    block = SCALE_TILE.channels
-    with device_of(grad):
-        align_scale_kernel[(triton.cdiv(grad.numel(), block),)](
-            grad, factor, grad.numel(), BLOCK=block, num_warps=SCALE_TILE.num_warps
-        )
-
-
-def _constants(source, mean, std, valid):
-    # A pointer that a flag keeps the kernel from following still has to be a tensor.
-    return (
-        source if mean is None else mean.contiguous(),
-        source if std is None else std.contiguous(),
-        source if valid is None else valid.contiguous(),
-    )
-
-
-def _strides(grad: Tensor):
-    return grad.stride() if grad.dim() == 4 else (0, 0, 0, 0)
-
-
-def _sizes(source, target, resize):
-    """samples, channels, both sides' grids and the common one."""
-    grid = (target if resize == "source" else source).shape[1:3]
-    return source.shape[0], source.shape[3], *source.shape[1:3], *target.shape[1:3], *grid
-
-
-def _flags(mean, std, valid, resize, by_map, grad_source, grad_target):
-    return {
-        "RESIZE": _RESIZE[resize],
-        "HAS_MEAN": mean is not None,
-        "HAS_STD": std is not None,
-        "HAS_VALID": valid is not None,
-        "BY_MAP": by_map,
-        "GRAD_S": grad_source.numel() > 0,
-        "GRAD_T": grad_target.numel() > 0,
-    }

@@ -37,6 +37,29 @@ ALIGN_TILES = {
 }
 RESIZE_TILES = {width: tile for width, tile in ALIGN_TILES.items() if width <= 512}  # wider maps: several programs
 SCALE_TILE = Tile(1, 2048, 4)
+# NOT measured either. Views whose tokens, not channels, are adjacent in memory (NCHW): 64 neighbours side by side;
+# align_loss walks over the channels a chunk at a time. "lines": where a token's place takes a division, or four taps.
+ALIGN_TILE_ACROSS = {"flat": Tile(64, 16, 4), "lines": Tile(64, 8, 4)}
+GROUP_TURNS = 4  # tiles that one program of align_losses walks over, so that few partial sums are left to add
+GROUP_FINISH_TILE = Tile(32, 4096, 8)  # rows: terms in a launch
+MAX_SLOTS = 8  # terms in a launch of align_losses
+RESIZE_TILE_ACROSS = Tile(64, 16, 4)
+# NOT measured on any GPU yet. Values per thread: 16 bytes at once of bf16 cells (forward), of float32 atomic adds
+# (backward) and of int64 ones ("fixed"). Then one layout serves every load, reduction and atomic of a pass, and nothing
+# in its loop goes through shared memory. `rows` are queries; keys: a head's channels rounded up.
+DEFORM_TILES = {
+    what: {channels: Tile(values * 128 // channels, channels, 4) for channels in (16, 32, 64, 128, 256)}
+    for what, values in {"forward": 8, "backward": 4, "fixed": 2}.items()
+}
+MAX_HEAD_CHANNELS = 256
+MAX_MAPS = 8  # of deform_attn: their sizes are arguments of the kernels
+# NOT measured on any GPU yet. 32 channels of bf16 are two whole 32-byte sectors, and 256 tokens of an NCHW view 512
+# adjacent bytes; 32 values per thread, read once, stay in registers; the 16 bytes per channel that a program writes are
+# 3 % of the 512 it reads.
+MOMENTS_TILE = Tile(256, 32, 8)
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def align_tile(channels: int) -> Tile:
@@ -49,6 +72,11 @@ def resize_tile(channels: int) -> Tile:
     return RESIZE_TILES[min(512, max(32, 1 << (channels - 1).bit_length()))]
 
 
+def deform_tile(channels: int, what: str) -> Tile:
+    """Tile for a head of `channels` ≤ MAX_HEAD_CHANNELS; what: a key of DEFORM_TILES."""
+    return DEFORM_TILES[what][max(16, 1 << (channels - 1).bit_length())]
+
+
 def choose_impl(impl: str, *tensors: Tensor, supported: bool = True) -> str:
     """Resolve "auto" to "triton" or "torch" for the tensors' one device and their dtypes.
 
@@ -57,7 +85,7 @@ def choose_impl(impl: str, *tensors: Tensor, supported: bool = True) -> str:
     """
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS}, found {impl!r}")
-    installed = importlib.util.find_spec("triton") is not None
+    installed = _HAS_TRITON
     fits = supported and all(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in tensors)
     on_cuda = tensors[0].is_cuda
     if impl == "auto":
@@ -69,8 +97,8 @@ def choose_impl(impl: str, *tensors: Tensor, supported: bool = True) -> str:
             found = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
             raise RuntimeError(
                 f'impl="triton": found {found}; expected float32, bfloat16 '
-                f"or float16, at most {MAX_CHANNELS} channels in align_loss and sides of at most {MAX_SIDE} in a "
-                'resize; use impl="torch"'
+                f"or float16, at most {MAX_CHANNELS} channels in align_loss, sides of at most {MAX_SIDE} in a resize, "
+                f'{MAX_HEAD_CHANNELS} channels per head and {MAX_MAPS} maps in deform_attn; use impl="torch"'
             )
         if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(
@@ -78,6 +106,23 @@ def choose_impl(impl: str, *tensors: Tensor, supported: bool = True) -> str:
                 'before triton is imported, to run the kernels in its interpreter); use impl="auto"'
             )
     return impl
+
+
+# Private to torch; a release without one of them is taken to have nothing of the kind active.
+_transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether a call on these tensors needs no operator: nothing compiles, traces, transforms or wraps it."""
+    if torch.compiler.is_compiling() or _transforms() or _modes():
+        return False
+    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+
+
+def tokens_adjacent(x: Tensor) -> bool:
+    """Whether neighbouring tokens of a (B, H, W, C) view lie nearer to each other than neighbouring channels: NCHW."""
+    return min(x.stride(1), x.stride(2)) < x.stride(3)
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager:

@@ -1,7 +1,7 @@
 """Bilinear resize of channels-last maps: forward, and a backward that gathers instead of scattering."""
 
-# out[o] = (1 − λ)·x[i0] + λ·x[i1] along each axis, with align_corners=False:
-#   c = max((o + ½)·in/out − ½, 0),  i0 = ⌊c⌋,  λ = c − i0,  i1 = min(i0 + 1, in − 1)
+# out[o] = (1 − λ)·x[i0] + λ·x[i1] along each axis,  i0 = ⌊c⌋,  λ = c − i0,  i1 = min(i0 + 1, in − 1):
+#   c = max((o + ½)·in/out − ½, 0), or with align_corners c = o·(in − 1)/(out − 1), and 0 where out = 1
 # Backward: dx[i] = Σ_o w(o, i)·dout[o] over the few o that read i, visited in a fixed order, so two runs are bit-equal.
 
 import torch
@@ -14,11 +14,11 @@ LAYOUTS = ("NHWC", "NCHW")
 
 
 def resize_bilinear_reference(
-    x: Tensor, size: tuple[int, int], *, layout: str = "NHWC", antialias: bool = False
+    x: Tensor, size: tuple[int, int], *, layout: str = "NHWC", antialias: bool = False, align_corners: bool = False
 ) -> Tensor:
-    """The same resize by `F.interpolate(mode="bilinear", align_corners=False)`, in x's own dtype."""
+    """The same resize by `F.interpolate(mode="bilinear")`, in x's own dtype."""
     x = x.permute(0, 3, 1, 2) if layout == "NHWC" else x
-    out = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
+    out = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners, antialias=antialias)
     return out.permute(0, 2, 3, 1) if layout == "NHWC" else out
 
 
@@ -28,11 +28,12 @@ def resize_bilinear(
     *,
     layout: str = "NHWC",
     antialias: bool = False,
+    align_corners: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Resize a map (B, H, W, C), or (B, C, H, W) with layout="NCHW", to `size` = (height, width).
 
-    Equal to `F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=antialias)`; any strides,
+    Equal to `F.interpolate(x, size=size, mode="bilinear", align_corners=…, antialias=…)`; any strides,
     no copy to change layout; the result has x's dtype and its channels are adjacent in memory exactly when x's are.
     A size equal to x's returns x itself. float32 inside the kernels. The backward is deterministic with
     impl="triton" and with antialias=True; with impl="torch" it is PyTorch's own, which uses atomics on CUDA.
@@ -50,6 +51,8 @@ def resize_bilinear(
         raise TypeError(f"size: expected whole numbers, found {tuple(size)}")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size: expected (height, width), both at least 1, found {tuple(size)}")
+    if antialias and align_corners:
+        raise ValueError("antialias, align_corners: expected at most one of them to be True, found both")
     height, width = size
     nhwc = x if layout == "NHWC" else x.permute(0, 2, 3, 1)
     chosen = choose_impl(impl, x, supported=max(height, width, *nhwc.shape[1:3]) <= MAX_SIDE)
@@ -58,9 +61,9 @@ def resize_bilinear(
     if antialias:
         out = _resize_antialias(nhwc, height, width)
     elif chosen == "torch":
-        out = resize_bilinear_reference(nhwc, (height, width))
+        out = resize_bilinear_reference(nhwc, (height, width), align_corners=align_corners)
     else:
-        out = _resize(nhwc, height, width)
+        out = _resize(nhwc, height, width, align_corners)
     return out if layout == "NHWC" else out.permute(0, 3, 1, 2)
 
 
@@ -102,25 +105,20 @@ def empty_map(like: Tensor, height: int, width: int) -> Tensor:
 
 
 @torch.library.custom_op(
-    "kpu_fast::resize_bilinear", mutates_args=(), schema="(Tensor x, SymInt h, SymInt w) -> Tensor"
+    "kpu_fast::resize_bilinear", mutates_args=(), schema="(Tensor x, SymInt h, SymInt w, bool corners) -> Tensor"
 )
-def _resize(x, h, w):
+def _resize(x, h, w, corners):
     from .resize_triton import launch_resize
 
-    return launch_resize(x, empty_map(x, h, w))
+    return launch_resize(x, empty_map(x, h, w), corners)
 
 
 @_resize.register_fake
-def _(x, h, w):
+def _(x, h, w, corners):
     return empty_map(x, h, w)
 
 
-@torch.library.custom_op(
-    "kpu_fast::resize_bilinear_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor? scale, SymInt h, SymInt w, bool adjacent, bool triton) -> Tensor",
-)
-def resize_backward(grad, scale, h, w, adjacent, triton):
+def run_resize_backward(grad, scale, h, w, adjacent, corners, triton):
     """Gradient (B, h, w, C) of a resize whose output gradient is `grad`, times the scalar tensor `scale`.
 
     `adjacent`: lay the channels of the result next to each other in memory.
@@ -129,18 +127,26 @@ def resize_backward(grad, scale, h, w, adjacent, triton):
     if triton:
         from .resize_triton import launch_resize_backward
 
-        return launch_resize_backward(grad, scale, out)
+        return launch_resize_backward(grad, scale, out, corners)
     compute = torch.promote_types(grad.dtype, torch.float32)
     batch, height, width, channels = grad.shape
     wide = grad.to(compute) if scale is None else grad.to(compute) * scale
     full = torch.ops.aten.upsample_bilinear2d_backward(
-        wide.permute(0, 3, 1, 2), [height, width], [batch, channels, h, w], False
+        wide.permute(0, 3, 1, 2), [height, width], [batch, channels, h, w], corners
     )
     return out.copy_(full.permute(0, 2, 3, 1))
 
 
+resize_backward = torch.library.custom_op(
+    "kpu_fast::resize_bilinear_backward",
+    run_resize_backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor? scale, SymInt h, SymInt w, bool adjacent, bool corners, bool triton) -> Tensor",
+)
+
+
 @resize_backward.register_fake
-def _(grad, scale, h, w, adjacent, triton):
+def _(grad, scale, h, w, adjacent, corners, triton):
     return _empty_gradient(grad, h, w, adjacent)
 
 
@@ -153,11 +159,11 @@ def _empty_gradient(grad: Tensor, height: int, width: int, adjacent: bool) -> Te
 
 def _save_shape(ctx, inputs, output):
     x = inputs[0]
-    ctx.height, ctx.width, ctx.adjacent = x.shape[1], x.shape[2], channels_last(x)
+    ctx.height, ctx.width, ctx.adjacent, ctx.corners = x.shape[1], x.shape[2], channels_last(x), inputs[3]
 
 
 def _backward(ctx, grad):
-    return resize_backward(grad, None, ctx.height, ctx.width, ctx.adjacent, True), None, None
+    return resize_backward(grad, None, ctx.height, ctx.width, ctx.adjacent, ctx.corners, True), None, None, None
 
 
 _resize.register_autograd(_backward, setup_context=_save_shape)

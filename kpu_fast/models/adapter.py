@@ -89,8 +89,8 @@ class DeformableCrossAttention(nn.Module):
     def forward(self, query: Tensor, memory: Tensor, where: Sampling) -> Tensor:
         b, q, _ = query.shape
         value = self.value(memory).unflatten(-1, (self.heads, -1))  # (B, S, heads, inner / heads)
-        # Positions in fp32: bf16 has 8 bits, which is coarser than a cell on a grid of a hundred.
-        offsets = self.offsets(query).float().view(b, q, self.heads, self.levels, self.points, 2)
+        offsets = self.offsets(query).view(b, q, self.heads, self.levels, self.points, 2)
+        # Positions in fp32, as `where` is: bf16 has 8 bits, which is coarser than a cell on a grid of a hundred.
         locations = where.reference + offsets * where.cell
         weights = self.weights(query).view(b, q, self.heads, self.levels * self.points)
         weights = weights.softmax(-1).view(b, q, self.heads, self.levels, self.points)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kpu_fast.kernels import align_loss
+from kpu_fast.kernels import AlignTerm, align_losses
 from kpu_fast.models.features import Features, FeatureSpec
 from kpu_fast.models.projector import FeatureHeads
 from kpu_fast.models.student import Student
@@ -55,17 +55,19 @@ class KPU(nn.Module):
         teacher_grid = [_grid(v) for v in target.maps]
         on_teacher_grid = [valid_cells(valid, grid) for grid in teacher_grid]
         ours = self.student.project(features, name, teacher_grid)
-        terms = {"s2t": self._align(ours, target, on_teacher_grid, self.weights["s2t"])}
+        terms = {"s2t": self._terms(ours, target, on_teacher_grid, self.weights["s2t"])}
         if self.cfg.t2s:
             ours = Features(features.x, tuple(features.maps[level] for level in self.levels[name]))
             own_grid = [_grid(v) for v in ours.maps]
             unified = self.h_t2s[name](target, own_grid)
             on_own_grid = [valid_cells(valid, grid) for grid in own_grid]
-            terms["t2s"] = self._align(ours, unified, on_own_grid, self.weights["t2s"])
+            terms["t2s"] = self._terms(ours, unified, on_own_grid, self.weights["t2s"])
             if self.cfg.rec:
                 back = self.h_rec[name](unified, teacher_grid)
-                terms["rec"] = self._align(back, target, on_teacher_grid, self.weights["rec"])
-        return {f"{name}/{term}": value for term, value in terms.items()}
+                terms["rec"] = self._terms(back, target, on_teacher_grid, self.weights["rec"])
+        losses = align_losses([term for some in terms.values() for term in some])
+        sums = losses.view(len(terms), -1).sum(1)  # s2t, t2s and rec compare the same maps, and x or not
+        return {f"{name}/{term}": value for term, value in zip(terms, sums.unbind(), strict=True)}
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
         """L_KPU: the sum of all teachers' terms."""
@@ -75,22 +77,22 @@ class KPU(nn.Module):
         """The same terms as L_align of eq. 1, without their weights in L_KPU and without gradient."""
         return {key: value.detach() / self.weights[key.rpartition("/")[2]] for key, value in terms.items()}
 
-    def _align(self, source: Features, target: Features, valid: Sequence[Tensor | None], weight: float) -> Tensor:
-        """weight * L_align, eq. 1; gradient goes to whichever side asks for it.
+    def _terms(
+        self, source: Features, target: Features, valid: Sequence[Tensor | None], weight: float
+    ) -> list[AlignTerm]:
+        """weight * L_align, eq. 1, as the terms of a sum; gradient goes to whichever side asks for it.
 
         The weight goes into the kernels, so that backward reaches each of them with a gradient of 1 and nothing is left
         to scale.
         """
         cfg, share = self.cfg, weight / len(source.maps)
-        losses = [
-            align_loss(
-                v1, v2, cos_weight=share * cfg.cos_weight, l1_weight=share * cfg.l1_weight, beta=cfg.beta, valid=cells
-            )
+        terms = [
+            AlignTerm(v1, v2, share * cfg.cos_weight, share * cfg.l1_weight, cfg.beta, valid=cells)
             for v1, v2, cells in zip(source.maps, target.maps, valid, strict=True)
         ]
         if source.x is not None and target.x is not None:
-            losses.append(align_loss(source.x, target.x, cos_weight=weight * cfg.x_weight, l1_weight=0.0))
-        return torch.stack(losses).sum()
+            terms.append(AlignTerm(source.x, target.x, weight * cfg.x_weight, 0.0))
+        return terms
 
 
 def valid_cells(valid: Tensor | None, grid: tuple[int, int]) -> Tensor | None:

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kpu_fast.kernels import AlignLoss, align_loss, align_loss_reference
-from kpu_fast.kernels import align as align_file
+from kpu_fast.kernels import AlignLoss, align_loss, align_loss_reference, align_op, align_torch
 
 torch.set_num_threads(1)
 
@@ -148,6 +147,67 @@ def test_strides(options, impl, device):
     check(impl, every_second_channel, halves.detach().float().requires_grad_(), **options)
 
 
+def nchw(shape, device, dtype=torch.float32, seed=0):
+    """(B, H, W, C) view of an NCHW tensor."""
+    batch, height, width, channels = shape
+    x = sides((batch, channels, height, width), (1,), device, dtype, seed)[0].detach()
+    return x.permute(0, 2, 3, 1).requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "token", "beta": 0.0},
+        {"reduction": "sample"},
+        {"cos_over": "map"},
+        {"resize": "source"},
+        {"resize": "target", "reduction": "sample"},
+        {"resize": "source", "cos_over": "map", "reduction": "sample"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layouts", ["both", "source", "target", "lines apart"])
+def test_tokens_adjacent_in_memory(layouts, masked, options, impl, device):
+    # More than one chunk of channels, more than one program a sample, and a last one partly empty.
+    source_shape, target_shape = (2, 7, 11, 21), ((2, 5, 13, 21) if "resize" in options else (2, 7, 11, 21))
+    source, target = sides(source_shape, target_shape, device)
+    if layouts != "target":
+        source = nchw(source_shape, device)
+    if layouts in ("both", "target"):
+        target = nchw(target_shape, device, seed=1)
+    if layouts == "lines apart":  # a crop: its lines do not follow one another, so it cannot be taken as one line
+        source = nchw((2, 7, 16, 21), device).detach()[:, :, 2:13].requires_grad_()
+    options = dict(options)
+    if masked:
+        options["valid"] = mask((target if options.get("resize") == "source" else source).shape[:3], device)
+    mean, std = torch.linspace(-1, 1, 21, device=device), torch.linspace(0.5, 2, 21, device=device)
+    ours = check(impl, source, target, target_mean=mean, target_std=std, **options)
+    assert [g.stride() for g in ours[1:]] == [torch.empty_like(x).stride() for x in (source, target)]
+
+
+def test_transposed_tokens(impl, device):
+    source = sides((2, 21, 70), (1,), device)[0].detach().transpose(1, 2).requires_grad_()  # (B, N, C) of (B, C, N)
+    check(impl, source, sides((2, 70, 21), (1,), device, seed=1)[0])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sample"])
+@pytest.mark.parametrize("resize", ["source", "target"])
+def test_align_corners(resize, reduction, impl, device):
+    for grids in [((5, 4), (3, 7)), ((1, 4), (3, 1)), ((3, 1), (1, 5)), ((2, 9), (2, 3))]:
+        source, target = sides((2, *grids[0], 24), (2, *grids[1], 24), device)
+        check(impl, source, target, resize=resize, reduction=reduction, align_corners=True)
+
+
+def test_operator_and_direct_call_are_the_same(impl, device):
+    source, target = sides((2, 3, 4, 24), (2, 3, 4, 24), device)
+    arguments = (None, None, None, 0.9, 0.1, 1.0, "none", False, "token", "mean", impl == "triton", True, True)
+    direct = run(align_loss, source, target, impl=impl)
+    operator = run(lambda s, t: align_op._forward(s, t, *arguments)[0], source, target)
+    assert all(torch.equal(a, b) for a, b in zip(direct, operator, strict=True))
+
+
 def test_strides_through_a_resize(impl, device):
     source, target = sides((2, 24, 3, 4), (2, 5, 3, 24), device)
     source = source.detach().permute(0, 2, 3, 1).requires_grad_()
@@ -248,7 +308,7 @@ def test_float16_gradient_survives_a_loss_scaler(impl, device):
 def test_blocks_of_the_cpu_path_meet_without_a_seam(options, block, monkeypatch):
     source, target = sides((5, 3, 4, 24), (5, 7, 4, 24) if block < 700 else (5, 3, 3, 24), "cpu")
     common = target if options["resize"] == "source" else source
-    monkeypatch.setattr(align_file.align_torch, "BLOCK", block)
+    monkeypatch.setattr(align_torch, "BLOCK", block)
     check("torch", source, target, valid=mask(common.shape[:3], "cpu"), **options)
 
 
@@ -289,8 +349,8 @@ def test_second_derivative_is_refused():
 
 def test_no_gradient_no_work(impl, device, monkeypatch):
     kept = []
-    allocate = align_file._allocate_gradients
-    monkeypatch.setattr(align_file, "_allocate_gradients", lambda *a: kept.append(allocate(*a)) or allocate(*a))
+    allocate = align_op._allocate_gradients
+    monkeypatch.setattr(align_op, "_allocate_gradients", lambda *a: kept.append(allocate(*a)) or allocate(*a))
     source, target = sides((1, 2, 2, 24), (1, 2, 2, 24), device)
     with torch.no_grad():
         assert not align_loss(source, target, impl=impl).requires_grad
@@ -302,15 +362,11 @@ def test_no_gradient_no_work(impl, device, monkeypatch):
 def test_opcheck(options, resize):
     source, target = sides((2, 3, 4, 6), (2, 2, 5, 6) if resize == "source" else (2, 3, 4, 6), "cpu")
     valid = mask(target.shape[:3], "cpu")
-    chosen = (resize, options.get("cos_over", "token"), options.get("reduction", "mean"))
+    chosen = (resize, False, options.get("cos_over", "token"), options.get("reduction", "mean"))
     torch.library.opcheck(
         torch.ops.kpu_fast.align_forward,
         (source, target, torch.zeros(6), torch.ones(6), valid, 0.9, 0.1, 1.0, *chosen, False, True, True),
     )
-
-
-def test_opcheck_of_the_scale():
-    torch.library.opcheck(torch.ops.kpu_fast.align_scale_, (torch.randn(2, 3), torch.tensor(2.0), False))
 
 
 @pytest.mark.parametrize(

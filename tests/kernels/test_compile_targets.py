@@ -18,7 +18,20 @@ POINTERS = {  # what is not in the dtype of the maps
     "mean_ptr": "*fp32",
     "std_ptr": "*fp32",
     "factor_ptr": "*fp32",
+    "count_ptr": "*fp32",
+    "partial_ptr": "*fp32",
+    "loss_ptr": "*fp32",
     "scale_ptr": "*fp32",
+    "parts_ptr": "*fp64",
+    "loc_ptr": "*fp32",
+    "weight_ptr": "*fp32",  # a softmax under autocast
+    "gl_ptr": "*fp32",
+    "gw_ptr": "*fp32",
+    "gv_ptr": "*fp32",  # "*i64" where FIXED
+    "shapes_ptr": "*i64",
+    "grad_max_ptr": "*fp32",
+    "weight_max_ptr": "*fp32",
+    "fixed_ptr": "*i64",
     "u_ptr": "*fp32",
     "valid_ptr": "*i1",
 }
@@ -26,20 +39,68 @@ POINTERS = {  # what is not in the dtype of the maps
 
 def cases():
     """(kernel, constants, num_warps, targets) of the whole table; everything switched on that costs registers."""
-    from kpu_fast.kernels import align_triton, resize_triton
-    from kpu_fast.kernels.launch import ALIGN_TILES, RESIZE_TILES, SCALE_TILE
+    from kpu_fast.kernels import (
+        align_across_triton,
+        align_group_triton,
+        align_triton,
+        deform_attn_triton,
+        launch,
+        moments_triton,
+        resize_triton,
+    )
+    from kpu_fast.kernels.launch import ALIGN_TILES, DEFORM_TILES, MOMENTS_TILE, RESIZE_TILES, SCALE_TILE
 
     everywhere = (SPILL_FREE, *COMPILED_ONLY)
     flags = {"HAS_MEAN": True, "HAS_STD": True, "HAS_VALID": True, "BY_MAP": False, "GRAD_S": True, "GRAD_T": True}
+    flags |= {"CORNERS": False, "ACROSS": False}
     for tile in ALIGN_TILES.values():
         plain = {**flags, "RESIZE": 0, "STATS": False, "ROWS": tile.rows, "BLOCK_C": tile.channels}
         yield align_triton.align_forward_kernel, plain, tile.num_warps, everywhere
-        yield align_triton.align_forward_kernel, plain | {"RESIZE": 1, "STATS": True}, tile.num_warps, (SPILL_FREE,)
+        kept = {"RESIZE": 1, "STATS": True, "GRAD_S": False, "GRAD_T": False}
+        yield align_triton.align_forward_kernel, plain | {"RESIZE": 1}, tile.num_warps, (SPILL_FREE,)
+        yield align_triton.align_forward_kernel, plain | kept, tile.num_warps, (SPILL_FREE,)
+        yield align_triton.align_backward_kernel, plain | {"RESIZE": 1}, tile.num_warps, (SPILL_FREE,)
         yield align_triton.align_backward_kernel, plain, tile.num_warps, everywhere
+        group = plain | {"COUNT": launch.MAX_SLOTS, "TURNS": launch.GROUP_TURNS}
+        yield align_group_triton.align_group_kernel, group, tile.num_warps, everywhere
+    for what, tile in launch.ALIGN_TILE_ACROSS.items():
+        flat = {"FLAT": what == "flat", "RESIZE": int(what != "flat"), "TOKENS": tile.rows, "CHUNK": tile.channels}
+        for forward, stats in ((True, False), (True, True), (False, False)):
+            across = {**flags, **flat, "FORWARD": forward, "STATS": stats, "GRAD_S": not stats, "GRAD_T": not stats}
+            yield align_across_triton.align_across_kernel, across, tile.num_warps, everywhere
+    tile = launch.GROUP_FINISH_TILE
+    finish = {"COUNT": tile.rows, "BLOCK": tile.channels}
+    yield align_group_triton.align_group_finish_kernel, finish, tile.num_warps, everywhere
+    scale = {"COUNT": launch.MAX_SLOTS, "BLOCK": SCALE_TILE.channels}
+    yield align_group_triton.align_group_scale_kernel, scale, SCALE_TILE.num_warps, everywhere
     for tile in RESIZE_TILES.values():
-        block = {"ROWS": tile.rows, "BLOCK_C": tile.channels, "HAS_SCALE": True}
+        block = {"ROWS": tile.rows, "BLOCK_C": tile.channels, "HAS_SCALE": True, "CORNERS": False, "ACROSS": False}
         yield resize_triton.resize_forward_kernel, block, tile.num_warps, everywhere
         yield resize_triton.resize_backward_kernel, block, tile.num_warps, everywhere
+    tile = launch.RESIZE_TILE_ACROSS
+    block = {"ROWS": tile.rows, "BLOCK_C": tile.channels, "HAS_SCALE": True, "ACROSS": True}
+    for corners in (False, True):
+        yield resize_triton.resize_forward_kernel, block | {"CORNERS": corners}, tile.num_warps, everywhere
+        yield resize_triton.resize_backward_kernel, block | {"CORNERS": corners}, tile.num_warps, everywhere
+    # A side of 1 reaches a kernel as a constant.
+    to_one_token = block | {"ACROSS": False, "CORNERS": True, "out_height": 1, "out_width": 1}
+    yield resize_triton.resize_forward_kernel, to_one_token, tile.num_warps, (SPILL_FREE,)
+    yield resize_triton.resize_backward_kernel, to_one_token | {"height": 1}, tile.num_warps, (SPILL_FREE,)
+    for adjacent in ({"height": 1}, {"x_sw": 1}):  # the one line of a dense map, or an NCHW view
+        block = {"ROWS": MOMENTS_TILE.rows, "BLOCK_C": MOMENTS_TILE.channels, "HAS_VALID": True, **adjacent}
+        yield moments_triton.moments_kernel, block, MOMENTS_TILE.num_warps, everywhere
+    for what, tiles in DEFORM_TILES.items():
+        wanted = {"GRAD_V": True, "GRAD_L": True, "GRAD_W": True, "FIXED": what == "fixed", "UNROLL": 4}
+        kernel = deform_attn_triton.deform_forward_kernel
+        kernel = kernel if what == "forward" else deform_attn_triton.deform_backward_kernel
+        for tile in tiles.values():
+            block = {**wanted, "ON_DEVICE": False, "ROWS": tile.rows, "BLOCK_D": tile.channels}
+            yield kernel, block, tile.num_warps, everywhere
+        tile = tiles[32]
+        block = {**wanted, "ON_DEVICE": True, "UNROLL": 1, "ROWS": tile.rows, "BLOCK_D": 32}
+        yield kernel, block, tile.num_warps, (SPILL_FREE,)
+    block = {"BLOCK": SCALE_TILE.channels}
+    yield deform_attn_triton.deform_unfix_kernel, block, SCALE_TILE.num_warps, everywhere
     yield align_triton.align_scale_kernel, {"BLOCK": SCALE_TILE.channels}, SCALE_TILE.num_warps, everywhere
 
 
@@ -51,16 +112,31 @@ def compile_one(kernel, constants, num_warps, target):
 
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     # Triton's own launcher turns a stride of 1 into a constant in the same way.
-    constants |= {name: 1 for name in kernel.arg_names if name.endswith("_sc")}
+    adjacent = "_sw" if constants.get("ACROSS") or {"x_sw", "TOKENS"} & constants.keys() else "_sc"
+    constants |= {name: 1 for name in kernel.arg_names if name.endswith((adjacent, "l_sx", "w_sp"))}
     signature, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif "COUNT" in constants and name.endswith("s"):  # a tuple of that many
+            one = POINTERS.get(name[:-1], "*bf16") if name.endswith("_ptrs") else "i32"
+            one = "fp32" if name in ("cos_weights", "l1_weights", "betas", "inv_betas") else one
+            signature[name] = (one,) * constants["COUNT"]
+            if name.endswith("_ptrs") or name in ("channels", "numels"):
+                aligned |= {(place, i): [["tt.divisibility", 16]] for i in range(constants["COUNT"])}
         elif name.endswith("_ptr"):
             signature[name] = POINTERS.get(name, "*bf16")
+            if name == "gv_ptr" and constants["FIXED"]:
+                signature[name] = "*i64"
+        elif name.startswith("size"):
+            signature[name] = "i64"
         else:
-            signature[name] = "fp32" if "beta" in name or "weight" in name else "i32"
-        if name not in constants and (name.endswith(("_ptr", "_sb", "_sh", "_sw")) or name in ("channels", "numel")):
+            signature[name] = "fp32" if "beta" in name or "weight" in name or "unit" in name else "i32"
+        multiple = name.endswith(("_ptr", "_sb", "_sh", "_sw", "_sc", "v_ss", "v_sm", "g_sq", "g_sm")) or name in (
+            "channels",
+            "numel",
+        )
+        if name not in constants and (multiple or (adjacent == "_sw" and name == "width")):
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": num_warps})
@@ -85,6 +161,8 @@ def look_inside(cubin: bytes) -> dict:
         "wide_loads": len(re.findall(r"LDG\.E\.\S*128", code)),
         "narrow_map_loads": len(re.findall(r"LDG\.E\.\S*U16", code)),
         "wide_stores": len(re.findall(r"STG\.E\.\S*128", code)),
+        "wide_atomics": len(re.findall(r"RED\S*\.ADD\.F32x4", code)),
+        "barriers": len(re.findall(r"BAR\.SYNC", code)),
     }
 
 
@@ -108,15 +186,22 @@ def compiled():
 
 
 def test_whole_table_compiles_for_every_target(compiled):
-    from kpu_fast.kernels.launch import ALIGN_TILES, RESIZE_TILES
+    from kpu_fast.kernels.launch import ALIGN_TILES, DEFORM_TILES, MOMENTS_TILE, RESIZE_TILES
 
     for target in (SPILL_FREE, *COMPILED_ONLY):
         seen = {(c["kernel"], c.get("BLOCK_C")) for c in compiled if c["target"] == target and c["bytes"] > 0}
-        for kernel in ("align_forward_kernel", "align_backward_kernel"):
+        for kernel in ("align_forward_kernel", "align_backward_kernel", "align_group_kernel"):
             assert {width for name, width in seen if name == kernel} == set(ALIGN_TILES)
         for kernel in ("resize_forward_kernel", "resize_backward_kernel"):
-            assert {width for name, width in seen if name == kernel} == set(RESIZE_TILES)
-        assert ("align_scale_kernel", None) in seen
+            assert {width for name, width in seen if name == kernel} >= set(RESIZE_TILES)
+        single = {"align_across_kernel", "align_scale_kernel", "align_group_finish_kernel", "align_group_scale_kernel"}
+        assert single <= {name for name, _ in seen}
+        assert ("moments_kernel", MOMENTS_TILE.channels) in seen
+        wide = {(c["kernel"], c.get("BLOCK_D"), c.get("FIXED")) for c in compiled if c["target"] == target}
+        for what, tiles in DEFORM_TILES.items():
+            name = "deform_forward_kernel" if what == "forward" else "deform_backward_kernel"
+            assert {(name, width, what == "fixed") for width in tiles} <= wide
+        assert ("deform_unfix_kernel", None) in seen
 
 
 def test_no_spills_and_128_bit_accesses_on_sm_90(compiled):
@@ -124,12 +209,33 @@ def test_no_spills_and_128_bit_accesses_on_sm_90(compiled):
         if found["target"] != SPILL_FREE:
             continue
         assert found["spilled"] == 0, found
+        assert found["registers"] <= 128, found  # 4 programs of 128 threads on a multiprocessor, at the least
+        if found["kernel"] == "deform_backward_kernel":
+            continue  # its loads are as wide as its atomic adds: see below
+        if found.get("ACROSS") or found.get("FLAT") is False or found["kernel"] == "align_group_finish_kernel":
+            continue  # tokens found by a division, neighbours only to the eye; the finish reads one number per program
         # Loads that move a map: each side once, or its four neighbours; a gradient is stored once per side.
-        sides = {"align_forward_kernel": 2, "align_backward_kernel": 2}.get(found["kernel"], 1)
+        sides = 2 if found["kernel"].startswith("align_") and "scale" not in found["kernel"] else 1
         loads = 5 if found.get("RESIZE") else 4 if found["kernel"] == "resize_forward_kernel" else sides
         assert found["wide_loads"] >= loads, found
-        assert found["wide_stores"] >= sides, found
+        if found["kernel"] != "moments_kernel" and not found.get("STATS"):  # which store a few numbers per token
+            assert found["wide_stores"] >= sides, found
         assert found["narrow_map_loads"] == 0, found
+
+
+def test_deform_attn_moves_16_bytes_per_thread_and_nothing_through_shared_memory(compiled):
+    """Four corners per sample. At the widths of real heads no sample waits for another warp."""
+    ours = [c for c in compiled if c["target"] == SPILL_FREE and c["kernel"].startswith("deform_") and "UNROLL" in c]
+    assert {c["BLOCK_D"] for c in ours} == {16, 32, 64, 128, 256}
+    for found in ours:
+        corners = 4 * found["UNROLL"]
+        if found["kernel"] == "deform_forward_kernel":
+            assert found["wide_loads"] >= corners, found
+            assert found["barriers"] == 0, found
+        elif not found["FIXED"]:
+            assert found["wide_atomics"] == corners, found
+        if found["BLOCK_D"] in (32, 64) and found["UNROLL"] == 4:
+            assert found["barriers"] == 0, found
 
 
 if __name__ == "__main__":

@@ -2,10 +2,18 @@ import math
 
 import pytest
 import torch
-from kpu_fast.kernels import deform_attn, deform_attn_reference
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kpu_fast.kernels import MultiScaleDeformableAttention, deform_attn, deform_attn_reference, ms_deform_attn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-# Odd, non-square and single-row maps beside the adapter's 2:1 pyramid.
-PYRAMIDS = [[(8, 12), (4, 6), (2, 3)], [(5, 7)], [(1, 9), (3, 1)]]
+torch.set_num_threads(1)
+
+ADAPTER = [(8, 12), (4, 6), (2, 3)]  # the adapter's 2:1 pyramid
+ODD = [(5, 7), (1, 1), (3, 2)]
+ROWS = [(1, 9), (3, 1)]
+NAN, INF = math.nan, math.inf
 
 
 def naive(value, shapes, locations, weights):
@@ -27,59 +35,442 @@ def naive(value, shapes, locations, weights):
     return out.flatten(2)
 
 
-def make(shapes, *, b=2, q=5, m=2, d=3, points=2, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
-    cells = sum(h * w for h, w in shapes)
-    value = torch.randn(b, cells, m, d, generator=generator, dtype=torch.float64).to(dtype)
-    # From −0.3 to 1.3, so that some samples lie partly and some wholly outside.
-    locations = torch.rand(b, q, m, len(shapes), points, 2, generator=generator, dtype=torch.float64) * 1.6 - 0.3
-    weights = torch.randn(b, q, m, len(shapes), points, generator=generator, dtype=torch.float64).to(dtype)
-    return value, shapes, locations, weights
+def make(shapes, *, b=2, q=5, m=2, d=3, points=2, dtype=torch.float64, fine=None, device="cpu", seed=0):
+    """(value, locations, weights); `fine` is the locations' dtype. They run from −0.3 to 1.3, so some lie outside."""
+    generator = torch.Generator().manual_seed(seed)
+    cells, samples = sum(h * w for h, w in shapes), (b, q, m, len(shapes), points)
+    value = torch.randn(b, cells, m, d, generator=generator, dtype=torch.float64)
+    locations = torch.rand(*samples, 2, generator=generator, dtype=torch.float64) * 1.6 - 0.3
+    weights = torch.randn(samples, generator=generator, dtype=torch.float64)
+    kinds = (dtype, fine or dtype, dtype)
+    return [x.to(device, kind).requires_grad_() for x, kind in zip((value, locations, weights), kinds, strict=True)]
 
 
-@pytest.mark.parametrize("shapes", PYRAMIDS)
-def test_matches_naive_loops(shapes):
-    value, shapes, locations, weights = make(shapes)
-    expected = naive(value, shapes, locations, weights)
-    torch.testing.assert_close(deform_attn(value, shapes, locations, weights), expected, rtol=1e-12, atol=1e-12)
-    out = deform_attn(value, torch.tensor(shapes), locations, weights)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+def run(attend, inputs, shapes, **options):
+    """(result, gradients) under an upstream gradient that is not 1."""
+    value, locations, weights = inputs
+    out = attend(value, shapes, locations, weights, **options)
+    upstream = (torch.arange(out.numel(), device=out.device) % 11 / 4 - 1).reshape(out.shape).to(out.dtype)
+    return out, *torch.autograd.grad(out, inputs, upstream)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
-def test_low_precision_is_computed_in_fp32_and_returned_in_its_dtype(dtype, tolerance):
-    value, shapes, locations, weights = make([(40, 60), (20, 30)], q=9, dtype=dtype)
-    out = deform_attn(value, shapes, locations.float(), weights)
-    assert out.dtype == dtype
-    expected = naive(value, shapes, locations.float(), weights)
-    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+def check(impl, inputs, shapes, **options):
+    """Error against float64 at most twice that of `grid_sample`, in each of the result and the three gradients."""
+    exact = run(deform_attn_reference, [x.detach().double().requires_grad_() for x in inputs], shapes)
+    plain = run(deform_attn_reference, inputs, shapes)
+    ours = run(deform_attn, inputs, shapes, impl=impl, **options)
+    for got, torchs, truth, like in zip(ours, plain, exact, (inputs[0], *inputs), strict=True):
+        assert got.dtype == like.dtype
+        assert got.shape == truth.shape
+        error, allowed = (got.double() - truth).abs().max(), (torchs.double() - truth).abs().max()
+        # Triton's interpreter cuts float32 → bfloat16 off where every GPU rounds.
+        cut = 2.0**-8 if impl == "triton" and not got.is_cuda and got.dtype == torch.bfloat16 else 0
+        assert error <= 2 * allowed + (1e-6 + cut) * truth.abs().max(), (error, allowed)
+    return ours
+
+
+# --------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("shapes", [ADAPTER, ODD, ROWS], ids=str)
+def test_matches_loops_written_from_the_definition(shapes, impl, device):
+    value, locations, weights = make(shapes, dtype=torch.float64 if impl == "torch" else torch.float32, device=device)
+    tolerance = 1e-12 if impl == "torch" else 1e-5
+    expected = naive(value.cpu(), shapes, locations.cpu(), weights.cpu()).to(device, value.dtype)
+    for sizes in (shapes, torch.tensor(shapes), torch.tensor(shapes, device=device, dtype=torch.int32)):
+        found = deform_attn(value, sizes, locations, weights, impl=impl)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "channels", [1, 8, 24, 32, 64, 100]
+)  # a channel alone, padded to powers of two, and exact ones
+def test_matches_float64(channels, dtype, impl, device):
+    deterministic = channels in (24, 32)
+    check(impl, make(ODD, d=channels, dtype=dtype, fine=torch.float32, device=device), ODD, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("points", [1, 3, 4, 6, 8])  # the kernels take four, two or one at a time
+def test_every_number_of_points(points, impl, device):
+    check(impl, make(ODD, d=8, points=points, dtype=torch.float32, device=device), ODD)
+
+
+def test_widest_head_and_most_maps(impl, device):
+    check(impl, make([(2, 3)], b=1, d=256, dtype=torch.float32, device=device), [(2, 3)])
+    shapes = [(level + 1, 9 - level) for level in range(8)]
+    check(impl, make(shapes, b=1, d=8, dtype=torch.float32, device=device), shapes)
+
+
+def test_more_queries_than_one_program_takes(impl, device):
+    check(impl, make(ROWS, b=1, q=41, d=32, dtype=torch.float32, device=device), ROWS)  # 32, then 9
+
+
+def test_borders_centres_and_corners(impl, device):
+    height, width = 4, 8  # powers of two: every position is exact in float32, on either side of a cell's border
+    # Centres, where one neighbour has all the weight; cell borders; the map's edge; half a cell outside, where the last
+    # weight vanishes. Where the derivative jumps, both forms take the one to the right.
+    across = torch.tensor([0.5, 1, 2.5, 0, 8, -0.5, 8.5, -0.25, 8.25]) / width
+    down = torch.tensor([0.5, 1.5, 1, 0, 4, -0.5, 4.5, -0.25, 4.25]) / height
+    locations = torch.cartesian_prod(across, down).view(1, 81, 1, 1, 1, 2)
+    value, _, weights = make([(height, width)], b=1, q=81, m=1, d=8, points=1, dtype=torch.float32)
+    inputs = [x.detach().to(device).requires_grad_() for x in (value, locations, weights)]
+    out = check(impl, inputs, [(height, width)])[0]
+    centre = out[0, 0] / weights[0, 0].item()  # (0.5, 0.5): the first cell
+    torch.testing.assert_close(centre.cpu(), value[0, 0, 0].detach())
+    edge = out.view(9, 9, 8)  # [x, y]
+    assert edge[5:7].abs().max() == 0
+    assert edge[:, 5:7].abs().max() == 0
+    assert edge[7:, 7:].abs().min() > 0
+
+
+@pytest.mark.parametrize("fine", [torch.float16, torch.float32], ids=str)
+def test_mixed_dtypes(fine, impl, device):
+    inputs = make(ODD, d=8, dtype=torch.bfloat16, fine=fine, device=device)
+    inputs[2] = inputs[2].detach().float().requires_grad_()
+    check(impl, inputs, ODD)
+
+
+def test_strides(impl, device):
+    value, locations, weights = make(ODD, q=6, d=8, points=4, dtype=torch.float32, device=device)
+    torch.manual_seed(0)
+    heads_first = value.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    channels_apart = torch.randn(2, 42, 2, 16, device=device)[..., ::2].requires_grad_()
+    xy_apart = locations.detach().movedim(-1, 0).contiguous().movedim(0, -1).requires_grad_()
+    points_apart = weights.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_()
+    every_other = torch.rand(2, 12, 2, 3, 4, 2, device=device)[:, ::2].requires_grad_()
+    check(impl, [heads_first, xy_apart, points_apart], ODD)
+    check(impl, [channels_apart, every_other, weights], ODD)
+    shared = value.detach()[:1].expand(2, -1, -1, -1).requires_grad_()
+    check(impl, [shared, locations, weights], ODD)
+
+
+def test_expanded_and_transposed_gradients(impl, device):
+    inputs = make(ODD, d=8, dtype=torch.float32, device=device)
+    out = deform_attn(inputs[0], ODD, *inputs[1:], impl=impl)
+    upstream = torch.randn(5, 2, 16, generator=torch.Generator().manual_seed(1)).to(device).transpose(0, 1)
+    for grad in (torch.ones((), device=device).expand_as(out), upstream):
+        found = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+        expected = torch.autograd.grad(out, inputs, grad.contiguous(), retain_graph=True)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0 if device == "cpu" else 1e-6)  # float atomics
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_only_the_gradients_that_are_asked_for(wanted, impl, device):
+    inputs = make(ODD, d=8, dtype=torch.float32, device=device)
+    exact = run(deform_attn_reference, inputs, ODD)
+    for place, x in enumerate(inputs):
+        x.requires_grad_(place in wanted)
+    out = deform_attn(inputs[0], ODD, *inputs[1:], impl=impl)
+    upstream = (torch.arange(out.numel(), device=device) % 11 / 4 - 1).reshape(out.shape)
+    out.backward(upstream)
+    for place, x in enumerate(inputs):
+        if place in wanted:
+            torch.testing.assert_close(x.grad, exact[1 + place])
+        else:
+            assert x.grad is None
 
 
 def test_gradients_match_finite_differences():
-    value, shapes, locations, weights = make([(3, 4), (2, 2)], b=1, q=2, m=2, d=2)
-    inputs = [t.requires_grad_() for t in (value, locations, weights)]
-    assert torch.autograd.gradcheck(lambda v, s, w: deform_attn(v, shapes, s, w), inputs)
+    inputs = make([(3, 4), (2, 2)], b=1, q=2, m=2, d=2)
+    assert torch.autograd.gradcheck(lambda v, s, w: deform_attn(v, [(3, 4), (2, 2)], s, w), inputs)
 
 
-def test_strided_value_and_compiled_call():
-    value, shapes, locations, weights = make([(6, 5), (3, 2)])
-    strided = value.transpose(0, 1).contiguous().transpose(0, 1)
-    expected = deform_attn_reference(value, shapes, locations, weights)
-    compiled = torch.compile(deform_attn, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(strided, shapes, locations, weights), expected, rtol=1e-12, atol=1e-12)
+@settings(max_examples=20, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=1, max_size=4),
+    queries=st.integers(1, 6),
+    channels=st.sampled_from([1, 5, 16, 33]),
+    points=st.integers(1, 5),
+    triton=st.booleans(),
+    deterministic=st.booleans(),
+)
+def test_any_pyramid(shapes, queries, channels, points, triton, deterministic):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = make(shapes, b=1, q=queries, d=channels, points=points, dtype=torch.float32, device=device)
+    exact = run(deform_attn_reference, [x.detach().double().requires_grad_() for x in inputs], shapes)
+    options = {"deterministic": deterministic and (triton or device == "cpu")}
+    found = run(deform_attn, inputs, shapes, impl="triton" if triton else "torch", **options)
+    for got, truth in zip(found, exact, strict=True):
+        assert (got.double() - truth).abs().max() <= 1e-5 * (1 + truth.abs().max())
+
+
+# ------------------------------------------------------------------------------------------------ extreme values
+
+
+@pytest.mark.parametrize("far", [INF, -INF, 1e30, -1e30, 3e9, -3e9, 3.4e38])
+def test_far_locations_read_zeros(far, impl, device):
+    value, locations, weights = make(ODD, d=8, dtype=torch.float32, device=device)
+    expected = run(deform_attn_reference, (value, locations, weights), ODD)
+    spoilt = locations.detach().clone()
+    spoilt[:, 1::2, ..., 0] = far
+    spoilt[:, ::2, 1, ..., 1] = far
+    spoilt.requires_grad_()
+    found = run(deform_attn, (value, spoilt, weights), ODD, impl=impl)
+    for got in found:
+        assert got.isfinite().all()
+    per_head = found[0].unflatten(2, (2, 8))
+    assert per_head[:, 1::2].abs().max() == 0
+    assert per_head[:, ::2, 1].abs().max() == 0
+    torch.testing.assert_close(per_head[:, ::2, 0], expected[0].unflatten(2, (2, 8))[:, ::2, 0])
+    for grad, untouched in zip(found[2:], expected[2:], strict=True):
+        assert grad[:, 1::2].abs().max() == 0
+        assert grad[:, ::2, 1].abs().max() == 0
+        torch.testing.assert_close(grad[:, ::2, 0], untouched[:, ::2, 0])
+
+
+def test_a_nan_location_is_nan_in_its_own_output_only(impl, device):
+    inputs = make(ODD, d=8, dtype=torch.float32, device=device)
+    clean = run(deform_attn, inputs, ODD, impl=impl)
+    spoilt = inputs[1].detach().clone()
+    spoilt[0, 2, 1, 0, 1, 0] = NAN
+    found = run(deform_attn, (inputs[0], spoilt.requires_grad_(), inputs[2]), ODD, impl=impl)
+    lost = torch.zeros_like(found[0], dtype=torch.bool).view(2, 5, 2, 8)
+    lost[0, 2, 1] = True
+    assert torch.equal(found[0].isnan(), lost.flatten(2))
+    torch.testing.assert_close(found[0].nan_to_num(), clean[0].masked_fill(lost.flatten(2), 0))
+    assert all(grad.isfinite().all() for grad in found[1:])
+    assert found[2][0, 2, 1, 0, 1].abs().max() == 0
+
+
+def test_nan_and_inf_in_value_come_through(impl, device):
+    value, locations, weights = make(ODD, d=8, dtype=torch.float32, device=device)
+    with torch.no_grad():
+        value[0, :35, 0, 3] = NAN
+    locations = locations.detach() * 0.2 + 0.4  # all inside
+    out = deform_attn(value, ODD, locations, weights, impl=impl).unflatten(2, (2, 8))
+    assert out[0, :, 0, 3].isnan().all()
+    assert out.isnan().sum() == 5
+
+
+@pytest.mark.parametrize("sizes", [[(99, 99), (7, 5), (2, 2)], [(-4, 3), (0, 7), (2**31 - 1, 2**31 - 1)]], ids=str)
+def test_wrong_sizes_on_the_gpu_stay_inside_value(sizes, device):
+    pytest.importorskip("triton", reason="triton is not installed")
+    # Value and its gradient are slices of larger tensors: what reads beside them finds NaN.
+    whole = torch.full((3, 42, 2, 8), NAN, device=device)
+    whole[1] = 1
+    _, locations, weights = make(ODD, b=1, d=8, dtype=torch.float32, device=device)
+    value = whole[1:2].detach().requires_grad_()
+    out = deform_attn(value, torch.tensor(sizes, device=device), locations, weights, impl="triton")
+    assert out.isfinite().all()
+    out.sum().backward()
+    assert value.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-3, 1e18, 1e30])
+def test_fixed_point_follows_the_size_of_the_gradient(scale, impl, device):
+    value, locations, weights = make(ODD, d=8, dtype=torch.float32, device=device)
+    upstream = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def gradient(factor, **options):
+        out = deform_attn(value, ODD, locations, weights, **options)
+        return torch.autograd.grad(out, value, upstream * factor)[0]
+
+    found = gradient(scale, impl=impl, deterministic=True).double() / scale
+    expected = gradient(1.0, impl="torch").double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 if scale > 1e-37 else 1e-3)
+
+
+def test_fixed_point_cannot_overflow_where_every_sample_meets_in_one_cell(impl, device):
+    queries, points = 130, 4
+    value = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
+    locations = torch.full((1, queries, 1, 1, points, 2), 0.5, device=device)  # the centre of the only cell
+    weights = torch.full((1, queries, 1, 1, points), 1.9999, device=device)
+    out = deform_attn(value, [(1, 1)], locations, weights, impl=impl, deterministic=True)
+    upstream = torch.full_like(out, -1.9999)
+    found = torch.autograd.grad(out, value, upstream)[0].item()
+    assert abs(found / (-(1.9999**2) * queries * points) - 1) < 1e-5
+
+
+def test_fixed_point_of_nothing_and_of_nan(device):
+    pytest.importorskip("triton", reason="triton is not installed")
+    value, locations, weights = make(ODD, d=8, dtype=torch.float32, device=device)
+    out = deform_attn(value, ODD, locations, weights, impl="triton", deterministic=True)
+    nothing = torch.autograd.grad(out, value, torch.zeros_like(out), retain_graph=True)[0]
+    assert nothing.abs().max() == 0
+    for bad in (NAN, INF):
+        upstream = torch.ones_like(out)
+        upstream[0, 0, 0] = bad
+        assert torch.autograd.grad(out, value, upstream, retain_graph=True)[0].isnan().all()
+
+
+# --------------------------------------------------------------------------------------------------- determinism
+
+
+def test_two_runs_are_bit_equal(impl, device):
+    if impl == "torch" and device == "cuda":
+        pytest.skip("grid_sample's own backward uses atomics on CUDA")
+    inputs = make(ADAPTER, b=1, q=41, d=8, points=4, dtype=torch.bfloat16, fine=torch.float32, device=device)
+    first, second = (run(deform_attn, inputs, ADAPTER, impl=impl, deterministic=True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("by_flag", [False, True])
+def test_deterministic_sums_do_not_depend_on_the_order_of_programs(by_flag, device):
+    pytest.importorskip("triton", reason="triton is not installed")
+    # Queries handed in in another order are other programs, run in another order, for the same sums.
+    value, locations, weights = make(ODD, b=1, q=60, m=1, d=4, points=4, dtype=torch.float32, device=device)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0)).to(device)
+    upstream = torch.randn(1, 60, 4, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def gradient(deterministic, where):
+        out = deform_attn(
+            value, ODD, locations[:, where], weights[:, where], impl="triton", deterministic=deterministic
+        )
+        return torch.autograd.grad(out, value, upstream[:, where])[0]
+
+    straight = torch.arange(60, device=device)
+    exact = torch.autograd.grad(
+        deform_attn_reference(value.double(), ODD, locations, weights), value, upstream.double()
+    )[0]
+    floats = gradient(False, straight)
+    assert not torch.equal(floats, gradient(False, order))  # so the test can see an order
+    if by_flag:
+        torch.use_deterministic_algorithms(True)
+    try:
+        fixed = [gradient(None if by_flag else True, where) for where in (straight, order)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(*fixed)
+    assert (fixed[0] - exact).abs().max() <= (floats - exact).abs().max()
+
+
+def test_torch_path_on_cuda_refuses_to_be_deterministic():
+    with FakeTensorMode():
+        value = torch.empty(2, 42, 2, 8, device="cuda", requires_grad=True)
+        locations, weights = torch.empty(2, 5, 2, 3, 2, 2, device="cuda"), torch.empty(2, 5, 2, 3, 2, device="cuda")
+        with pytest.raises(RuntimeError, match="in no fixed order on CUDA"):
+            deform_attn(value, ODD, locations, weights, impl="torch", deterministic=True)
+
+
+# ------------------------------------------------------------------------------------------- registration, compile
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_opcheck(on_device, device):
+    pytest.importorskip("triton", reason="triton is not installed")
+    value, locations, weights = make(ODD, d=8, points=4, dtype=torch.bfloat16, fine=torch.float32, device=device)
+    value = value.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    shapes = torch.tensor(ODD, device=device) if on_device else None
+    sizes = [] if on_device else [side for shape in ODD for side in shape]
+    inputs = (value, shapes, sizes, locations, weights)
+    grad = torch.randn(2, 5, 16, device=device, dtype=torch.bfloat16)
+    constants = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    torch.library.opcheck(torch.ops.kpu_fast.deform_attn_forward, (*inputs, False))
+    for deterministic, needed in (
+        (True, (True, True, True)),
+        (False, (True, False, False)),
+        (True, (False, True, False)),
+    ):
+        arguments = (grad, *constants, deterministic, *needed)
+        tests = ("test_schema", "test_faketensor")  # float atomics: two runs need not be bit-equal on a GPU
+        torch.library.opcheck(torch.ops.kpu_fast.deform_attn_backward, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("form", ["pairs", "tensor", "dynamic"])
+def test_fullgraph_compile(form, impl, device):
+    if form == "tensor" and impl == "torch":
+        pytest.skip("the torch path needs the sizes as Python numbers")
+    inputs = make(ODD, d=8, dtype=torch.float32, device=device)
+    sizes = torch.tensor(ODD, device=device) if form == "tensor" else ODD
+
+    def step(value, sizes, locations, weights):
+        return deform_attn(value * 2, sizes, locations.sin(), weights, impl=impl) * 2
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=form == "dynamic")
+    for found, expected in zip(run(compiled, inputs, sizes), run(step, inputs, sizes), strict=True):
+        torch.testing.assert_close(found, expected)
+    if form == "dynamic":  # another pyramid through the same function
+        inputs = make(ADAPTER, q=7, d=8, dtype=torch.float32, device=device)
+        for found, expected in zip(run(compiled, inputs, ADAPTER), run(step, inputs, ADAPTER), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_second_derivative_is_refused(device):
+    pytest.importorskip("triton", reason="triton is not installed")
+    inputs = make(ODD, d=8, dtype=torch.float32, device=device)
+    out = deform_attn(inputs[0], ODD, *inputs[1:], impl="triton")
+    with pytest.raises(RuntimeError, match="cannot be differentiated"):
+        torch.autograd.grad(out.sum(), inputs, create_graph=True)
+
+
+def test_under_autocast(impl, device):
+    inputs = make(ODD, d=8, dtype=torch.bfloat16, fine=torch.float32, device=device)
+    expected = deform_attn(inputs[0], ODD, *inputs[1:], impl=impl)
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(deform_attn(inputs[0], ODD, *inputs[1:], impl=impl), expected)
+
+
+# ------------------------------------------------------------------------------------------------------- drop-ins
+
+
+def test_drop_ins_take_their_models_arguments(device):
+    value, locations, weights = make(ODD, d=8, dtype=torch.float32, device=device)
+    sizes = torch.tensor(ODD, device=device)
+    starts = torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
+    expected = deform_attn_reference(value, ODD, locations, weights)
+    torch.testing.assert_close(ms_deform_attn(value, sizes, starts, locations, weights, 64), expected)
+    module = MultiScaleDeformableAttention()
+    assert list(module.parameters()) == []
+    torch.testing.assert_close(module(value, sizes, ODD, starts, locations, weights, 64), expected)
+
+
+def test_reference_against_grid_sample_written_out():
+    shapes = ODD
+    value, locations, weights = make(shapes, d=4)
+    out = 0
+    for level, part in enumerate(value.split([h * w for h, w in shapes], 1)):
+        maps = part.flatten(2).transpose(1, 2).reshape(4, 4, *shapes[level])
+        grid = 2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1
+        sampled = F.grid_sample(maps, grid, align_corners=False)  # (B·M, D, Q, P)
+        out = out + (sampled * weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)
+    expected = out.view(2, 8, 5).transpose(1, 2)
+    torch.testing.assert_close(deform_attn_reference(value, shapes, locations, weights), expected)
+
+
+# -------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "error", "message"),
     [
-        (lambda v, s, p, w: (v[0], s, p, w), r"value must be \(B, S, M, D\)"),
-        (lambda v, s, p, w: (v, [(5, 6)], p, w), "hold 30 cells but value has S = 35"),
-        (lambda v, s, p, w: (v, [(5, 7, 1)], p, w), "must be pairs"),
-        (lambda v, s, p, w: (v, s, p[..., :1], w), "sampling_locations must be"),
-        (lambda v, s, p, w: (v, s, p[:, :, :1], w), "sampling_locations have"),
-        (lambda v, s, p, w: (v, s, p, w[..., :1]), "attention_weights must be"),
+        (lambda v, s, p, w: (v[0], s, p, w), ValueError, r"value: expected \(B, S, M, D\)"),
+        (lambda v, s, p, w: (v, [(5, 6)], p, w), ValueError, r"expected S = 35 cells as value has.* with 30"),
+        (lambda v, s, p, w: (v, [(5, 7), (1, 1)], p, w), ValueError, "spatial_shapes: expected 1 maps"),
+        (lambda v, s, p, w: (v, [(5, 7, 1)], p, w), ValueError, r"expected pairs \(H, W\) of whole numbers"),
+        (lambda v, s, p, w: (v, [(5.0, 7)], p, w), ValueError, r"expected pairs \(H, W\) of whole numbers"),
+        (lambda v, s, p, w: (v, [(-5, -7)], p, w), ValueError, "from 1 on"),
+        (lambda v, s, p, w: (v, torch.ones(2, 2), p, w), ValueError, r"expected \(1, 2\) integers"),
+        (lambda v, s, p, w: (v, torch.ones(1, 2), p, w), ValueError, "found torch.float32"),
+        (lambda v, s, p, w: (v, s, p[..., :1], w), ValueError, "sampling_locations: expected"),
+        (lambda v, s, p, w: (v, s, p[:, :, :1], w), ValueError, "expected B = 2 and M = 2"),
+        (lambda v, s, p, w: (v, s, p, w[..., :1]), ValueError, "attention_weights: expected"),
+        (lambda v, s, p, w: (v[:0], s, p[:0], w[:0]), ValueError, "value: expected at least one"),
+        (lambda v, s, p, w: (v, s, p[:, :0], w[:, :0]), ValueError, "sampling_locations: expected at least one"),
+        (lambda v, s, p, w: (v.int(), s, p, w), TypeError, "value: expected a floating-point dtype"),
+        (lambda v, s, p, w: (v, s, p.long(), w), TypeError, "sampling_locations: expected a floating-point"),
+        (lambda v, s, p, w: (v, s, p, w.to("meta")), ValueError, "attention_weights: expected the device of value"),
     ],
 )
-def test_wrong_shapes_are_named(change, message):
-    with pytest.raises(ValueError, match=message):
-        deform_attn(*change(*make([(5, 7)])))
+def test_bad_input_is_named(change, error, message):
+    value, locations, weights = (x.detach() for x in make([(5, 7)]))
+    for attend in (deform_attn, deform_attn_reference):
+        with pytest.raises(error, match=message):
+            attend(*change(value, [(5, 7)], locations, weights))
+
+
+def test_triton_that_cannot_run_says_why(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    for shapes, wide, dtype in (([(2, 3)], 257, torch.float32), ([(2, 3)], 8, torch.float64), ([(1, 1)] * 9, 8, None)):
+        value, locations, weights = make(shapes, b=1, q=1, d=wide, dtype=dtype or torch.float32)
+        with pytest.raises(RuntimeError, match="256 channels per head and 8 maps"):
+            deform_attn(value, shapes, locations, weights, impl="triton")
+        deform_attn(value, shapes, locations, weights)  # "auto" finds the way
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    value, locations, weights = make([(2, 3)], dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="expected CUDA"):
+        deform_attn(value, [(2, 3)], locations, weights, impl="triton")
+    with pytest.raises(ValueError, match="impl: expected one of"):
+        deform_attn(value, [(2, 3)], locations, weights, impl="cuda")

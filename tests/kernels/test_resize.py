@@ -77,6 +77,16 @@ def test_expanded_gradient(impl, device):
     assert abs(grad.sum().item() - 5 * 9 * 8) < 1e-3  # the weights of an output sum to 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("case", SIZES)
+def test_align_corners(case, layout, dtype, impl, device):
+    shape, size = SIZES[case]
+    if layout == "NCHW":
+        shape = (shape[0], shape[3], *shape[1:3])
+    check(impl, make(shape, device, dtype), size, layout=layout, align_corners=True)
+
+
 def test_independent_of_f_interpolate(impl, device):
     # Sampling at the centres c = (o + ½)·in/out − ½, borders repeated, is grid_sample's definition.
     x = make((1, 5, 3, 4), device).detach()
@@ -132,10 +142,10 @@ def test_float64_keeps_its_precision():
 def test_opcheck(adjacent, device):
     pytest.importorskip("triton", reason="triton is not installed")
     x = make((1, 3, 4, 8), device) if adjacent else make((1, 8, 3, 4), device).detach().permute(0, 2, 3, 1)
-    torch.library.opcheck(torch.ops.kpu_fast.resize_bilinear, (x.requires_grad_(), 5, 2))
+    torch.library.opcheck(torch.ops.kpu_fast.resize_bilinear, (x.requires_grad_(), 5, 2, False))
     grad, scale = make((1, 5, 2, 8), device).detach(), torch.tensor(2.0, device=device)
     for triton in (True, False):
-        torch.library.opcheck(torch.ops.kpu_fast.resize_bilinear_backward, (grad, scale, 3, 4, adjacent, triton))
+        torch.library.opcheck(torch.ops.kpu_fast.resize_bilinear_backward, (grad, scale, 3, 4, adjacent, False, triton))
 
 
 @pytest.mark.parametrize("antialias", [False, True])
@@ -159,14 +169,17 @@ def test_fullgraph_compile(antialias, impl, device):
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     channels=st.sampled_from([1, 3, 33]),
     layout=st.sampled_from(["NHWC", "NCHW"]),
+    corners=st.booleans(),
     triton=st.booleans(),
 )
-def test_any_size(source, size, channels, layout, triton):
+def test_any_size(source, size, channels, layout, corners, triton):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (2, *source, channels) if layout == "NHWC" else (2, channels, *source)
     x = make(shape, device)
-    exact = run(resize_bilinear_reference, x.detach().double().requires_grad_(), size, layout=layout)
-    found = run(resize_bilinear, x, size, layout=layout, impl="triton" if triton else "torch")
+    exact = run(
+        resize_bilinear_reference, x.detach().double().requires_grad_(), size, layout=layout, align_corners=corners
+    )
+    found = run(resize_bilinear, x, size, layout=layout, align_corners=corners, impl="triton" if triton else "torch")
     for got, truth in zip(found, exact, strict=True):
         assert (got.double() - truth).abs().max() <= 2e-6 * (1 + truth.abs().max())
 
@@ -179,6 +192,7 @@ def test_any_size(source, size, channels, layout, triton):
         ({"x": torch.zeros(1, 3, 4, 5, dtype=torch.uint8)}, TypeError, "x: expected a floating-point dtype"),
         ({"size": (0, 3)}, ValueError, "size: expected"),
         ({"size": (3,)}, ValueError, "size: expected"),
+        ({"antialias": True, "align_corners": True}, ValueError, "at most one of them"),
         ({"layout": "NHCW"}, ValueError, "layout: expected one of"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of"),
     ],

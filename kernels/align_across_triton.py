@@ -1,0 +1,114 @@
+"""The kernel of align.py for views whose tokens are adjacent in memory (NCHW): threads lie along the tokens."""
+
+# A program cannot hold all channels of 64 tokens in registers, so it walks over them a chunk at a time: once for the
+# sums, once more for the gradient, when its share of both sides comes out of the L2 cache.
+
+import triton
+import triton.language as tl
+
+from .align_triton import cosine, load_sides, smooth_l1, store_gradients, token_offset
+
+
+@triton.jit
+def align_across_kernel(
+    u_ptr,  # (B, H, W) float32 upstream gradient; unread where FORWARD
+    s_ptr, t_ptr,  # (B, SH, SW, C), (B, TH, TW, C)
+    mean_ptr, std_ptr,  # (C,)
+    valid_ptr,  # (B, H, W) bool
+    share_ptr,  # (2, B) float32
+    rows_ptr,  # (B, H, W) float32, out: what each token adds to the loss; FORWARD only
+    stats_ptr,  # (3, B, H, W) float32, s·t, s·s, t·t: out where FORWARD and STATS, else in; (3, B) in where BY_MAP
+    gs_ptr, gt_ptr,  # (B, H, W, C), out
+    u_sb, u_sh, u_sw,
+    s_sb, s_sh, s_sw, s_sc, t_sb, t_sh, t_sw, t_sc,
+    gs_sb, gs_sh, gs_sw, gs_sc, gt_sb, gt_sh, gt_sw, gt_sc,
+    rows, samples, channels,  # B·H·W, B, C
+    s_height, s_width, t_height, t_width, height, width,
+    cos_weight, l1_weight, beta, inv_beta,
+    FORWARD: tl.constexpr, FLAT: tl.constexpr, RESIZE: tl.constexpr, CORNERS: tl.constexpr,
+    HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
+    BY_MAP: tl.constexpr, STATS: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
+    TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program: TOKENS tokens of a sample. FORWARD: their loss, and gradient if wanted; else the gradient alone."""
+    programs = tl.cdiv(height * width, TOKENS)  # a sample
+    batch = tl.program_id(0) // programs
+    token = (tl.program_id(0) % programs * TOKENS + tl.arange(0, TOKENS))[None, :]
+    if FLAT:  # lines follow one another as tokens do: without a division the compiler sees that neighbours are adjacent
+        x = token
+        y = tl.zeros_like(token)
+    else:
+        x = token % width
+        y = token // width
+    inside = token < height * width
+    row = batch.to(tl.int64) * (height * width) + token
+    counts = inside
+    if HAS_VALID:
+        counts = inside & (tl.load(valid_ptr + row, mask=inside, other=0) != 0)
+    u_cos = tl.load(share_ptr + batch) * cos_weight
+    u_l1 = tl.load(share_ptr + samples + batch) * l1_weight / channels
+    u_cos = tl.where(counts, u_cos, 0.0)
+    u_l1 = tl.where(counts, u_l1, 0.0)
+
+    if FORWARD:
+        st_tile = tl.zeros((CHUNK, TOKENS), dtype=tl.float32)
+        ss_tile = tl.zeros((CHUNK, TOKENS), dtype=tl.float32)
+        tt_tile = tl.zeros((CHUNK, TOKENS), dtype=tl.float32)
+        smooth_tile = tl.zeros((CHUNK, TOKENS), dtype=tl.float32)
+        for first in range(0, channels, CHUNK):
+            channel = first + tl.arange(0, CHUNK)
+            s, t, std = load_sides(
+                s_ptr, t_ptr, mean_ptr, std_ptr, batch, y, x, channel, inside,
+                s_sb, s_sh, s_sw, s_sc, t_sb, t_sh, t_sw, t_sc,
+                s_height, s_width, t_height, t_width, height, width, channels, RESIZE, CORNERS, HAS_MEAN, HAS_STD, True,
+            )  # fmt: skip
+            if HAS_VALID:  # after the load: a mask that differs from token to token would make it load them one by one
+                s = tl.where(counts, s, 0.0)
+                t = tl.where(counts, t, 0.0)
+            st_tile += s * t
+            ss_tile += s * s
+            tt_tile += t * t
+            smooth_tile += smooth_l1(s - t, beta, inv_beta)
+        st = tl.sum(st_tile, axis=0)[None, :]
+        ss = tl.sum(ss_tile, axis=0)[None, :]
+        tt = tl.sum(tt_tile, axis=0)[None, :]
+        value = u_l1 * tl.sum(smooth_tile, axis=0)[None, :]
+        if not BY_MAP:
+            value += u_cos * (1.0 - cosine(st, ss, tt))
+        tl.store(rows_ptr + row, tl.where(counts, value, 0.0), mask=inside)
+        if STATS:
+            plane = tl.cast(rows, tl.int64)
+            tl.store(stats_ptr + row, st, mask=inside)
+            tl.store(stats_ptr + plane + row, ss, mask=inside)
+            tl.store(stats_ptr + 2 * plane + row, tt, mask=inside)
+    else:
+        stat = row
+        plane = tl.cast(rows, tl.int64)
+        if BY_MAP:
+            stat = tl.zeros_like(row) + batch
+            plane = tl.cast(samples, tl.int64)
+        st = tl.load(stats_ptr + stat, mask=inside, other=0.0)
+        ss = tl.load(stats_ptr + plane + stat, mask=inside, other=0.0)
+        tt = tl.load(stats_ptr + 2 * plane + stat, mask=inside, other=0.0)
+        upstream = tl.load(u_ptr + token_offset(batch, y, x, u_sb, u_sh, u_sw), mask=counts, other=0.0).to(tl.float32)
+        u_cos *= upstream
+        u_l1 *= upstream
+
+    if GRAD_S or GRAD_T:
+        gs_at = token_offset(batch, y, x, gs_sb, gs_sh, gs_sw)
+        gt_at = token_offset(batch, y, x, gt_sb, gt_sh, gt_sw)
+        for first in range(0, channels, CHUNK):
+            channel = first + tl.arange(0, CHUNK)
+            s, t, std = load_sides(
+                s_ptr, t_ptr, mean_ptr, std_ptr, batch, y, x, channel, inside,
+                s_sb, s_sh, s_sw, s_sc, t_sb, t_sh, t_sw, t_sc,
+                s_height, s_width, t_height, t_width, height, width, channels, RESIZE, CORNERS, HAS_MEAN, HAS_STD, True,
+            )  # fmt: skip
+            if HAS_VALID:
+                s = tl.where(counts, s, 0.0)
+                t = tl.where(counts, t, 0.0)
+            cols = channel[:, None]
+            store_gradients(
+                gs_ptr, gt_ptr, gs_at, gt_at, s, t, std, st, ss, tt, u_cos, u_l1, beta, inv_beta,
+                cols, gs_sc, gt_sc, inside & (cols < channels), GRAD_S, GRAD_T, HAS_STD,
+            )  # fmt: skip

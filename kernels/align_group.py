@@ -1,0 +1,174 @@
+"""Several align_loss terms in few launches: a step with many small feature maps waits for the launches."""
+
+# Terms whose dtypes, options and tile of channels agree share a launch (MAX_SLOTS at most). Each program leaves one
+# partial sum, and one more launch adds them up, term by term in a fixed order: two runs are bit-equal.
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .align import align_loss, check_options, check_tensors, takes_triton
+from .align_op import NO_DOUBLE, gradient_in_forward, may_overwrite
+from .launch import is_plain
+
+
+class AlignTerm(NamedTuple):
+    """One loss of `align_losses`, with the options of `align_loss` that a mean over all tokens on one grid has.
+
+    source, target: (B, H, W, C), (B, N, C) or (B, C) of equal shape; the rest as in `align_loss`.
+    """
+
+    source: Tensor
+    target: Tensor
+    cos_weight: float = 0.9
+    l1_weight: float = 0.1
+    beta: float = 1.0
+    target_mean: Tensor | None = None
+    target_std: Tensor | None = None
+    valid: Tensor | None = None
+
+
+def align_losses(terms: Sequence[AlignTerm], *, impl: str = "auto") -> Tensor:
+    """(T,) losses of T terms: `align_loss` of each, in a few launches for all of them on a GPU.
+
+    A term that is not dense in memory, or float16 or float64 or wider than the kernels take, is a call of `align_loss`.
+    Every term has its own upstream gradient; where that is 1, as for the sum of all, the backward reads no gradient.
+    Returns float32, or float64 when a tensor is float64. Raises what `align_loss` raises, with the term's number, and
+    ValueError for no terms and for terms on several devices.
+    """
+    if not terms:
+        raise ValueError("align_losses: expected at least one term, found none")
+    for number, term in enumerate(terms):
+        try:
+            check_options(term.beta, None, "token", "mean", impl)
+            check_tensors(term.source, term.target, None, term.target_mean, term.target_std, term.valid)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"term {number}: {error}") from None
+        if term.source.device != terms[0].source.device:
+            raise ValueError(
+                f"term {number}: expected the device of the first, {terms[0].source.device}, "
+                f"found {term.source.device}; move it first"
+            )
+    together = [i for i, term in enumerate(terms) if _can_share(term, impl)]
+    if len(together) < 2:
+        return torch.stack([_alone(term, impl) for term in terms])
+    losses = _grouped([terms[i] for i in together])
+    if len(together) == len(terms):
+        return losses
+    found = dict(zip(together, losses.unbind(), strict=True))
+    return torch.stack([found[i] if i in found else _alone(term, impl) for i, term in enumerate(terms)])
+
+
+def _alone(term: AlignTerm, impl: str) -> Tensor:
+    source, target, cos_weight, l1_weight, beta, mean, std, valid = term
+    options = {"cos_weight": cos_weight, "l1_weight": l1_weight, "beta": beta, "valid": valid, "impl": impl}
+    return align_loss(source, target, target_mean=mean, target_std=std, **options)
+
+
+def _can_share(term: AlignTerm, impl: str) -> bool:
+    sides = term.source, term.target
+    if not takes_triton(impl, *sides) or not gradient_in_forward(*sides, "token", "mean"):
+        return False
+    return all(x.is_contiguous() for x in sides) and term.source.numel() < 2**31
+
+
+def _grouped(terms: Sequence[AlignTerm]) -> Tensor:
+    recording = torch.is_grad_enabled()
+    sources, targets, cos, l1, betas, means, stds, valids = (list(column) for column in zip(*terms, strict=True))
+    needs = [[recording and x.requires_grad for x in side] for side in (sources, targets)]
+    lists = means, stds, valids, [float(x) for x in cos], [float(x) for x in l1], [float(x) for x in betas], *needs
+    if is_plain(*sources, *targets):
+        return _Direct.apply(len(terms), lists, *sources, *targets)
+    return _forward(sources, targets, *lists)[0]
+
+
+def _run_forward(sources, targets, means, stds, valids, cos_weights, l1_weights, betas, need_source, need_target):
+    """((T,) losses, gradients to the sources, to the targets); a gradient that is not wanted is an empty tensor."""
+    from .align_group_launch import launch_group
+
+    losses, grads_source, grads_target = _allocate(sources, targets, need_source, need_target)
+    launch_group(
+        sources, targets, means, stds, valids, cos_weights, l1_weights, betas, grads_source, grads_target, losses
+    )
+    return losses, grads_source, grads_target
+
+
+def _allocate(sources, targets, need_source, need_target):
+    losses = sources[0].new_empty(len(sources), dtype=torch.float32)
+    grads = (
+        [torch.empty_like(x) if needed else x.new_empty(0) for x, needed in zip(side, need, strict=True)]
+        for side, need in ((sources, need_source), (targets, need_target))
+    )
+    return losses, *grads
+
+
+_forward = torch.library.custom_op(
+    "kpu_fast::align_group_forward",
+    _run_forward,
+    mutates_args=(),
+    schema="(Tensor[] sources, Tensor[] targets, Tensor?[] means, Tensor?[] stds, Tensor?[] valids, "
+    "float[] cos_weights, float[] l1_weights, float[] betas, bool[] need_source, bool[] need_target)"
+    " -> (Tensor, Tensor[], Tensor[])",
+)
+
+
+@_forward.register_fake
+def _(sources, targets, means, stds, valids, cos_weights, l1_weights, betas, need_source, need_target):
+    return _allocate(sources, targets, need_source, need_target)
+
+
+def _save(ctx, needs, grads):
+    ctx.set_materialize_grads(False)
+    ctx.needs = needs
+    ctx.save_for_backward(*grads)
+
+
+def _scaled(ctx, upstream) -> list[Tensor | None]:
+    """The kept gradients, sources then targets, each times its term's upstream gradient; None where not wanted."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(NO_DOUBLE)
+    if upstream is None:
+        return [None] * len(ctx.needs)
+    places = list(range(len(ctx.needs) // 2)) * 2
+    wanted = [(grad, place) for grad, place, need in zip(ctx.saved_tensors, places, ctx.needs, strict=True) if need]
+    if not wanted:
+        scaled = iter(())
+    elif may_overwrite(wanted[0][0]):
+        from .align_group_launch import launch_group_scale
+
+        launch_group_scale(*zip(*wanted, strict=True), upstream)
+        scaled = iter([grad for grad, _ in wanted])
+    else:
+        scaled = iter([grad * upstream[place] for grad, place in wanted])
+    return [next(scaled) if need else None for need in ctx.needs]
+
+
+def _save_operator(ctx, inputs, output):
+    _, grads_source, grads_target = output
+    ctx.mark_non_differentiable(*grads_source, *grads_target)
+    _save(ctx, (*inputs[-2], *inputs[-1]), (*grads_source, *grads_target))
+
+
+def _backward_operator(ctx, upstream, *_):
+    grads = _scaled(ctx, upstream)
+    half = len(grads) // 2
+    return grads[:half], grads[half:], *[None] * 8
+
+
+_forward.register_autograd(_backward_operator, setup_context=_save_operator)
+
+
+class _Direct(torch.autograd.Function):
+    """The same without the dispatcher between, as in align_op.py."""
+
+    @staticmethod
+    def forward(ctx, count, lists, *sides):
+        losses, *grads = _run_forward(list(sides[:count]), list(sides[count:]), *lists)
+        _save(ctx, (*lists[-2], *lists[-1]), (*grads[0], *grads[1]))
+        return losses
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None, None, *_scaled(ctx, upstream)

@@ -1,0 +1,223 @@
+"""The operators behind align_loss: what is kept from forward to backward, and how autograd and compilers see them."""
+
+import torch
+from torch import Tensor
+
+from . import align_torch
+from .launch import is_plain
+from .resize import channels_last, empty_map, resize_backward, run_resize_backward
+
+NO_DOUBLE = "align_loss: its backward cannot be differentiated again; use align_loss_reference with create_graph=True"
+_OPTIONS = "float cos_weight, float l1_weight, float beta, str resize, bool corners"
+
+
+def _run_forward(
+    source, target, mean, std, valid, cos_weight, l1_weight, beta, resize, corners, cos_over, reduction, triton,
+    need_s, need_t,
+):  # fmt: skip
+    """(loss, share, stats, gradient to source, gradient to target); what is not kept is an empty tensor."""
+    kept = _allocate(source, target, resize, cos_over, reduction, need_s, need_t)
+    loss, rows, stats, grad_source, grad_target = kept
+    by_map = cos_over == "map"
+    share = align_torch.shares(valid, rows, by_map, reduction)
+    if triton:
+        from .align_launch import launch_forward as run
+    else:
+        run = align_torch.forward
+    sums = rows.new_empty((3, *rows.shape)) if by_map else stats
+    run(
+        source, target, mean, std, valid, share, cos_weight, l1_weight, beta, resize, corners, by_map,
+        rows, sums, grad_source, grad_target,
+    )  # fmt: skip
+    if by_map:
+        torch.sum(sums, (2, 3), keepdim=True, out=stats)
+        sample = share[0] * cos_weight * (1 - align_torch.cosine(*stats.flatten(1))) + rows.sum((1, 2))
+        loss = sample.sum() if reduction == "mean" else sample
+    elif reduction == "mean":
+        loss = rows.sum()
+    else:
+        loss = rows.sum((1, 2)) if reduction == "sample" else rows
+    return loss, share, stats, grad_source, grad_target
+
+
+_forward = torch.library.custom_op(
+    "kpu_fast::align_forward",
+    _run_forward,
+    mutates_args=(),
+    schema="(Tensor source, Tensor target, Tensor? mean, Tensor? std, Tensor? valid, "
+    f"{_OPTIONS}, str cos_over, str reduction, bool triton, bool need_source, bool need_target)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_forward.register_fake
+def _(
+    source, target, mean, std, valid, cos_w, l1_w, beta, resize, corners, cos_over, reduction, triton, need_s, need_t
+):
+    loss, rows, stats, grad_s, grad_t = _allocate(source, target, resize, cos_over, reduction, need_s, need_t)
+    return loss, rows.new_empty((2, rows.shape[0])), stats, grad_s, grad_t
+
+
+def _allocate(source, target, resize, cos_over, reduction, need_source, need_target):
+    """Uninitialised (loss, rows, stats, gradient to source, to target) of one call; empty where not kept."""
+    batch, height, width, _ = (target if resize == "source" else source).shape
+    rows = source.new_empty((batch, height, width), dtype=align_torch.compute_dtype(source, target))
+    loss = rows.new_empty({"mean": (), "sample": (batch,), "token": (batch, height, width)}[reduction])
+    early = gradient_in_forward(source, target, cos_over, reduction)
+    stats = rows.new_empty(0)
+    if cos_over == "map":
+        stats = rows.new_empty((3, batch, 1, 1))
+    elif not early and (need_source or need_target):
+        stats = rows.new_empty((3, batch, height, width))
+    grad_source, grad_target = _allocate_gradients(source, target, resize, early and need_source, early and need_target)
+    return loss, rows, stats, grad_source, grad_target
+
+
+def _allocate_gradients(source, target, resize, need_source, need_target):
+    """Gradients on the common grid: like the side itself, or channels-last where the side will be resized."""
+    grad_source, grad_target = source.new_empty(0), target.new_empty(0)
+    if need_source:
+        resized = resize == "source"
+        grad_source = source.new_empty((*target.shape[:3], source.shape[3])) if resized else torch.empty_like(source)
+    if need_target:
+        resized = resize == "target"
+        grad_target = target.new_empty((*source.shape[:3], target.shape[3])) if resized else torch.empty_like(target)
+    return grad_source, grad_target
+
+
+def gradient_in_forward(source: Tensor, target: Tensor, cos_over: str, reduction: str) -> bool:
+    """Whether the forward makes the gradient, or keeps what the backward needs to make it."""
+    return reduction == "mean" and cos_over == "token" and torch.float16 not in (source.dtype, target.dtype)
+
+
+def _run_recompute(
+    upstream, source, target, mean, std, valid, share, stats, cos_w, l1_w, beta, resize, corners, triton, need_s, need_t
+):
+    """Gradients from the kept sums; upstream is (), (B,) or (B, H, W)."""
+    grads = _allocate_gradients(source, target, resize, need_s, need_t)
+    batch, height, width, _ = (target if resize == "source" else source).shape
+    per_token = (upstream[:, None, None] if upstream.dim() == 1 else upstream).expand(batch, height, width)
+    if triton:
+        from .align_launch import launch_backward as run
+    else:
+        run = align_torch.backward
+    run(per_token, source, target, mean, std, valid, share, stats, cos_w, l1_w, beta, resize, corners, *grads)
+    if resize == "source" and need_s:
+        grads = (
+            run_resize_backward(grads[0], None, *source.shape[1:3], channels_last(source), corners, triton),
+            grads[1],
+        )
+    if resize == "target" and need_t:
+        grads = (
+            grads[0],
+            run_resize_backward(grads[1], None, *target.shape[1:3], channels_last(target), corners, triton),
+        )
+    return grads
+
+
+_recompute = torch.library.custom_op(
+    "kpu_fast::align_backward",
+    _run_recompute,
+    mutates_args=(),
+    schema="(Tensor upstream, Tensor source, Tensor target, Tensor? mean, Tensor? std, Tensor? valid, Tensor share, "
+    f"Tensor stats, {_OPTIONS}, bool triton, bool need_source, bool need_target) -> (Tensor, Tensor)",
+)
+
+
+@_recompute.register_fake
+def _(
+    upstream, source, target, mean, std, valid, share, stats, cos_w, l1_w, beta, resize, corners, triton, need_s, need_t
+):
+    grad_source, grad_target = _allocate_gradients(source, target, resize, need_s, need_t)
+    if resize == "source" and need_s:
+        grad_source = empty_map(source, *source.shape[1:3])
+    if resize == "target" and need_t:
+        grad_target = empty_map(target, *target.shape[1:3])
+    return grad_source, grad_target
+
+
+def _scale(grad, factor, triton):
+    """Multiply a dense gradient by a scalar tensor; on the GPU a factor of 1 ends the kernel before it reads."""
+    if triton:
+        from .align_launch import launch_scale
+
+        launch_scale(grad, factor)
+    elif grad.is_cuda or factor != 1:
+        grad.mul_(factor)
+
+
+def _save(ctx, inputs, output):
+    source, target, mean, std, valid, *weights, resize, corners, cos_over, reduction, triton, need_s, need_t = inputs
+    _, share, stats, *grads = output
+    ctx.set_materialize_grads(False)
+    ctx.early = gradient_in_forward(source, target, cos_over, reduction)
+    ctx.sides = tuple((*side.shape[1:3], channels_last(side)) for side in (source, target))
+    ctx.weights, ctx.resize, ctx.corners, ctx.triton = weights, resize, corners, triton
+    ctx.needs = need_s, need_t
+    ctx.save_for_backward(*(grads if ctx.early else (source, target, mean, std, valid, share, stats)))
+
+
+def _backward(ctx, upstream, recompute, gather):
+    if torch.is_grad_enabled():
+        raise RuntimeError(NO_DOUBLE)
+    grads = (None, None)
+    if upstream is not None and ctx.early:
+        grads = tuple(
+            _scaled(ctx, grad, upstream, gather, name, side) if needed else None
+            for name, side, grad, needed in zip(
+                ("source", "target"), ctx.sides, ctx.saved_tensors, ctx.needs, strict=True
+            )
+        )
+    elif upstream is not None:
+        grads = recompute(upstream, *ctx.saved_tensors, *ctx.weights, ctx.resize, ctx.corners, ctx.triton, *ctx.needs)
+        grads = tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True))
+    return (*grads, *[None] * 13)
+
+
+def _scaled(ctx, grad: Tensor, upstream: Tensor, gather, name: str, side: tuple) -> Tensor:
+    if ctx.resize == name:
+        return gather(grad, upstream, *side, ctx.corners, ctx.triton)
+    if not may_overwrite(grad):
+        return grad * upstream
+    _scale(grad, upstream, ctx.triton)
+    return grad
+
+
+# Private to torch; where a release has no such call, the gradient is scaled into a new tensor.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def may_overwrite(grad: Tensor) -> bool:
+    """Whether a kept gradient may be scaled in place: no second walk over the graph needs it, and nothing traces it."""
+    return is_plain(grad) and not _graph_is_kept()
+
+
+def _save_operator(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    _save(ctx, inputs, output)
+
+
+_forward.register_autograd(
+    lambda ctx, upstream, *_: _backward(ctx, upstream, _recompute, resize_backward), setup_context=_save_operator
+)
+
+
+class _Direct(torch.autograd.Function):
+    """The same forward and backward without the dispatcher between, which costs more than a small loss itself."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _run_forward(*inputs)
+        _save(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return _backward(ctx, upstream, _run_recompute, run_resize_backward)
+
+
+def align(source: Tensor, target: Tensor, *inputs) -> Tensor:
+    """The loss of checked (B, H, W, C) sides; further inputs as in the schema of kpu_fast::align_forward."""
+    if is_plain(source, target):
+        return _Direct.apply(source, target, *inputs)
+    return _forward(source, target, *inputs)[0]

@@ -1,0 +1,269 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kpu_fast.kernels import AlignTerm, align_loss, align_loss_reference, align_losses
+
+torch.set_num_threads(1)
+
+
+def make(shape, device, dtype=torch.float32, seed=0, grad=True):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    return x.requires_grad_(grad)
+
+
+def mask(shape, device, seed=5):
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.4).to(device)
+
+
+def step(device, dtype=torch.float32):
+    """The terms of a small KPU step: x, maps of three widths, masks, statistics, gradients to one side and to both."""
+    shapes = [(6, 40), (2, 3, 5, 40), (1, 7, 3, 24), (1, 4, 2, 48), (1, 2, 1, 96), (1, 7, 3, 40), (2, 9, 40)]
+    terms = []
+    for i, shape in enumerate(shapes):
+        target = make(shape, device, dtype, 100 + i, grad=i % 3 == 2)
+        terms.append(
+            AlignTerm(make(shape, device, dtype, i), target, cos_weight=0.3 + i, l1_weight=0.1 * i, beta=i / 3)
+        )
+    terms[1] = terms[1]._replace(valid=mask((2, 3, 5), device))
+    terms[5] = terms[5]._replace(valid=mask((1, 7, 3), device))
+    terms[3] = terms[3]._replace(
+        target_mean=torch.ones(48, device=device), target_std=torch.full((48,), 2.0).to(device)
+    )
+    return terms
+
+
+def each(terms, impl, loss=align_loss):
+    """The same losses one by one."""
+    options = {} if loss is align_loss_reference else {"impl": impl}
+    return torch.stack(
+        [
+            loss(
+                term.source, term.target, cos_weight=term.cos_weight, l1_weight=term.l1_weight, beta=term.beta,
+                target_mean=term.target_mean, target_std=term.target_std, valid=term.valid, **options,
+            )
+            for term in terms
+        ]
+    )  # fmt: skip
+
+
+def gradients(losses, terms, upstream=None):
+    wanted = [x for term in terms for x in term[:2] if x.requires_grad]
+    upstream = torch.linspace(-1.5, 2.5, len(terms)) if upstream is None else upstream
+    return losses, *torch.autograd.grad(losses, wanted, upstream.to(losses.device, losses.dtype))
+
+
+def as_double(terms):
+    return [
+        AlignTerm(
+            *(
+                x.detach().double().requires_grad_(x.requires_grad)
+                if isinstance(x, torch.Tensor) and x.is_floating_point()
+                else x
+                for x in term
+            )
+        )
+        for term in terms
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_matches_float64(dtype, impl, device):
+    terms, exact = step(device, dtype), as_double(step(device, dtype))
+    truths = gradients(each(exact, impl, align_loss_reference), exact)
+    singles = gradients(each(terms, impl), terms)
+    for got, single, truth in zip(gradients(align_losses(terms, impl=impl), terms), singles, truths, strict=True):
+        error, allowed = (got.double() - truth).abs().max(), (single.double() - truth).abs().max()
+        assert error <= 2 * allowed + 2e-6 * truth.abs().max()
+
+
+def test_terms_share_launches(device, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from kpu_fast.kernels import align_group_launch, launch
+
+    launched = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *a, **k: (launched.append(k.get("COUNT")), self.kernel[grid](*a, **k))
+
+    for name in ("align_group_kernel", "align_group_finish_kernel", "align_group_scale_kernel"):
+        monkeypatch.setattr(align_group_launch, name, Counted(getattr(align_group_launch, name)))
+    terms = [AlignTerm(make((1, 2, 2, 40), device, seed=i), make((1, 2, 2, 40), device, grad=False)) for i in range(11)]
+    losses = align_losses(terms, impl="triton")
+    assert launched == [launch.MAX_SLOTS, 11 - launch.MAX_SLOTS, 11]
+    torch.testing.assert_close(losses, each(terms, "torch"))
+    gradients(losses, terms)
+    assert launched[3:] == [launch.MAX_SLOTS, 11 - launch.MAX_SLOTS]
+
+
+def test_more_terms_than_one_finish_takes(device):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from kpu_fast.kernels.launch import GROUP_FINISH_TILE
+
+    terms = [
+        AlignTerm(make((3, 8), device, seed=i), make((3, 8), device, seed=99), cos_weight=float(i))
+        for i in range(GROUP_FINISH_TILE.rows + 3)
+    ]
+    torch.testing.assert_close(align_losses(terms, impl="triton"), each(terms, "torch"))
+
+
+def test_more_partials_than_the_finish_adds_at_once(device, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from kpu_fast.kernels import align_group_launch, launch
+
+    monkeypatch.setattr(align_group_launch, "GROUP_FINISH_TILE", launch.Tile(32, 4, 4))
+    terms = [AlignTerm(make((1, 900, 32), device, seed=i), make((1, 900, 32), device, seed=9)) for i in range(2)]
+    torch.testing.assert_close(align_losses(terms, impl="triton"), each(terms, "torch"))
+
+
+def test_what_cannot_share_still_counts(impl, device):
+    nchw = make((2, 8, 3, 4), device, seed=1, grad=False).permute(0, 2, 3, 1).requires_grad_()
+    half = make((2, 3, 4, 8), device, torch.float16, 2)
+    terms = [
+        AlignTerm(make((4, 8), device), make((4, 8), device, seed=7)),
+        AlignTerm(nchw, make((2, 3, 4, 8), device, seed=3)),
+        AlignTerm(half, make((2, 3, 4, 8), device, torch.float16, 4)),
+        AlignTerm(make((4, 16), device), make((4, 16), device, seed=7)),
+    ]
+    found, expected = gradients(align_losses(terms, impl=impl), terms), gradients(each(terms, impl), terms)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_upstream_of_one_leaves_the_gradient_as_it_was_made(impl, device):
+    terms = step(device)
+    ones = gradients(align_losses(terms, impl=impl), terms, torch.ones(len(terms)))
+    of_sum = torch.autograd.grad(
+        align_losses(terms, impl=impl).sum(), [x for term in terms for x in term[:2] if x.requires_grad]
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ones[1:], of_sum, strict=True))
+
+
+def test_two_runs_and_two_walks_are_equal(impl, device):
+    terms = step(device)
+    first, second = (gradients(align_losses(terms, impl=impl), terms) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    losses = align_losses(terms, impl=impl)
+    wanted = [x for term in terms for x in term[:2] if x.requires_grad]
+    twice = torch.autograd.grad(losses.sum() * 2, wanted, retain_graph=True)
+    once = torch.autograd.grad(losses.sum(), wanted)
+    for a, b in zip(twice, once, strict=True):
+        torch.testing.assert_close(a, 2 * b)
+
+
+def test_no_gradient_and_partly_unused(impl, device):
+    terms = step(device)
+    with torch.no_grad():
+        assert not align_losses(terms, impl=impl).requires_grad
+    losses = align_losses(terms, impl=impl)
+    grads = torch.autograd.grad(losses[2], [terms[2].source, terms[0].source], allow_unused=True)
+    expected = torch.autograd.grad(each(terms, impl)[2], terms[2].source)[0]
+    torch.testing.assert_close(grads[0], expected)
+    assert grads[1] is None or not grads[1].any()
+
+
+def test_nothing_valid_is_zero_and_padding_may_hold_nan(impl, device):
+    a, b = make((1, 3, 3, 40), device, seed=1), make((1, 3, 3, 40), device, seed=2)
+    valid = mask((1, 3, 3), device)
+    with torch.no_grad():
+        a[~valid] = float("nan")
+    terms = [
+        AlignTerm(a, b, valid=valid),
+        AlignTerm(make((5, 40), device), make((5, 40), device), valid=torch.zeros(5, dtype=torch.bool, device=device)),
+    ]
+    losses, grad_a, grad_b, *nothing = gradients(align_losses(terms, impl=impl), terms)
+    assert losses.isfinite().all()
+    assert losses[1] == 0
+    assert not any(x.any() for x in nothing)
+    assert grad_a.isfinite().all()
+    assert not grad_a[~valid].any()
+    assert not grad_b[~valid].any()
+
+
+def test_second_derivative_is_refused(impl, device):
+    terms = step(device)
+    with pytest.raises(RuntimeError, match="align_loss_reference"):
+        torch.autograd.grad(align_losses(terms, impl=impl).sum(), terms[0].source, create_graph=True)
+
+
+def test_opcheck(device):
+    pytest.importorskip("triton", reason="triton is not installed")
+    terms = step(device)[:4]
+    sources, targets, cos, l1, betas, means, stds, valids = (list(c) for c in zip(*terms, strict=True))
+    needs = [x.requires_grad for x in sources], [x.requires_grad for x in targets]
+    torch.library.opcheck(
+        torch.ops.kpu_fast.align_group_forward,
+        (sources, targets, means, stds, valids, cos, l1, betas, *needs),
+    )
+
+
+def test_fullgraph_compile(impl, device):
+    terms = step(device)
+
+    def losses(*tensors):
+        pairs = zip(tensors[: len(terms)], tensors[len(terms) :], strict=True)
+        return align_losses(
+            [term._replace(source=s * 2, target=t) for term, (s, t) in zip(terms, pairs, strict=True)], impl=impl
+        )
+
+    torch._dynamo.reset()
+    tensors = [t.source for t in terms] + [t.target for t in terms]
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    expected, found = gradients(losses(*tensors), terms), gradients(compiled(*tensors), terms)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shapes=st.lists(
+        st.tuples(st.integers(1, 9), st.sampled_from([1, 8, 33, 40, 65])).map(lambda s: (s[0], s[1])),
+        min_size=2,
+        max_size=6,
+    ),
+    dtypes=st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16])] * 2),
+    masked=st.booleans(),
+)
+def test_any_terms(shapes, dtypes, masked):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    terms = [
+        AlignTerm(
+            make(shape, device, dtypes[0], i), make(shape, device, dtypes[1], 50 + i, grad=i % 2 == 0),
+            valid=mask(shape[:1], device, i) if masked else None,
+        )
+        for i, shape in enumerate(shapes)
+    ]  # fmt: skip
+    found, expected = gradients(align_losses(terms, impl="triton"), terms), gradients(each(terms, "torch"), terms)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 2 * torch.finfo(a.dtype).eps * 2 * b.abs().max() + 2e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"target": torch.zeros(2, 7)}, ValueError, "term 1: source, target: expected equal channels"),
+        ({"target": torch.zeros(2, 6, dtype=torch.long)}, TypeError, "term 1: target: expected a floating-point"),
+        ({"beta": -1.0}, ValueError, "term 1: beta: expected 0 or a number"),
+        ({"valid": torch.ones(3, dtype=torch.bool)}, ValueError, r"term 1: valid: expected shape \(2,\)"),
+        (
+            {"source": torch.zeros(2, 6, device="meta"), "target": torch.zeros(2, 6, device="meta")},
+            ValueError,
+            "device",
+        ),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    good = AlignTerm(torch.zeros(2, 6), torch.zeros(2, 6))
+    with pytest.raises(error, match=message):
+        align_losses([good, good._replace(**change)])
+
+
+def test_no_terms_and_unknown_impl_are_refused():
+    with pytest.raises(ValueError, match="at least one term"):
+        align_losses([])
+    with pytest.raises(ValueError, match="impl: expected one of"):
+        align_losses([AlignTerm(torch.zeros(2, 6), torch.zeros(2, 6))], impl="cuda")
