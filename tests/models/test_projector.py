@@ -48,6 +48,41 @@ def test_heads_resize_first_and_project_then():
         torch.testing.assert_close(found, mlp(head, resized), rtol=1e-10, atol=1e-10)
 
 
+GRIDS = {  # map, size, what fc1 sees of it
+    "CLIP's 14² → a 16² student": ((14, 14), (16, 16), (14, 14)),
+    "a 16² student → CLIP's 14²": ((16, 16), (14, 14), (14, 14)),
+    "up in both, odd": ((3, 5), (7, 8), (3, 5)),
+    "down in one axis, up by more in the other": ((6, 2), (5, 9), (6, 2)),
+    "up in one axis, down by more in the other": ((6, 9), (7, 2), (7, 2)),
+    "as many tokens on either side": ((4, 6), (6, 4), (6, 4)),
+    "the same grid": ((5, 7), (5, 7), (5, 7)),
+    "from a single token": ((1, 1), (3, 2), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", GRIDS)
+def test_fc1_runs_on_the_smaller_grid_and_nothing_else_changes(case, dtype):
+    grid, size, seen = GRIDS[case]
+    head = perturbed(Projector(12, 10, hidden=16)).to(dtype)
+    m = torch.randn(2, *grid, 12, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    shapes = []
+    head.fc1.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    inputs = [m, *head.parameters()]
+    upstream = torch.randn(2, *size, 10, generator=torch.Generator().manual_seed(2)).to(dtype)
+    found = head(m, size)
+    resized = F.interpolate(m.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+    expected = mlp(head, resized)
+    assert shapes == [(2, *seen, 16)]
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-5
+    for a, b in zip(
+        (found, *torch.autograd.grad(found, inputs, upstream)),
+        (expected, *torch.autograd.grad(expected, inputs, upstream)),
+        strict=True,
+    ):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
 def test_a_map_of_the_right_size_is_projected_as_it_is():
     heads = perturbed(FeatureHeads(FeatureSpec(6, (6, 6), (4.0, 8.0)), FeatureSpec(3, (10, 9), (8.0, 8.0)), hidden=16))
     source = features()
