@@ -1,54 +1,327 @@
-"""Timing shared by the benchmarks: same buffers, same passes for every row of a group, so that rows are a ratio."""
+"""How every row is measured: the same way for all rows of a group, so that they can be compared. docs/benchmarks.md."""
 
+import ctypes
+import functools
+import importlib.metadata
+import itertools
+import json
 import math
+import statistics
+import time
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+# device, dtype, mode, rows, from the most to the least wanted: a run with --bench-seconds ends somewhere in this list.
+# Each compiled row costs seconds of compilation, so not every combination has one.
+COMBINATIONS = (
+    ("cpu", "fp32", "full", ("eager", "compile", "ours")),
+    ("cpu", "fp32", "forward", ("eager", "ours")),
+    ("cpu", "bf16", "full", ("eager", "ours")),
+    ("cuda", "bf16", "full", ("eager", "compile", "ours")),
+    ("cuda", "bf16", "graph", ("eager", "compile", "ours")),
+    ("cuda", "fp32", "full", ("eager", "compile", "ours")),
+    ("cuda", "bf16", "forward", ("eager", "ours")),
+    ("cuda", "fp16", "full", ("eager", "ours")),
+)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GRAPH_LIMIT = 64 << 20  # counted bytes from which launches no longer matter: about 20 µs of copy on an H100
+SECONDS = 0.4  # of rounds per row, unless three rounds take longer
+# Of a round on a GPU: where one step is a few kernels, what the first launch takes must not count as the kernels' time.
+MIN_STEPS = 8
+NO_CUDA = "no CUDA device: the GPU rows are not measured here"
+# What a row is to the report, where a benchmark of one op against its reference names its rows after the functions.
+ALIASES = {"reference": "eager", "F.interpolate": "eager"}
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("bench")
+    group.addoption("--bench-seconds", type=float, help="start no further row after this many seconds of the session")
+    group.addoption(
+        "--bench-profile",
+        choices=("torch", "cuda"),
+        help="instead of timing, run one step per row: under torch.profiler, which prints its table (torch), "
+        "or between cudaProfilerStart and Stop, for ncu --profile-from-start off (cuda)",
+    )
+
+
+def pytest_sessionstart(session):
+    session.config.bench_began = time.monotonic()
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """On the CPU let malloc reuse what was freed, as torch's allocator does on a GPU.
+
+    By default glibc hands tensors above 32 MB back to the system, and the page faults of the next ones take many times
+    as long as filling them: all rows would measure that.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+        library.mallopt(mmap_max, 0)
+        library.mallopt(trim_threshold, 2**31 - 1)
+
+
+def pytest_runtest_setup(item):
+    limit = item.config.getoption("--bench-seconds")
+    if limit is not None and time.monotonic() - item.config.bench_began > limit:
+        pytest.skip(f"the {limit:g} s of --bench-seconds are over")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc):
+    """Tests that ask for device, dtype, mode and row get COMBINATIONS, and their module's EXTRA_ROWS {row: devices}."""
+    if not {"device", "dtype", "mode", "row"} <= set(metafunc.fixturenames):
+        return
+    extra = getattr(metafunc.module, "EXTRA_ROWS", {})
+    cases = []
+    for device, dtype, mode, rows in COMBINATIONS:
+        marks = [pytest.mark.skip(reason=NO_CUDA)] if device == "cuda" and not torch.cuda.is_available() else []
+        for row in (*rows, *(name for name, devices in extra.items() if device in devices)):
+            name = f"{device}-{dtype}-{mode}-{row}"
+            cases.append(pytest.param(device, DTYPES[dtype], mode, row, marks=marks, id=name))
+    # A mark and not metafunc.parametrize: pytest lets a mark replace the parameters of the fixture `device`.
+    metafunc.definition.add_marker(pytest.mark.parametrize(("device", "dtype", "mode", "row"), cases))
+
+
+def pytest_collection_modifyitems(items):
+    """The wanted combinations of every op first; the rows of one shape stay side by side, as they are compared."""
+    order = {(device, DTYPES[dtype], mode): place for place, (device, dtype, mode, _) in enumerate(COMBINATIONS)}
+
+    def place(item) -> int:
+        params = getattr(item, "callspec", SimpleNamespace(params={})).params
+        device = params.get("device", "cpu")
+        usual = torch.bfloat16 if device == "cuda" else torch.float32
+        return order.get((device, params.get("dtype", usual), params.get("mode", "full")), len(order))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device: the GPU rows are not measured here")
+        pytest.skip(NO_CUDA)
     return request.param
 
 
-def _version(name: str) -> str:
+@pytest.fixture
+def compiled(device):
+    """compiled(function): `torch.compile` of it for exactly the shapes it meets first; skips where that cannot run."""
+
+    def run(function: Callable) -> Callable:
+        if device == "cpu":
+            from torch._inductor.cpp_builder import get_cpp_compiler
+
+            try:
+                get_cpp_compiler()
+            except Exception as error:  # torch raises a private class of its own here
+                pytest.skip(f"torch.compile needs a C++ compiler on the CPU: {error}")
+        torch.compiler.reset()
+        return torch.compile(function, dynamic=False)
+
+    return run
+
+
+@functools.cache
+def _circumstances(device: str) -> dict:
+    """What a row carries so that it can be read alone."""
+    versions = {name: _version(name) for name in ("torch", "triton", "liger-kernel", "msda-triton")}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        return versions | {
+            "device": properties.name,
+            "cuda": torch.version.cuda,
+            "cache_bytes": properties.L2_cache_size,
+        }
+    threads = torch.get_num_threads()
+    return versions | {
+        "device": f"CPU, {threads} thread{'s' if threads > 1 else ''}",
+        "threads": threads,
+        "cache_bytes": _last_level_cache(),
+    }
+
+
+def _version(name: str) -> str | None:
     try:
-        return __import__(name).__version__
-    except ImportError:
-        return "not installed"
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _last_level_cache() -> int:
+    """Bytes of the largest cache of CPU 0 (Linux), 32 MiB where the system does not say."""
+    units = {"K": 1 << 10, "M": 1 << 20}
+    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 << 20)
+
+
+@functools.cache
+def _copy_bandwidth(device: str) -> float:
+    """Bytes per second, read and written, of `out.copy_(x)`, the best of twelve rounds: the practical ceiling."""
+    size = (1 << 30) if device == "cuda" else max(1 << 28, 8 * _last_level_cache())
+    x = torch.ones(size // 4, device=device)
+    out = torch.zeros_like(x)
+    seconds = []
+    for _ in range(12):
+        clock = _Clock(device)
+        for _ in range(4):
+            out.copy_(x)
+        seconds.append(clock.stop())
+    return 4 * 2 * size / min(seconds)
+
+
+class _Clock:
+    """Seconds of one round: between two CUDA events in the stream on a GPU, of the wall on a CPU.
+
+    The first event is recorded on an idle device and the last one after the last launch, so time that the device waits
+    for launches counts; the final wait of the host does not.
+    """
+
+    def __init__(self, device: str):
+        self.events = None
+        if device == "cuda":
+            torch.cuda.synchronize()
+            self.events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self.events[0].record()
+        self.began = time.perf_counter()
+
+    def stop(self) -> float:
+        if self.events is None:
+            return time.perf_counter() - self.began
+        self.events[1].record()
+        torch.cuda.synchronize()
+        return self.events[0].elapsed_time(self.events[1]) / 1e3
 
 
 @pytest.fixture
-def measure(benchmark, device):
-    """measure(make, step, counted): time `step(*make())`, forward and backward, and note the GB/s of `counted` bytes.
+def measure(benchmark, device, request):
+    """measure(make, step, counted): time `step(*make())` and note its rate for `counted` bytes.
 
-    One round walks over enough fresh buffers to leave the last-level cache twice, then waits for the device.
-    `counted` is what has to move at least: every input read once, every wanted gradient written once.
+    make: fresh inputs. step: one forward, or forward and backward; what it returns is kept while the others run, so
+    that results do not land where the last ones were. counted: the bytes that have to move at least.
+    A round walks over enough fresh buffers to leave the last-level cache twice; a row takes at least three rounds.
+    The test's parameters row, shape, dtype and mode name the row; mode "graph" replays a round as one CUDA graph.
     """
 
     def run(make: Callable[[], tuple], step: Callable, counted: int) -> None:
-        if device == "cuda":
-            properties = torch.cuda.get_device_properties(0)
-            name, cache = properties.name, properties.L2_cache_size
-        else:
-            name, cache = f"CPU, {torch.get_num_threads()} threads", 0
-        passes = max(1, math.ceil(2 * cache / counted))
-        buffers = [make() for _ in range(passes)]
+        mode = request.node.callspec.params.get("mode")
+        if mode == "graph" and counted > GRAPH_LIMIT:
+            pytest.skip(f"{counted >> 20} MB: launches do not matter from {GRAPH_LIMIT >> 20} MB on, see mode full")
+        facts = _circumstances(device)
+        passes = max(1, math.ceil(2 * facts["cache_bytes"] / counted))
+        first = make()
+        step(*first)  # compiles what is compiled
+        if request.config.getoption("--bench-profile"):
+            _profile(request.config.getoption("--bench-profile"), lambda: step(*first))
+            pytest.skip("profiled, not timed")
+        copy = _copy_bandwidth(device)
+        peak = _peak_memory(lambda: step(*first)) if device == "cuda" else None
+        buffers = [first, *(make() for _ in range(passes - 1))]
+        laps = math.ceil(MIN_STEPS / passes) if device == "cuda" else 1
 
-        def once() -> None:
-            for inputs in buffers:
-                step(*inputs)
-            if device == "cuda":
-                torch.cuda.synchronize()
+        def walk():
+            for _ in range(laps):
+                held = [step(*inputs) for inputs in buffers]
+            return held
 
-        benchmark.pedantic(once, rounds=7, warmup_rounds=2)
+        once = _as_graph(walk) if mode == "graph" else walk
+        seconds: list[float] = []
+
+        def timed():
+            clock = _Clock(device)
+            held = once()
+            seconds.append(clock.stop())
+            return held
+
+        timed()
+        rounds = min(50, max(3, math.ceil(SECONDS / seconds[0])))
+        benchmark.pedantic(timed, rounds=rounds)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        per_step = statistics.median(seconds[-rounds:]) / (passes * laps)
         benchmark.extra_info.update(
-            device=name, torch=torch.__version__, triton=_version("triton"), passes=passes, counted_bytes=counted
-        )
-        if benchmark.stats is not None:
-            benchmark.extra_info["gb_per_s"] = round(counted * passes / benchmark.stats.stats.median / 1e9, 2)
+            _names(request.node, first, mode), **facts, passes=passes, rounds=rounds, counted_bytes=counted,
+            ms=1e3 * per_step, gb_per_s=counted / per_step / 1e9, copy_gb_per_s=copy / 1e9,
+            percent_of_copy=100 * counted / per_step / copy, peak_bytes=peak,
+        )  # fmt: skip
 
     return run
+
+
+def _names(node, inputs: tuple, mode: str) -> dict:
+    """op, shape, row, dtype and mode of a test, from its name, its parameters and the first floating input."""
+    op = node.originalname.removeprefix("test_")
+    params = node.callspec.params
+    row = params["row"] if isinstance(params["row"], str) else params["row"].__name__
+    floating = [x for x in _tensors(inputs) if x.is_floating_point()]
+    if mode is None:
+        mode = "full" if any(x.requires_grad for x in floating) else "forward"
+    extra = [str(value) for key, value in params.items() if key not in ("device", "row", "shape", "dtype", "mode")]
+    return {
+        "op": op,
+        "shape": ", ".join([str(params.get("shape", "")), *extra]).strip(", "),
+        "row": ALIASES.get(row, "ours" if op in row else row),
+        "dtype": next(name for name, known in DTYPES.items() if known == floating[0].dtype),
+        "mode": mode,
+    }
+
+
+def _tensors(values):
+    nested = itertools.chain.from_iterable(
+        _tensors(value) if isinstance(value, (tuple, list)) else [value] for value in values
+    )
+    return [value for value in nested if isinstance(value, torch.Tensor)]
+
+
+def _peak_memory(step: Callable) -> int:
+    """Bytes that a step needs beyond its inputs, results included, at its highest point."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _as_graph(walk: Callable) -> Callable:
+    """A round as one CUDA graph; results keep their own memory in it, as they do in a plain round."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # lazy initialisation is not allowed during the capture
+        walk()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = walk()
+
+    def replay():
+        graph.replay()
+        return held
+
+    return replay
+
+
+def _profile(how: str, step: Callable) -> None:
+    """One step for a profiler: its own table as one line of JSON on stdout, or the range that ncu looks at."""
+    on_gpu = torch.cuda.is_available()
+    if how == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = sorted(profile.key_averages(), key=lambda event: -getattr(event, time_of))[:12]
+    rows = [{"name": event.key, "calls": event.count, "us": round(getattr(event, time_of), 1)} for event in events]
+    print("bench-profile: " + json.dumps(rows))

@@ -1,0 +1,381 @@
+"""Everything that a GPU should be asked, in 8 minutes:  python bench/gpu_visit.py
+
+Four stages, each in its own processes and its own time: the tests on the device, every benchmark, the training step,
+and a profile of the worst kernel with compute-sanitizer. A stage that fails or runs out of time ends alone. Leaves
+one JSON, <out>/<device>.json, rewritten after every stage. Runs from a plain checkout and installs nothing; what is
+missing (DeepSpeed, DALI, ncu, …) is left out and named. --dry-run goes the same way on a CPU, to test this script.
+"""
+
+import argparse
+import csv
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from datetime import datetime, timezone
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = {"tests": 140, "benches": 220, "step": 60, "profile": 45}  # 465 in all
+DRY_SECONDS = {"tests": 15, "benches": 30, "step": 60, "profile": 15}
+# The folders of tests that can meet the GPU, and what each needs beside torch and triton.
+TESTS = {
+    "tests/kernels": (),
+    "tests/models": ("transformers", "safetensors"),
+    "tests/objectives": ("transformers", "pydantic"),
+    "tests/engine": ("transformers", "pydantic", "deepspeed", "nvidia.dali", "tqdm", "tensorboard"),
+}
+STEP_NEEDS = ("deepspeed", "pydantic", "nvidia.dali", "transformers", "PIL")
+PROFILE_FLOOR = 8 << 20  # below, a kernel is as slow as its launch and its profile says nothing
+NCU_METRICS = {
+    "gpu__time_duration.sum": "time",
+    "dram__bytes.sum": "bytes of device memory",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "% of peak device memory",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "% of warps active",
+    "launch__registers_per_thread": "registers",
+}
+# Odd sizes at every edge of the tiles, under memcheck.
+SANITIZED = """
+import torch
+from kpu_fast.kernels import align_loss, resize_bilinear
+for dtype in (torch.float32, torch.bfloat16):
+    for channels in (41, 401, 1271):
+        shapes = (3, 5, 7, channels), (3, 4, 3, channels)
+        s, t = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes)
+        for resize in ("source", "target"):
+            for reduction in ("mean", "sample"):
+                align_loss(s, t, resize=resize, reduction=reduction).sum().backward()
+        resize_bilinear(s, (9, 6)).sum().backward()
+torch.cuda.synchronize()
+"""
+
+
+def main() -> int:
+    """Run the stages, write after each, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="folder of the JSON; bench/results, or a temporary one with --dry-run")
+    parser.add_argument("--commit", help="what is measured, where the checkout carries no .git")
+    parser.add_argument("--tests", nargs="+", help="paths for pytest instead of every folder that can run here")
+    parser.add_argument("--benches", nargs="+", default=["bench"], help="paths for pytest")
+    parser.add_argument("--select", help="pytest -k for the benches; default: the device")
+    parser.add_argument("--stages", nargs="+", choices=SECONDS, default=list(SECONDS))
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, in a minute")
+    args = parser.parse_args()
+
+    import torch
+
+    if not args.dry_run and not torch.cuda.is_available():
+        print("error: no CUDA device; --dry-run goes the same way on the CPU", file=sys.stderr)
+        return 2
+    began = time.monotonic()
+    scratch = Path(tempfile.mkdtemp(prefix="kpu_fast_visit_"))
+    out = args.out or (scratch if args.dry_run else ROOT / "bench/results")
+    out.mkdir(parents=True, exist_ok=True)
+    visit = Visit(scratch, args, DRY_SECONDS if args.dry_run else SECONDS)
+    result = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **_circumstances(args.commit, args.dry_run),
+    }
+    file = out / f"{_slug(result['device'])}.json"
+    sections = result["sections"] = {}
+    for name in args.stages:
+        stage_began = time.monotonic()
+        try:
+            section = getattr(visit, name)()
+        except Exception as error:  # one stage must not take the others with it
+            section = {"exit": 1, "note": f"{type(error).__name__}: {error}"}
+        section["seconds"] = round(time.monotonic() - stage_began, 1)
+        sections[name] = section
+        result["seconds"] = round(time.monotonic() - began, 1)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        os.replace(partial, file)
+    print(_summary(result))
+    print(file)
+    if out != scratch:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return 0 if all(section["exit"] in (0, None) for section in sections.values()) else 1
+
+
+class Visit:
+    """The stages; each returns {"exit": 0, another status, or None where it could not run, "note": …, "result": …}."""
+
+    def __init__(self, scratch: Path, args: argparse.Namespace, seconds: dict[str, int]):
+        self.scratch, self.args, self.seconds = scratch, args, seconds
+        self.gpu = not args.dry_run
+        self.worst: dict | None = None
+        self.environment = os.environ | {"PYTHONPATH": _importable(scratch / "path"), "PYTHONUNBUFFERED": "1"}
+
+    def tests(self) -> dict:
+        """pytest on every folder of tests that can run here; those that cannot are named."""
+        deadline = time.monotonic() + self.seconds["tests"]
+        folders, left_out = list(self.args.tests or []), []
+        for folder, needs in {} if folders else TESTS.items():
+            missing = _missing(needs)
+            if missing:
+                left_out.append(f"{folder}: not installed: {', '.join(missing)}")
+            else:
+                folders.append(folder)
+        counts, failed, skipped, status = {}, [], {}, 0
+        for number, folder in enumerate(folders):
+            report = self.scratch / f"tests-{number}.xml"
+            parallel = ["-n", str(min(8, os.cpu_count() or 1))] if self.gpu and not _missing(("xdist",)) else []
+            run = self._pytest([folder, "-q", f"--junitxml={report}", *parallel], deadline)
+            status = status or run["exit"]
+            if not report.exists():
+                failed.append(f"{folder}: no result, {run['note'] or run['tail']}")
+                continue
+            for case in ElementTree.parse(report).iter("testcase"):
+                outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+                counts[outcome] = counts.get(outcome, 0) + 1
+                detail = case.find(outcome).get("message", "") if outcome != "passed" else ""
+                if outcome == "skipped":
+                    skipped[detail] = skipped.get(detail, 0) + 1
+                elif outcome != "passed":
+                    failed.append(f"{case.get('classname')}::{case.get('name')}: {detail[:300]}")
+        note = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+        result = {"counts": counts, "failed": failed[:50], "skipped": skipped, "left_out": left_out}
+        return {
+            "exit": status,
+            "note": note + (f"; {len(left_out)} folders left out" if left_out else ""),
+            "result": result,
+        }
+
+    def benches(self) -> dict:
+        """Every benchmark; the JSON of pytest-benchmark without its single rounds."""
+        report = self.scratch / "benches.json"
+        limit = self.seconds["benches"]
+        select = self.args.select or ("cuda" if self.gpu else "cpu")
+        options = ["--benchmark-only", "-q", f"--benchmark-json={report}", f"--bench-seconds={0.85 * limit:.0f}"]
+        leave_out = [f"--ignore={ROOT / 'bench/test_data.py'}"]  # images, not kernels
+        run = self._pytest([*self.args.benches, "-k", select, *options, *leave_out], time.monotonic() + limit)
+        if not report.exists() or not report.read_text(encoding="utf-8"):
+            return {"exit": run["exit"] or 1, "note": run["note"] or run["tail"][-300:]}
+        content = json.loads(report.read_text(encoding="utf-8"))
+        for bench in content["benchmarks"]:
+            bench["stats"].pop("data", None)
+        self.worst = _worst(content["benchmarks"])
+        kept = {key: content[key] for key in ("benchmarks", "commit_info", "machine_info", "datetime")}
+        return {"exit": run["exit"], "note": f"{len(kept['benchmarks'])} rows, {run['last']}", "result": kept}
+
+    def step(self) -> dict:
+        """bench/step.py at the real sizes, with random weights and images made here."""
+        missing = _missing(STEP_NEEDS)
+        if missing:
+            return {"exit": None, "note": f"left out, not installed: {', '.join(missing)}"}
+        images = self._images()
+        config = "configs/h100_random.json" if self.gpu else "configs/demo.json"
+        steps = ["--steps", "20"] if self.gpu else ["--steps", "1", "--warmup", "1"]
+        command = [sys.executable, str(ROOT / "bench/step.py"), "--config", str(ROOT / config), *steps]
+        command += ["--set", f"source={images}", "--out", str(self.scratch / "step")]
+        run = self._run(command, time.monotonic() + self.seconds["step"])
+        found = sorted((self.scratch / "step").glob("*.json"))
+        if run["exit"] or not found:
+            return {"exit": run["exit"] or 1, "note": run["note"] or run["tail"][-300:]}
+        result = json.loads(found[0].read_text(encoding="utf-8"))
+        return {
+            "exit": 0,
+            "note": f"{result['step_ms']:.0f} ms, {result['images_per_second']:.1f} images/s",
+            "result": result,
+        }
+
+    def profile(self) -> dict:
+        """One step of the slowest row of ours under ncu, else torch.profiler; then compute-sanitizer's memcheck."""
+        deadline = time.monotonic() + self.seconds["profile"]
+        result, notes, status = {}, [], None
+        if self.worst is None:
+            notes.append("no benchmark to profile")
+        else:
+            node = f"{ROOT}/{self.worst['fullname']}"
+            result["row"], result["percent_of_copy"] = self.worst["name"], self.worst["extra_info"]["percent_of_copy"]
+            by_ncu, why_not = self._ncu(node, deadline) if self.gpu else ([], "no GPU")
+            if by_ncu:
+                result |= {"by": "ncu", "kernels": by_ncu}
+            else:
+                run = self._pytest([node, "--bench-profile=torch", "-s", "-q"], deadline)
+                found = re.search(r"bench-profile: (.*)", run["output"])
+                result |= {"by": "torch.profiler", "kernels": json.loads(found[1]) if found else [], "ncu": why_not}
+            status = 0 if result["kernels"] else 1
+            notes.append(f"{result['by']}: {result['row']}, {result['percent_of_copy']:.0f} % of copy")
+        tool = shutil.which("compute-sanitizer") if self.gpu else None
+        if tool is None:
+            notes.append("compute-sanitizer: not here" if self.gpu else "compute-sanitizer: no GPU")
+        else:
+            command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+            # Without torch's cache every tensor is an allocation of its own, so that a step past its end is seen.
+            run = self._run(command, deadline, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+            result["memcheck"] = {"exit": run["exit"], "tail": run["tail"]}
+            notes.append(f"memcheck: exit {run['exit']}{' ' + run['note'] if run['note'] else ''}")
+            status = status or run["exit"]
+        return {"exit": status, "note": "; ".join(notes), "result": result}
+
+    def _ncu(self, node: str, deadline: float) -> tuple[list[dict], str]:
+        """Per kernel what NCU_METRICS ask for, or nothing and the reason."""
+        tool = shutil.which("ncu")
+        if tool is None:
+            return [], "ncu is not here"
+        log = self.scratch / "ncu.csv"
+        # The clocks stay as they are: by default ncu locks them.
+        options = ["--profile-from-start", "off", "--clock-control", "none", "--csv", "--log-file", str(log)]
+        options += ["--metrics", ",".join(NCU_METRICS)]
+        half = time.monotonic() + (deadline - time.monotonic()) / 2
+        run = self._pytest([node, "--bench-profile=cuda", "-q"], half, [tool, *options])
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        table = [line for line in lines if line.startswith('"')]
+        if not table:
+            return [], run["note"] or "; ".join(line for line in lines if line.startswith("==ERROR"))[:300] or run[
+                "tail"
+            ][-300:]
+        kernels: dict[str, dict] = {}
+        header, *rows = csv.reader(table)
+        for cells in rows:
+            row = dict(zip(header, cells, strict=False))
+            metric = NCU_METRICS.get(row["Metric Name"])
+            if metric:
+                kernel = kernels.setdefault(row["ID"], {"name": row["Kernel Name"]})
+                kernel[metric] = f"{row['Metric Value']} {row['Metric Unit']}".strip()
+        return list(kernels.values()), ""
+
+    def _images(self) -> Path:
+        """64 photographs' worth of noise, as bench/test_data.py makes it."""
+        import numpy as np
+        from PIL import Image
+
+        folder = self.scratch / "images"
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+        for number in range(64):
+            coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+            coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=88)
+        return folder
+
+    def _pytest(self, options: list[str], deadline: float, prefix: list[str] | None = None) -> dict:
+        # Not `python -m pytest`: that would put the checkout on sys.path, where kernels/ shadows another library.
+        start = "import sys; sys.path.remove(''); import pytest; sys.exit(pytest.main())"
+        options = ["-p", "no:cacheprovider", f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml"), *options]
+        return self._run([*(prefix or []), sys.executable, "-c", start, *options], deadline)
+
+    def _run(self, command: list[str], deadline: float, extra: dict[str, str] | None = None) -> dict:
+        """Run in a process group of its own and end the whole group at the deadline."""
+        left = deadline - time.monotonic()
+        if left <= 1:
+            return {"exit": 124, "note": "no time left", "output": "", "tail": "", "last": "no time left"}
+        output = self.scratch / "output.txt"
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment | (extra or {}), stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                status, note = process.wait(timeout=left), ""
+            except subprocess.TimeoutExpired:
+                status, note = 124, f"ended after its {left:.0f} s"
+            finally:
+                _end_group(process)
+        text = output.read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        return {
+            "exit": status,
+            "note": note,
+            "output": text,
+            "tail": text[-3000:],
+            "last": note or (lines or [""])[-1][:200],
+        }
+
+
+def _worst(benchmarks: list[dict]) -> dict | None:
+    """Our row that is furthest from a copy, among those that are compared with eager and large enough to profile."""
+    rows = {(bench["group"], bench["extra_info"]["row"]): bench for bench in benchmarks if "row" in bench["extra_info"]}
+    ours = [bench for (group, row), bench in rows.items() if row == "ours" and (group, "eager") in rows]
+    large = [bench for bench in ours if bench["extra_info"]["counted_bytes"] >= PROFILE_FLOOR] or ours
+    return min(large, key=lambda bench: bench["extra_info"]["percent_of_copy"], default=None)
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    """End what the process started, compile workers included, and wait for it."""
+    for sign, patience in ((signal.SIGTERM, 3), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(timeout=patience)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _importable(folder: Path) -> str:
+    """A folder for PYTHONPATH in which `kpu_fast` is this checkout, with kernels/ as kpu_fast.kernels."""
+    package = folder / "kpu_fast"
+    package.mkdir(parents=True)
+    for entry in (ROOT / "kpu_fast").iterdir():
+        if entry.name != "__pycache__":
+            (package / entry.name).symlink_to(entry)
+    (package / "kernels").symlink_to(ROOT / "kernels")
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+
+
+def _missing(modules: tuple[str, ...]) -> list[str]:
+    def present(name: str) -> bool:
+        try:
+            return importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:  # the parent of a dotted name
+            return False
+
+    return [name for name in modules if not present(name)]
+
+
+def _circumstances(commit: str | None, dry_run: bool) -> dict:
+    """Device, driver, versions and commit."""
+    import torch
+
+    return {
+        "device": f"CPU, {torch.get_num_threads()} threads" if dry_run else torch.cuda.get_device_name(0),
+        "driver": _said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if not _missing(("triton",)) else None,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "commit": commit or _said(["git", "describe", "--always", "--dirty", "--abbrev=40"]) or "unknown",
+    }
+
+
+def _said(command: list[str]) -> str | None:
+    try:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip().partition("\n")[0] or None if run.returncode == 0 else None
+
+
+def _slug(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def _summary(result: dict) -> str:
+    lines = [f"{result['device']}, torch {result['torch']}, triton {result['triton']}, {result['seconds']:.0f} s"]
+    for name, section in result["sections"].items():
+        status = "left out" if section["exit"] is None else f"exit {section['exit']}"
+        lines.append(f"  {name:<8} {status:<9} {section['seconds']:6.1f} s  {section['note']}")
+    for failure in result["sections"].get("tests", {}).get("result", {}).get("failed", [])[:10]:
+        lines.append(f"    {failure}")
+    benches = result["sections"].get("benches", {}).get("result", {}).get("benchmarks", [])
+    ours = [bench["extra_info"] for bench in benches if bench["extra_info"].get("row") == "ours"]
+    for info in sorted(ours, key=lambda info: info["percent_of_copy"])[:10]:
+        what = f"{info['op']} {info['shape']} {info['dtype']} {info['mode']}"
+        lines.append(f"    {what:<60} {info['ms']:9.4f} ms {info['percent_of_copy']:6.1f} % of copy")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

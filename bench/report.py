@@ -1,0 +1,350 @@
+"""Tables and a picture from what was measured:  python bench/report.py [JSON …] [--readme README.md]
+
+Reads pytest-benchmark's JSON of this folder's benchmarks, step.py's, and gpu_visit.py's, which holds both; without a
+name every JSON in bench/results. One table holds one device: times, GB/s and memory on a GPU; ratios alone on a CPU.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+
+BEGIN, END = "<!-- bench: written by bench/report.py -->", "<!-- bench: end -->"
+ROOT = Path(__file__).resolve().parent.parent
+MODES = ("graph", "full", "forward")  # the first that was measured stands for a shape in the short table
+DTYPES = ("bf16", "fp32", "fp16")
+BASELINES = ("eager", "compile")
+COLOURS = {"ours": "#0b6fb8", "compile": "#e08214", "eager": "#8c8c8c"}
+MODE_TEXT = {"graph": "forward + backward, CUDA graph", "full": "forward + backward", "forward": "forward"}
+COLUMNS = ("op", "shape", "row", "dtype", "mode", "device", "ms", "gb_per_s", "copy_gb_per_s", "percent_of_copy")
+
+
+class ReportError(ValueError):
+    """A file that cannot be reported; the message names it."""
+
+
+class Group(NamedTuple):
+    """The rows that were measured on the same inputs: {"ours": …, "eager": …, "compile": …}, each an extra_info."""
+
+    op: str
+    shape: str
+    dtype: str
+    mode: str
+    rows: dict[str, dict]
+
+    def ratio(self, row: str) -> float | None:
+        """How many times ours is faster than `row`."""
+        return self.rows[row]["ms"] / self.rows["ours"]["ms"] if row in self.rows else None
+
+
+class Measured(NamedTuple):
+    """What one table is made of."""
+
+    groups: list[Group]
+    steps: list[dict]
+    device: str
+    circumstances: str
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether absolute numbers say something."""
+        return not _is_cpu(self.device)
+
+
+def main() -> int:
+    """Read, print or write, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("json", nargs="*", type=Path, help="default: every JSON in bench/results")
+    parser.add_argument("--readme", type=Path, help="write the table between its two marker comments; else print it")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs/img/roofline.png")
+    parser.add_argument("--all", action="store_true", help="every dtype and mode, not one line per shape")
+    args = parser.parse_args()
+    try:
+        measured = read(args.json or sorted((ROOT / "bench/results").glob("*.json")))
+        text = table(measured, every=args.all)
+        if args.readme:
+            insert(args.readme, text)
+        else:
+            print(text)
+        if measured.groups:
+            draw(measured, args.picture)
+    except ReportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read(files: list[Path]) -> Measured:
+    """Everything in `files`, of one device. Raises ReportError, naming file and reason."""
+    if not files:
+        raise ReportError("no JSON given and none in bench/results; measure first: pytest bench/ --benchmark-json FILE")
+    groups, steps, notes = {}, [], set()
+    for file in files:
+        content = _load(file)
+        parts = _parts(content)
+        found = _group(file, [bench for part in parts for bench in part.get("benchmarks", [])])
+        steps_here = [part for part in parts if "step_ms" in part]
+        if not found and not steps_here:
+            raise ReportError(f"{file}: no pair of rows ours and eager; was it made by pytest bench/ --benchmark-only?")
+        again = found.keys() & groups.keys()
+        if again:
+            raise ReportError(
+                f"{file}: {' '.join(min(again))} is in another file too; a ratio needs one run: give one file"
+            )
+        groups |= found
+        steps += steps_here
+        date, commit = _date_and_commit(content)
+        for group in found.values():
+            ours = group.rows["ours"]
+            notes.add(f"torch {ours['torch']}, triton {ours['triton']}, {date}, commit {commit}")
+    devices = {row["device"] for group in groups.values() for row in group.rows.values()}
+    of_steps = {step["device"] for step in steps}
+    kinds = {"CPU" if _is_cpu(device) else device for device in devices | of_steps}
+    if len(devices) > 1 or len(kinds) > 1:
+        found = ", ".join(sorted(devices | of_steps))
+        raise ReportError(f"one table holds one device, found {found}; give their files one by one")
+    ordered = sorted(groups.values(), key=lambda group: (DTYPES.index(group.dtype), MODES.index(group.mode)))
+    return Measured(ordered, steps, next(iter(devices or of_steps)), "; ".join(sorted(notes)))
+
+
+def _group(file: Path, benchmarks: list[dict]) -> dict[tuple, Group]:
+    """{(op, shape, dtype, mode): Group} of those that hold a row of ours and one of eager."""
+    found = defaultdict(dict)
+    for bench in benchmarks:
+        info = bench.get("extra_info", {})
+        if "counted_bytes" not in info:  # loading images, where no bytes are counted
+            continue
+        missing = [column for column in COLUMNS if column not in info]
+        if missing:
+            raise ReportError(f"{file}: {bench.get('name')} has no {', '.join(missing)}; measure it again")
+        key = tuple(info[column] for column in ("op", "shape", "dtype", "mode"))
+        if info["row"] in found[key]:
+            raise ReportError(f"{file}: holds {' '.join(key)}, row {info['row']}, twice; measure it again")
+        found[key][info["row"]] = info
+    return {key: Group(*key, rows) for key, rows in found.items() if {"ours", "eager"} <= rows.keys()}
+
+
+def _load(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ReportError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ReportError(f"{file}: is no JSON ({error}); the run that wrote it was cut off or failed") from error
+    if not isinstance(content, dict) or not ({"benchmarks", "step_ms", "sections"} & content.keys()):
+        raise ReportError(f"{file}: expected the JSON of pytest-benchmark, bench/step.py or bench/gpu_visit.py")
+    if content.get("benchmarks") == []:
+        raise ReportError(f"{file}: holds no benchmark; see what pytest said when it was written")
+    return content
+
+
+def _parts(content: dict) -> list[dict]:
+    """The pytest-benchmark and step parts of any of the three kinds of file."""
+    if "sections" not in content:
+        return [content]
+    results = (section.get("result") or {} for section in content["sections"].values())
+    return [result for result in results if result.get("benchmarks") or "step_ms" in result]
+
+
+def _date_and_commit(content: dict) -> tuple[str, str]:
+    date = content.get("date") or content.get("datetime") or "date unknown"
+    info = content.get("commit_info") or {}
+    commit = content.get("commit") or info.get("id") or "unknown"
+    changed = " with changes" if info.get("dirty") or "dirty" in commit else ""
+    return date[:10], commit[:10] + changed
+
+
+def _is_cpu(device: str) -> bool:
+    return device.upper().startswith("CPU")
+
+
+def table(measured: Measured, *, every: bool = False) -> str:
+    """Markdown: caption, one table over all ops, a sentence on the losses of a step, one on a step."""
+    groups = _by_op(measured.groups if every else _short(measured.groups, measured.on_gpu))
+    lines = [_caption(measured, groups)]
+    if groups:
+        numbers = ["ms", "GB/s", "% of copy"] if measured.on_gpu else ["% of copy"]
+        memory = ["peak memory, MB (eager)"] if measured.on_gpu else []
+        head = ["", *numbers, *(f"× {row}" for row in BASELINES), *memory]
+        further = any(_further(group) for group in groups)
+        lines += ["", _line([*head, *["× others"] * further])]
+        lines += [_line(["---", *["---:"] * (len(head) - 1), *["---"] * further])]
+        lines += [_line([*_cells(group, measured.on_gpu, every), *[_further(group)] * further]) for group in groups]
+        if any(group.mode == "graph" for group in groups) and not every:
+            lines += ["", "\\* replayed as a CUDA graph."]
+    for sentence in (*_floors(groups, measured.on_gpu), *(_step(step, measured.on_gpu) for step in measured.steps)):
+        lines += ["", sentence]
+    return "\n".join(lines)
+
+
+def _cells(group: Group, on_gpu: bool, every: bool) -> list[str]:
+    ours, eager = group.rows["ours"], group.rows["eager"]
+    detail = f", {group.dtype} {group.mode}" if every else " *" if group.mode == "graph" else ""
+    cells = [f"{group.op} {group.shape}{detail}"]
+    if on_gpu:
+        cells += [f"{ours['ms']:.3g}", f"{ours['gb_per_s']:.0f}"]
+    cells += [_times(ours["percent_of_copy"]), *(_times(group.ratio(row)) for row in BASELINES)]
+    return [*cells, f"{_megabytes(ours)} ({_megabytes(eager)})"] if on_gpu else cells
+
+
+def _further(group: Group) -> str:
+    rows = sorted(group.rows.keys() - {"ours", *BASELINES})
+    return ", ".join(f"{row} {_times(group.ratio(row))}" for row in rows)
+
+
+def _short(groups: list[Group], on_gpu: bool) -> list[Group]:
+    """One group per op and shape: bf16 on a GPU and fp32 on a CPU, in the first of MODES that it has."""
+    dtypes = DTYPES if on_gpu else ("fp32", "bf16")
+    best = {}
+    for group in groups:
+        rank = dtypes.index(group.dtype), MODES.index(group.mode)
+        kept = best.get((group.op, group.shape))
+        if kept is None or rank < (dtypes.index(kept.dtype), MODES.index(kept.mode)):
+            best[group.op, group.shape] = group
+    return list(best.values())
+
+
+def _by_op(groups: list[Group]) -> list[Group]:
+    order = {op: place for place, op in enumerate(dict.fromkeys(group.op for group in groups))}
+    return sorted(groups, key=lambda group: order[group.op])
+
+
+def _caption(measured: Measured, groups: list[Group]) -> str:
+    what = sorted({f"{group.dtype} {MODE_TEXT[group.mode]}" for group in groups})
+    text = f"**{measured.device}**"
+    if groups:
+        copies = [row["copy_gb_per_s"] for group in measured.groups for row in group.rows.values()]
+        text += f" ({'; '.join(what)}), {measured.circumstances}. × is the other's time over ours in the same run; "
+        text += "% of copy: counted bytes per second over those of a copy, measured in the same run"
+        text += (
+            f" ({max(copies):.0f} GB/s)."
+            if measured.on_gpu
+            else ". A CPU's times are no achievement, so none are shown."
+        )
+    return text
+
+
+def _floors(groups: list[Group], on_gpu: bool) -> list[str]:
+    """The paper step's losses as multiples of the time its bytes need at the speed of a copy."""
+    lines = []
+    for group in groups:
+        if group.op != "step_losses":
+            continue
+        ours = group.rows["ours"]
+        multiple = 100 / ours["percent_of_copy"]
+        times = f", {ours['ms'] / multiple:.3g} ms at the speed of a copy" if on_gpu else ""
+        what = f"All loss terms of a step ({group.shape}, {group.dtype} {group.mode})"
+        lines.append(f"{what}: {ours['counted_bytes'] / 1e6:.0f} MB{times}; ours take {multiple:.2f}× that floor.")
+    return lines
+
+
+def _step(step: dict, on_gpu: bool) -> str:
+    shares = ", ".join(f"{part} {share:.0f} %" for part, share in step["shares_percent"].items())
+    text = f"Training step, `{step['config']['name']}`: {shares}"
+    if on_gpu:
+        text += f"; {step['step_ms']:.1f} ms, {step['images_per_second']:.0f} images/s, {step['ranks']} rank(s)"
+    return text + "."
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}"
+
+
+def _megabytes(row: dict) -> str:
+    return f"{row['peak_bytes'] / 1e6:.0f}" if row.get("peak_bytes") is not None else "–"
+
+
+def insert(readme: Path, text: str) -> None:
+    """Replace what stands between the two marker comments of `readme`. Raises ReportError where they are not."""
+    try:
+        content = readme.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"{readme}: cannot be read ({error.strerror})") from error
+    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
+        raise ReportError(f"{readme}: expected the lines {BEGIN!r} and {END!r} once each, in this order; add them")
+    before, after = content[: content.index(BEGIN)], content[content.index(END) :]
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{after}", encoding="utf-8")
+
+
+def draw(measured: Measured, file: Path) -> None:
+    """The roofline (rate against bytes moved, the copy as a line) beside how many times faster each shape is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = _by_op(_short(measured.groups, measured.on_gpu))
+    height = max(4.4, 0.34 * len(groups) + 1.6)
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, height), width_ratios=(1, 1.05), layout="constrained")
+    _draw_roofline(panels[0], groups, measured.on_gpu)
+    _draw_ratios(panels[1], groups)
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+    caption = _caption(measured, groups).replace("**", "").partition(". ×")[0]
+    figure.suptitle(caption, fontsize=9, x=0.01, ha="left")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+    pyplot.close(figure)
+
+
+def _draw_roofline(axes, groups: list[Group], on_gpu: bool) -> None:
+    rate, unit = ("gb_per_s", "GB/s") if on_gpu else ("percent_of_copy", "% of copy bandwidth")
+    top = max(group.rows["ours"]["copy_gb_per_s"] for group in groups) if on_gpu else 100.0
+    markers = dict(zip(dict.fromkeys(group.op for group in groups), cycle("os^DvP"), strict=False))
+    for group in groups:
+        points = {row: info[rate] for row, info in group.rows.items() if row in COLOURS}
+        size = group.rows["ours"]["counted_bytes"] / 1e6
+        axes.plot([size, size], [min(points.values()), max(points.values())], color="#dddddd", lw=1, zorder=1)
+        for row, value in points.items():
+            axes.scatter(
+                size, value, s=46, color=COLOURS[row], marker=markers[group.op], edgecolor="white", lw=0.6, zorder=3
+            )
+    for row, colour in COLOURS.items():
+        axes.scatter([], [], s=46, color=colour, label=row)
+    for op, marker in markers.items():
+        axes.scatter([], [], s=40, facecolor="none", edgecolor="black", lw=0.8, marker=marker, label=op)
+    axes.axhline(top, color="black", lw=1)
+    text = f"copy, {top:.0f} GB/s" if on_gpu else "copy"
+    axes.annotate(text, (0.01, top), (0, 4), xycoords=("axes fraction", "data"), textcoords="offset points")
+    axes.set(xscale="log", yscale="log", xlabel="bytes that have to move, MB (each input read once)", ylabel=unit)
+    axes.set_ylim(top=1.8 * max(top, axes.get_ylim()[1] / 1.8))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.grid(which="major", color="#eeeeee", lw=0.6)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.9), frameon=False, fontsize=8)
+    axes.set_title("How close to a copy", loc="left")
+
+
+def _draw_ratios(axes, groups: list[Group]) -> None:
+    """Bars from 1, to the right where ours is faster."""
+    for offset, row in ((-0.19, "eager"), (0.19, "compile")):
+        found = [(place + offset, group.ratio(row)) for place, group in enumerate(groups) if row in group.rows]
+        if not found:
+            continue
+        places, ratios = zip(*found, strict=True)
+        axes.barh(places, [r - 1 for r in ratios], 0.36, left=1, color=COLOURS[row], label=f"than {row}", zorder=2)
+        for place, ratio in found:
+            side = {"xytext": (3, 0), "ha": "left"} if ratio >= 1 else {"xytext": (-3, 0), "ha": "right"}
+            axes.annotate(_times(ratio), (ratio, place), textcoords="offset points", va="center", fontsize=8, **side)
+    axes.axvline(1, color="black", lw=1, zorder=3)
+    axes.set_yticks(range(len(groups)), [f"{group.op} {group.shape}" for group in groups], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="the other's time / ours")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low / 1.5, high * 1.5)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    axes.grid(axis="x", which="major", color="#eeeeee", lw=0.6, zorder=0)
+    axes.legend(loc="best", frameon=False, fontsize=8)
+    axes.set_title("Times faster", loc="left")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

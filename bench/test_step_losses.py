@@ -1,0 +1,81 @@
+"""Every loss term of a KPU step at once (eq. 1-4): one `align_losses`, one `align_loss` per term, and plain PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kpu_fast import kernels
+
+# The paper's step on one GPU: CLIP B/16 on 224² and GroundingDINO on 800 × 1344. Grids are equal: the heads resize.
+WIDTH = 768  # of the student
+CLIP_X, CLIP_MAP = 512, (32, 196, 768)
+GDINO_MAPS = ((100 * 168, 192), (50 * 84, 384), (25 * 42, 768))  # tokens, channels
+GDINO_BATCH = {"cuda": 4, "cpu": 1}
+EXTRA_ROWS = {"separate": ["cpu", "cuda"]}
+SHAPES = ("clip 32 + gdino 4",)
+
+
+def pairs(device):
+    """[(shape, cosine weight, smooth-L1 weight, gradient to both)] of s2t, t2s and rec, maps of a teacher averaged."""
+    gdino = [(GDINO_BATCH[device], tokens, channels) for tokens, channels in GDINO_MAPS]
+    found = []
+    for common, both in ((False, False), (True, True), (False, False)):  # s2t, t2s, rec
+        found.append(((CLIP_MAP[0], WIDTH if common else CLIP_X), 1.0, 0.0, both))
+        for maps in ([CLIP_MAP], gdino):
+            shapes = [(*shape[:2], WIDTH if common else shape[2]) for shape in maps]
+            found += [(shape, 0.9 / len(maps), 0.1 / len(maps), both) for shape in shapes]
+    return found
+
+
+def eager(sides, weights):
+    total = 0.0
+    for (source, target), (cos_weight, l1_weight) in zip(sides, weights, strict=True):
+        total = total + cos_weight * (1 - F.cosine_similarity(source, target, dim=-1)).mean()
+        if l1_weight:
+            total = total + l1_weight * F.smooth_l1_loss(source, target)
+    return total
+
+
+def separate(sides, weights):
+    losses = [
+        kernels.align_loss(source, target, cos_weight=cos_weight, l1_weight=l1_weight)
+        for (source, target), (cos_weight, l1_weight) in zip(sides, weights, strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+def ours(sides, weights):
+    terms = [
+        kernels.AlignTerm(source, target, cos_weight=cos_weight, l1_weight=l1_weight)
+        for (source, target), (cos_weight, l1_weight) in zip(sides, weights, strict=True)
+    ]
+    return kernels.align_losses(terms).sum()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_step_losses(shape, row, dtype, mode, device, measure, compiled, benchmark):
+    benchmark.group = f"step_losses {device} {str(dtype)[6:]} {mode} {shape}"
+    terms = pairs(device)
+    weights = [(cos_weight, l1_weight) for _, cos_weight, l1_weight, _ in terms]
+    loss = {"eager": eager, "compile": eager, "separate": separate, "ours": ours}[row]
+    loss = compiled(loss) if row == "compile" else loss
+
+    def make():
+        return tuple(
+            (
+                torch.randn(size, device=device, dtype=dtype, requires_grad=True),
+                torch.randn(size, device=device, dtype=dtype, requires_grad=both),
+            )
+            for size, _, _, both in terms
+        )
+
+    def step(*sides):
+        if mode == "forward":
+            with torch.no_grad():
+                return loss(sides, weights)
+        wanted = [side for pair in sides for side in pair if side.requires_grad]
+        return torch.autograd.grad(loss(sides, weights), wanted)
+
+    per_element = [2 if mode == "forward" else 4 if both else 3 for *_, both in terms]
+    moved = sum(torch.Size(size).numel() * n for (size, *_), n in zip(terms, per_element, strict=True))
+    measure(make, step, moved * dtype.itemsize)

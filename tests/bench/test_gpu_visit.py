@@ -1,0 +1,183 @@
+"""bench/gpu_visit.py, the same way on a CPU: every stage runs, a failing one ends alone, one JSON is left."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = """
+import os
+import pytest
+import kpu_fast
+import kpu_fast.kernels
+
+def test_this_checkout():
+    assert os.path.samefile(os.path.dirname(kpu_fast.kernels.__file__), {kernels!r})
+    assert "kpu_fast_visit_" in kpu_fast.__file__  # found without an installation
+
+def test_off_the_path():
+    import sys
+    assert not any(os.path.realpath(entry or ".") == {root!r} for entry in sys.path)
+
+def test_wrong():
+    assert 1 == 2, "told in the JSON"
+
+def test_left_out():
+    pytest.skip("for this reason")
+"""
+
+
+def visit(*options):
+    command = [sys.executable, str(ROOT / "bench/gpu_visit.py"), "--dry-run", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_dry_run(tmp_path):
+    tests = tmp_path / "test_stub.py"
+    tests.write_text(TESTS.format(kernels=str(ROOT / "kernels"), root=str(ROOT)))
+    out = tmp_path / "out"
+    select = "cpu-fp32-forward and 16x16x768"
+    benches = str(ROOT / "bench/test_resize.py")
+    done = visit("--out", str(out), "--tests", str(tests), "--benches", benches, "--select", select, "--commit", "abc")
+    assert done.returncode == 1, done.stderr  # a test failed
+    (file,) = out.iterdir()
+    result = json.loads(file.read_text())
+    assert str(file) in done.stdout
+    assert result["commit"] == "abc"
+    assert result["device"].startswith("CPU")
+    sections = result["sections"]
+    assert list(sections) == ["tests", "benches", "step", "profile"]
+
+    assert sections["tests"]["exit"] == 1
+    assert sections["tests"]["result"]["counts"] == {"passed": 2, "failure": 1, "skipped": 1}
+    assert "told in the JSON" in sections["tests"]["result"]["failed"][0]
+    assert sections["tests"]["result"]["skipped"] == {"for this reason": 1}
+
+    assert sections["benches"]["exit"] == 0
+    rows = {bench["extra_info"]["row"]: bench["extra_info"] for bench in sections["benches"]["result"]["benchmarks"]}
+    assert rows.keys() == {"eager", "ours"}
+    assert f"{rows['ours']['percent_of_copy']:.1f} % of copy" in done.stdout
+
+    if sections["step"]["exit"] is None:
+        assert "not installed" in sections["step"]["note"]
+    else:
+        assert sections["step"]["exit"] == 0, sections["step"]["note"]
+        assert sections["step"]["result"]["step_ms"] > 0
+
+    assert sections["profile"]["exit"] == 0, sections["profile"]
+    assert sections["profile"]["result"]["by"] == "torch.profiler"
+    assert "forward-ours" in sections["profile"]["result"]["row"]
+    assert any("upsample_bilinear" in kernel["name"] for kernel in sections["profile"]["result"]["kernels"])
+
+
+def test_a_stage_that_hangs_ends_alone(tmp_path):
+    tests = tmp_path / "test_stub.py"
+    tests.write_text("import time\ndef test_hang():\n    time.sleep(1000)\n")
+    broken = tmp_path / "test_broken.py"
+    broken.write_text("raise ImportError('of the bench')\n")
+    stages = ["--stages", "tests", "benches", "profile"]
+    done = visit("--out", str(tmp_path / "out"), "--tests", str(tests), "--benches", str(broken), *stages)
+    assert done.returncode == 1
+    sections = json.loads(next((tmp_path / "out").iterdir()).read_text())["sections"]
+    assert sections["tests"]["exit"] == 124
+    assert "ended after its" in sections["tests"]["result"]["failed"][0]
+    assert sections["benches"]["exit"] != 0
+    assert sections["profile"] == {
+        "exit": None, "note": "no benchmark to profile; compute-sanitizer: no GPU", "result": {},
+        "seconds": sections["profile"]["seconds"],
+    }  # fmt: skip
+
+
+NCU = """#!/bin/sh
+while [ "$1" != --log-file ]; do shift; done
+cat > "$2" <<'END'
+==PROF== Connected to process 1
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","1","_align_fwd(a, b)","gpu__time_duration.sum","us","12.5"
+"0","1","_align_fwd(a, b)","dram__bytes.sum","Mbyte","28,9"
+"1","1","_scale","gpu__time_duration.sum","us","2.0"
+END
+"""
+SANITIZER = """#!/bin/sh
+[ "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 ] || exit 3
+echo "========= ERROR SUMMARY: 1 error"
+exit 9
+"""
+
+
+@pytest.fixture
+def profiling(tmp_path, monkeypatch):
+    """profiling(): the profile stage as on a GPU, with whatever `ncu` and `compute-sanitizer` lie in tmp_path/bin."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    spec = importlib.util.spec_from_file_location("bench_gpu_visit", ROOT / "bench/gpu_visit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run():
+        (tmp_path / "scratch").mkdir()
+        stage = module.Visit(tmp_path / "scratch", SimpleNamespace(dry_run=False), {"profile": 60})
+        row = {"row": "ours", "percent_of_copy": 40.0}
+        stage.worst = {"name": "row of ours", "fullname": "bench/none.py::test", "extra_info": row}
+        return stage.profile()
+
+    return run
+
+
+def test_tools_of_a_gpu(tmp_path, profiling):
+    for name, text in (("ncu", NCU), ("compute-sanitizer", SANITIZER)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    section = profiling()
+    first = {"name": "_align_fwd(a, b)", "time": "12.5 us", "bytes of device memory": "28,9 Mbyte"}
+    assert section["result"]["kernels"] == [first, {"name": "_scale", "time": "2.0 us"}]
+    assert section["result"]["by"] == "ncu"
+    assert section["result"]["memcheck"]["exit"] == 9
+    assert "1 error" in section["result"]["memcheck"]["tail"]
+    assert section["exit"] == 9
+
+
+def test_ncu_that_is_not_permitted(tmp_path, profiling):
+    refused = "==ERROR== ERR_NVGPUCTRPERM - no permission"
+    (tmp_path / "bin" / "ncu").write_text(NCU.partition("cat >")[0] + f'echo "{refused}" > "$2"\nexit 1\n')
+    (tmp_path / "bin" / "ncu").chmod(0o755)
+    section = profiling()
+    assert section["result"]["ncu"] == refused  # and torch.profiler was asked in its place
+    assert section["result"]["by"] == "torch.profiler"
+    assert "compute-sanitizer: not here" in section["note"]
+
+
+def test_the_worst_row():
+    spec = importlib.util.spec_from_file_location("bench_gpu_visit", ROOT / "bench/gpu_visit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def bench(group, row, percent, counted):
+        return {"group": group, "extra_info": {"row": row, "percent_of_copy": percent, "counted_bytes": counted}}
+
+    large, small = 100 << 20, 1 << 10
+    found = [bench("a", "ours", 70, large), bench("a", "eager", 9, large), bench("b", "ours", 60, large)]
+    found += [bench("b", "eager", 8, large), bench("c", "ours", 2, small), bench("c", "eager", 1, small)]
+    found += [bench("matmul", "ours", 5, large), {"group": "images", "extra_info": {}}]
+    assert module._worst(found)["group"] == "b"  # not c, too small, nor matmul, which nothing compares with a copy
+    assert module._worst(found[4:6])["group"] == "c"
+    assert module._worst([]) is None
+
+
+def test_without_a_gpu():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench/gpu_visit.py")], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "no CUDA device; --dry-run" in done.stderr

@@ -1,0 +1,168 @@
+"""bench/report.py on made-up measurements: the numbers in its table, what it refuses, what it draws."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+GPU = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture(scope="module")
+def report():
+    spec = importlib.util.spec_from_file_location("bench_report", ROOT / "bench/report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(name, ms, *, op="align", shape="clip map", dtype="bf16", mode="full", device=GPU, percent=80.0, **more):
+    """One benchmark as the fixture `measure` leaves it: 100 MB, a copy of 3000 GB/s."""
+    info = {"op": op, "shape": shape, "row": name, "dtype": dtype, "mode": mode, "device": device, "ms": ms}
+    info |= {"gb_per_s": 100.0 / ms, "copy_gb_per_s": 3000.0, "percent_of_copy": percent, "counted_bytes": 100_000_000}
+    info |= {"peak_bytes": 40_000_000, "torch": "2.13.0", "triton": "3.7.1"} | more
+    return {"name": f"test_{op}[{shape}-{name}]", "extra_info": info}
+
+
+def three(**changes):
+    return [row("ours", 2.0, **changes), row("eager", 13.0, **changes), row("compile", 3.0, **changes)]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def run(benchmarks, name="a.json", **content):
+        file = tmp_path / name
+        commit = {"id": "0123456789abcdef", "dirty": False}
+        content = {"benchmarks": benchmarks, "datetime": "2026-11-21T10:00:00", "commit_info": commit} | content
+        file.write_text(json.dumps(content))
+        return file
+
+    return run
+
+
+def test_numbers_of_a_gpu(report, write):
+    text = report.table(report.read([write([*three(), row("liger TVD", 2.4)])]))
+    head, _, line = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert [cell.strip() for cell in head.strip("|").split("|")][1:6] == [
+        "ms",
+        "GB/s",
+        "% of copy",
+        "× eager",
+        "× compile",
+    ]
+    assert cells == ["align clip map", "2", "50", "80", "6.5", "1.5", "40 (40)", "liger TVD 1.2"]
+    assert text.startswith(
+        f"**{GPU}** (bf16 forward + backward), torch 2.13.0, triton 3.7.1, 2026-11-21, commit 0123456789."
+    )
+    assert "(3000 GB/s)" in text
+
+
+def test_a_cpu_shows_ratios_and_no_time(report, write):
+    file = write(three(device="CPU, 2 threads", dtype="fp32"))
+    text = report.table(report.read([file]))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert lines[-1] == "| align clip map | 80 | 6.5 | 1.5 |"
+    assert "GB/s" not in text
+    assert " ms" not in text
+
+
+def test_one_line_per_shape_and_all(report, write):
+    found = [*three(), *three(mode="graph", percent=91.0), *three(dtype="fp32"), *three(shape="x", dtype="fp16")]
+    measured = report.read([write(found)])
+    short = [line for line in report.table(measured).splitlines() if line.startswith("| align")]
+    assert len(short) == 2
+    assert short[0].startswith("| align clip map * | 2 | 50 | 91 |")  # bf16 in a graph, the first of both lists
+    every = [line for line in report.table(measured, every=True).splitlines() if line.startswith("| align")]
+    assert len(every) == 4
+    assert "| align clip map, fp32 full |" in "\n".join(every)
+
+
+def test_floor_of_the_step_losses(report, write):
+    found = [row("ours", 0.4, op="step_losses", shape="paper"), row("eager", 9.0, op="step_losses", shape="paper")]
+    assert "100 MB, 0.32 ms at the speed of a copy; ours take 1.25× that floor" in report.table(
+        report.read([write(found)])
+    )
+
+
+def test_step_and_visit(report, write, tmp_path):
+    step = {"step_ms": 120.0, "images_per_second": 300.0, "ranks": 1, "device": GPU, "config": {"name": "h100_random"}}
+    step["shares_percent"] = {"data": 10.0, "teachers": 90.0}
+    visit = {"device": GPU, "date": "2026-11-22", "commit": "feed", "sections": {}}
+    visit["sections"] = {"benches": {"exit": 0, "result": {"benchmarks": three()}}, "step": {"exit": 0, "result": step}}
+    visit["sections"]["tests"] = {"exit": 1}
+    file = tmp_path / "visit.json"
+    file.write_text(json.dumps(visit))
+    text = report.table(report.read([file]))
+    assert "| align clip map | 2 | 50 | 80 | 6.5 | 1.5 | 40 (40) |" in text
+    assert "2026-11-22, commit feed" in text
+    assert "`h100_random`: data 10 %, teachers 90 %; 120.0 ms, 300 images/s" in text
+
+
+def test_readme(report, write, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold table\n{report.END}\nafter\n")
+    text = report.table(report.read([write(three())]))
+    for _ in range(2):
+        report.insert(readme, text)
+        assert readme.read_text() == f"before\n{report.BEGIN}\n{text}\n{report.END}\nafter\n"
+    readme.write_text("no markers")
+    with pytest.raises(report.ReportError, match=r"README\.md: expected the lines .*bench: written by"):
+        report.insert(readme, text)
+    assert readme.read_text() == "no markers"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "a.json: is no JSON"),
+        ('{"benchmarks": [', "a.json: is no JSON"),
+        ('{"benchmarks": []}', "a.json: holds no benchmark"),
+        ('{"sections": {"tests": {"exit": 1}}}', "a.json: no pair of rows ours and eager"),
+        ('{"other": 1}', "a.json: expected the JSON of pytest-benchmark"),
+        ("[1]", "a.json: expected the JSON of pytest-benchmark"),
+    ],
+)
+def test_broken_files(report, tmp_path, content, message):
+    file = tmp_path / "a.json"
+    file.write_text(content)
+    with pytest.raises(report.ReportError, match=message):
+        report.read([file])
+
+
+def test_refused_mixtures(report, write, tmp_path):
+    first = write(three())
+    with pytest.raises(report.ReportError, match="one table holds one device, found CPU, 2 threads, NVIDIA H100"):
+        report.read([first, write(three(device="CPU, 2 threads", dtype="fp32"), "b.json")])
+    with pytest.raises(report.ReportError, match=r"b\.json: align clip map bf16 full is in another"):
+        report.read([first, write(three(), "b.json")])
+    with pytest.raises(report.ReportError, match="row ours, twice"):
+        report.read([write([*three(), row("ours", 1.0)], "b.json")])
+    incomplete = three()
+    del incomplete[1]["extra_info"]["ms"]
+    with pytest.raises(report.ReportError, match=r"b.json: test_align\[clip map-eager\] has no ms"):
+        report.read([write(incomplete, "b.json")])
+    with pytest.raises(report.ReportError, match="no pair of rows ours and eager"):
+        report.read([write([row("ours", 2.0)], "b.json")])
+    with pytest.raises(report.ReportError, match=r"none\.json: cannot be read"):
+        report.read([tmp_path / "none.json"])
+    with pytest.raises(report.ReportError, match="no JSON given"):
+        report.read([])
+
+
+@pytest.mark.parametrize("with_compile", [True, False])
+def test_picture(report, write, tmp_path, with_compile):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
+    found = [bench for bench in three() if with_compile or bench["extra_info"]["row"] != "compile"]
+    file = tmp_path / "images" / "roofline.png"
+    report.draw(report.read([write(found)]), file)
+    pixels = (pyplot.imread(file)[..., :3] * 255).round().astype(int).reshape(-1, 3)
+    for name, colour in report.COLOURS.items():
+        wanted = [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
+        drawn = int((abs(pixels - wanted).max(1) <= 2).sum())
+        # A point, its colour in the legends and, but for ours, a bar; not measured: the dot in the left legend alone.
+        assert drawn > (100 if with_compile or name != "compile" else 0), name
+        if name == "compile" and not with_compile:
+            assert drawn < 300
