@@ -21,8 +21,8 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# NOT measured on any GPU yet. Chosen by the vector-width rule only: rows·channels / (32·num_warps) ≥ 8 values per
-# thread, so that a thread loads 16 bytes of bf16 at once, and ≤ 16, so that two sides and two gradients stay in
+# NOT measured on any GPU yet. Chosen by the vector-width rule only: rows·channels / (32·num_warps) = 8 values per
+# thread, so that a thread loads 16 bytes of bf16 at once, and no more, so that two sides and two gradients stay in
 # registers. Compiled ahead of time for sm_80, sm_90 and sm_100: no spills, 128-bit loads
 # (tests/kernels/test_compile_targets.py). Keys: channels rounded up to a power of two.
 ALIGN_TILES = {
@@ -33,13 +33,13 @@ ALIGN_TILES = {
     512: Tile(2, 512, 4),
     1024: Tile(1, 1024, 4),
     2048: Tile(1, 2048, 8),
-    4096: Tile(1, 4096, 8),
+    4096: Tile(1, 4096, 16),
 }
 RESIZE_TILES = {width: tile for width, tile in ALIGN_TILES.items() if width <= 512}  # wider maps: several programs
 SCALE_TILE = Tile(1, 2048, 4)
 # NOT measured either. Views whose tokens, not channels, are adjacent in memory (NCHW): 64 neighbours side by side;
 # align_loss walks over the channels a chunk at a time. "lines": where a token's place takes a division, or four taps.
-ALIGN_TILE_ACROSS = {"flat": Tile(64, 16, 4), "lines": Tile(64, 8, 4)}
+ALIGN_TILE_ACROSS = {"flat": Tile(64, 16, 4), "lines": Tile(64, 8, 8)}
 GROUP_TURNS = 4  # tiles that one program of align_losses walks over, so that few partial sums are left to add
 GROUP_FINISH_TILE = Tile(32, 4096, 8)  # rows: terms in a launch
 MAX_SLOTS = 8  # terms in a launch of align_losses
