@@ -137,7 +137,11 @@ def _gradients(
     if not (grad_source.numel() or grad_target.numel()):
         return None
     slope = torch.sub(s, t, out=scratch)
-    slope = slope.sign_() if beta == 0 else slope.div_(beta).clamp_(-1, 1)
+    if beta == 0:
+        slope.sign_()
+    else:  # φ'_β·β, with 1/β in the weights of the tokens
+        slope.clamp_(-beta, beta)
+        u_l1 = u_l1 / beta
     made = st
     if grad_source.numel():
         grad, made = _cosine_gradient(s, t, st, s_norm, t_norm, u_cos)
