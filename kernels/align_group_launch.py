@@ -16,7 +16,7 @@ def launch_group(
     """Fill losses (T,), and the gradients where they are not empty."""
     classes: dict[tuple, list[int]] = {}
     for i, (s, t) in enumerate(zip(sources, targets, strict=True)):
-        options = tuple(x[i] is not None for x in (means, stds, valids))
+        options = tuple(x[i] if x[i] is None else x[i].dtype for x in (means, stds, valids))
         wanted = tuple(x[i].numel() > 0 for x in (grads_source, grads_target))
         classes.setdefault((s.dtype, t.dtype, *options, *wanted, align_tile(s.shape[-1])), []).append(i)
     rows = [s.numel() // s.shape[-1] for s in sources]
@@ -44,7 +44,8 @@ def launch_group(
                     take(grads_source), take(grads_target), counts, partial,
                     tuple(starts), take(rows), tuple(some), take(channels), take(cos_weights), take(l1_weights),
                     take(betas), take([1 / beta if beta > 0 else 0.0 for beta in betas]), filled,
-                    HAS_MEAN=has_mean, HAS_STD=has_std, HAS_VALID=has_valid, GRAD_S=grad_s, GRAD_T=grad_t,
+                    HAS_MEAN=has_mean is not None, HAS_STD=has_std is not None, HAS_VALID=has_valid is not None,
+                    GRAD_S=grad_s, GRAD_T=grad_t,
                     COUNT=len(some), TURNS=GROUP_TURNS, ROWS=tile.rows, BLOCK_C=tile.channels,
                     num_warps=tile.num_warps,
                 )  # fmt: skip

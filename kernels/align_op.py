@@ -142,7 +142,7 @@ def _scale(grad, factor, triton):
         from .align_launch import launch_scale
 
         launch_scale(grad, factor)
-    elif grad.is_cuda or factor != 1:
+    elif grad.device.type != "cpu" or factor != 1:
         grad.mul_(factor)
 
 

@@ -117,7 +117,8 @@ def is_plain(*tensors: Tensor) -> bool:
     """Whether a call on these tensors needs no operator: nothing compiles, traces, transforms or wraps it."""
     if torch.compiler.is_compiling() or _transforms() or _modes():
         return False
-    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    # The kernels read memory as it is, so a view with a negative bit goes through the dispatcher, which resolves it.
+    return all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg() for x in tensors)
 
 
 def tokens_adjacent(x: Tensor) -> bool:

@@ -77,6 +77,18 @@ def test_matches_float64(dtype, impl, device):
         assert error <= 2 * allowed + 2e-6 * truth.abs().max()
 
 
+def test_statistics_of_several_dtypes(impl, device):
+    terms = [
+        AlignTerm(
+            make((4, 8), device, seed=i),
+            make((4, 8), device, seed=7),
+            target_mean=torch.ones(8, dtype=dtype).to(device),
+        )
+        for i, dtype in enumerate((torch.float32, torch.bfloat16))
+    ]
+    torch.testing.assert_close(align_losses(terms, impl=impl), each(terms, impl))
+
+
 def test_terms_share_launches(device, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
     from kpu_fast.kernels import align_group_launch, launch
