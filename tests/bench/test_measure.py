@@ -1,6 +1,7 @@
 """The fixture `measure` of bench/conftest.py, on steps whose time is known."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -56,7 +57,8 @@ def run(folder, *options):
         "-rs",
         *options,
     ]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=folder, env=alone, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     return done.stdout
 
