@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from kpu_fast import kernels
 
 # The paper's step on one GPU: CLIP B/16 on 224² and GroundingDINO on 800 × 1344. Grids are equal: the heads resize.
+# Teachers' maps have the strides that transformers gives them: CLIP's lies behind its cls token, Swin's are NCHW.
 WIDTH = 768  # of the student
-CLIP_X, CLIP_MAP = 512, (32, 196, 768)
-GDINO_MAPS = ((100 * 168, 192), (50 * 84, 384), (25 * 42, 768))  # tokens, channels
+CLIP_X, CLIP_MAP = 512, (32, 14, 14, 768)
+GDINO_MAPS = ((100, 168, 192), (50, 84, 384), (25, 42, 768))  # height, width, channels
 GDINO_BATCH = {"cuda": 4, "cpu": 1}
 EXTRA_ROWS = {"separate": ["cpu", "cuda"]}
 SHAPES = ("clip 32 + gdino 4",)
@@ -18,14 +19,26 @@ GRAPH_LIMIT = 1 << 30  # many launches for these bytes: how much of the time is 
 
 def pairs(device):
     """[(shape, cosine weight, smooth-L1 weight, gradient to both)] of s2t, t2s and rec, maps of a teacher averaged."""
-    gdino = [(GDINO_BATCH[device], tokens, channels) for tokens, channels in GDINO_MAPS]
+    gdino = [(GDINO_BATCH[device], *shape) for shape in GDINO_MAPS]
     found = []
     for common, both in ((False, False), (True, True), (False, False)):  # s2t, t2s, rec
         found.append(((CLIP_MAP[0], WIDTH if common else CLIP_X), 1.0, 0.0, both))
         for maps in ([CLIP_MAP], gdino):
-            shapes = [(*shape[:2], WIDTH if common else shape[2]) for shape in maps]
+            shapes = [(*shape[:3], WIDTH if common else shape[3]) for shape in maps]
             found += [(shape, 0.9 / len(maps), 0.1 / len(maps), both) for shape in shapes]
     return found
+
+
+def teachers_map(shape, device, dtype):
+    """A random target with the strides of the teacher whose shape this is."""
+    batch, *grid, channels = shape
+    if len(grid) == 2 and shape == CLIP_MAP:
+        return torch.randn((batch, 1 + grid[0] * grid[1], channels), device=device, dtype=dtype)[:, 1:].unflatten(
+            1, grid
+        )
+    if len(grid) == 2:
+        return torch.randn((batch, channels, *grid), device=device, dtype=dtype).permute(0, 2, 3, 1)
+    return torch.randn(shape, device=device, dtype=dtype)
 
 
 def eager(sides, weights):
@@ -65,7 +78,9 @@ def test_step_losses(shape, row, dtype, mode, device, measure, compiled, benchma
         return tuple(
             (
                 torch.randn(size, device=device, dtype=dtype, requires_grad=True),
-                torch.randn(size, device=device, dtype=dtype, requires_grad=both),
+                torch.randn(size, device=device, dtype=dtype, requires_grad=True)
+                if both
+                else teachers_map(size, device, dtype),
             )
             for size, _, _, both in terms
         )

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .align_op import align
-from .align_torch import EPS
-from .launch import IMPLS, MAX_CHANNELS, MAX_SIDE, choose_impl
+from .align_torch import EPS, compute_dtype
+from .launch import IMPLS, MAX_CHANNELS, MAX_SIDE, MAX_TOKENS, check_float, choose_impl, is_transformed
 from .resize import resize_bilinear_reference
 
 
@@ -109,10 +109,13 @@ def align_loss(
     Returns float32, or float64 when an input is float64. All arithmetic is float32 (float64) inside. Norms are clamped
     at 1e-8 as PyTorch clamps them: the cosine of a shorter side shrinks with its length, to 0 for a zero vector, and
     that side takes no gradient from it. Two runs are bit-equal, except with impl="torch" and a resize on CUDA. The
-    gradient cannot itself be differentiated, and there is no forward-mode derivative.
+    gradient cannot itself be differentiated. Under torch.func transforms and forward-mode differentiation
+    `align_loss_reference` takes over, in float32 (float64).
+    The weights are numbers, constants to torch.compile: to schedule one, multiply the loss. A gradient made in the
+    forward is scaled in place: a forward captured in a CUDA graph of its own takes one backward per replay.
     Raises ValueError for shapes, grids, devices and options that do not fit, TypeError for dtypes.
     """
-    check_options(beta, resize, cos_over, reduction, impl)
+    check_options((cos_weight, l1_weight, beta), resize, cos_over, reduction, impl)
     check_tensors(source, target, resize, target_mean, target_std, valid)
     rank = source.dim()
     shape = (target if resize == "source" else source).shape[:-1]
@@ -123,6 +126,14 @@ def align_loss(
     elif rank == 3:
         source, target = source[:, :, None], target[:, :, None]
         valid = None if valid is None else valid[:, :, None]
+    if is_transformed():
+        compute = compute_dtype(source, target)
+        loss = align_loss_reference(
+            source.to(compute), target.to(compute), cos_weight=cos_weight, l1_weight=l1_weight, beta=beta,
+            resize=resize, align_corners=align_corners, target_mean=target_mean, target_std=target_std,
+            cos_over=cos_over, valid=valid, reduction=reduction,
+        )  # fmt: skip
+        return loss.reshape(shape) if reduction == "token" else loss
     moved = "none" if resize is None or source.shape[1:3] == target.shape[1:3] else resize
     recording = torch.is_grad_enabled()
     loss = align(
@@ -153,7 +164,7 @@ class AlignLoss(nn.Module):
         super().__init__()
         weights = {"cos_weight": cos_weight, "l1_weight": l1_weight, "beta": beta}
         choices = {"resize": resize, "cos_over": cos_over, "reduction": reduction, "impl": impl}
-        check_options(beta, **choices)
+        check_options(weights.values(), **choices)
         self.options = weights | choices | {"align_corners": align_corners}
         self.register_buffer("target_mean", target_mean, persistent=False)
         self.register_buffer("target_std", target_std, persistent=False)
@@ -167,11 +178,15 @@ class AlignLoss(nn.Module):
 def takes_triton(impl: str, source: Tensor, target: Tensor, resized: bool = False) -> bool:
     """Whether `align_loss` runs these sides in its kernels; raises where "triton" was asked for and cannot."""
     fits = not resized or max(*source.shape[1:3], *target.shape[1:3]) <= MAX_SIDE
-    return choose_impl(impl, source, target, supported=fits and source.shape[-1] <= MAX_CHANNELS) == "triton"
+    fits &= all(x.shape[-1] <= MAX_CHANNELS and x.shape[:-1].numel() <= MAX_TOKENS for x in (source, target))
+    return choose_impl(impl, source, target, supported=fits) == "triton"
 
 
-def check_options(beta, resize, cos_over, reduction, impl) -> None:
-    """Raise what `align_loss` promises for options that do not fit."""
+def check_options(weights, resize, cos_over, reduction, impl) -> None:
+    """Raise what `align_loss` promises for options that do not fit; weights: cos_weight, l1_weight, beta."""
+    for name, found in zip(("cos_weight", "l1_weight", "beta"), weights, strict=True):
+        if isinstance(found, Tensor):
+            raise TypeError(f"{name}: expected a number, found a tensor, whose gradient would be lost; scale the loss")
     for name, found, allowed in (
         ("impl", impl, IMPLS),
         ("resize", resize, ("source", "target", None)),
@@ -182,6 +197,7 @@ def check_options(beta, resize, cos_over, reduction, impl) -> None:
             raise ValueError(f"{name}: expected one of {allowed}, found {found!r}")
     if cos_over == "map" and reduction == "token":
         raise ValueError('reduction: expected "mean" or "sample" with cos_over="map" (one cosine), found "token"')
+    *_, beta = weights
     if not (beta == 0 or 1e-30 <= beta < math.inf):  # 1/beta has to be a float32
         raise ValueError(f"beta: expected 0 or a number from 1e-30 on, found {beta}")
 
@@ -193,8 +209,7 @@ def check_tensors(source, target, resize, mean, std, valid) -> None:
             raise ValueError(f"{name}: expected (B, H, W, C), (B, N, C) or (B, C), found shape {tuple(x.shape)}")
         if 0 in x.shape:
             raise ValueError(f"{name}: expected at least one sample, token and channel, found shape {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point dtype, found {x.dtype}; convert it first")
+        check_float(name, x)
     both = f"source {tuple(source.shape)} and target {tuple(target.shape)}"
     if source.dim() != target.dim() or source.shape[0] != target.shape[0]:
         raise ValueError(f"source, target: expected equal rank and batch, found {both}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .align import align_loss, check_options, check_tensors, takes_triton
 from .align_op import NO_DOUBLE, gradient_in_forward, may_overwrite
-from .launch import is_plain
+from .launch import is_plain, is_transformed, token_strides
 
 
 class AlignTerm(NamedTuple):
@@ -33,7 +33,8 @@ class AlignTerm(NamedTuple):
 def align_losses(terms: Sequence[AlignTerm], *, impl: str = "auto") -> Tensor:
     """(T,) losses of T terms: `align_loss` of each, in a few launches for all of them on a GPU.
 
-    A term that is not dense in memory, or float16 or float64 or wider than the kernels take, is a call of `align_loss`.
+    A term is a call of `align_loss` if its channels are not adjacent in memory (NCHW), its lines not evenly spaced, or
+    if it is of float16 or float64 or wider than the kernels take. Views without a cls token share launches.
     Every term has its own upstream gradient; where that is 1, as for the sum of all, the backward reads no gradient.
     Returns float32, or float64 when a tensor is float64. Raises what `align_loss` raises, with the term's number, and
     ValueError for no terms and for terms on several devices.
@@ -42,9 +43,10 @@ def align_losses(terms: Sequence[AlignTerm], *, impl: str = "auto") -> Tensor:
         raise ValueError("align_losses: expected at least one term, found none")
     for number, term in enumerate(terms):
         try:
-            check_options(term.beta, None, "token", "mean", impl)
+            check_options(term[2:5], None, "token", "mean", impl)
             check_tensors(term.source, term.target, None, term.target_mean, term.target_std, term.valid)
-        except (ValueError, TypeError) as error:
+            takes_triton(impl, term.source, term.target)
+        except (ValueError, TypeError, RuntimeError) as error:
             raise type(error)(f"term {number}: {error}") from None
         if term.source.device != terms[0].source.device:
             raise ValueError(
@@ -69,9 +71,9 @@ def _alone(term: AlignTerm, impl: str) -> Tensor:
 
 def _can_share(term: AlignTerm, impl: str) -> bool:
     sides = term.source, term.target
-    if not takes_triton(impl, *sides) or not gradient_in_forward(*sides, "token", "mean"):
+    if is_transformed() or not takes_triton(impl, *sides) or not gradient_in_forward(*sides, "token", "mean"):
         return False
-    return all(x.is_contiguous() for x in sides) and term.source.numel() < 2**31
+    return all(token_strides(x) for x in sides)
 
 
 def _grouped(terms: Sequence[AlignTerm]) -> Tensor:
@@ -98,7 +100,7 @@ def _run_forward(sources, targets, means, stds, valids, cos_weights, l1_weights,
 def _allocate(sources, targets, need_source, need_target):
     losses = sources[0].new_empty(len(sources), dtype=torch.float32)
     grads = (
-        [torch.empty_like(x) if needed else x.new_empty(0) for x, needed in zip(side, need, strict=True)]
+        [x.new_empty(x.shape if needed else 0) for x, needed in zip(side, need, strict=True)]
         for side, need in ((sources, need_source), (targets, need_target))
     )
     return losses, *grads
@@ -135,7 +137,7 @@ def _scaled(ctx, upstream) -> list[Tensor | None]:
     wanted = [(grad, place) for grad, place, need in zip(ctx.saved_tensors, places, ctx.needs, strict=True) if need]
     if not wanted:
         scaled = iter(())
-    elif may_overwrite(wanted[0][0]):
+    elif may_overwrite(wanted[0][0], upstream):
         from .align_group_launch import launch_group_scale
 
         launch_group_scale(*zip(*wanted, strict=True), upstream)

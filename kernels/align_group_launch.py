@@ -1,13 +1,13 @@
 """Launches of align_group.py's kernels: sorts terms into launches and lays out their tuples."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import triton
 from torch import Tensor
 
 from .align_group_triton import align_group_finish_kernel, align_group_kernel, align_group_scale_kernel
-from .launch import GROUP_FINISH_TILE, GROUP_TURNS, MAX_SLOTS, SCALE_TILE, align_tile, device_of
+from .launch import GROUP_FINISH_TILE, GROUP_TURNS, MAX_SLOTS, SCALE_TILE, align_tile, device_of, token_strides
 
 
 def launch_group(
@@ -22,6 +22,8 @@ def launch_group(
     rows = [s.numel() // s.shape[-1] for s in sources]
     channels = [s.shape[-1] for s in sources]
     programs = [triton.cdiv(n, GROUP_TURNS * align_tile(c).rows) for n, c in zip(rows, channels, strict=True)]
+    sides = [token_strides(x) for x in (*sources, *targets)]
+    samples, strides = [n for n, *_ in sides[: len(rows)]], [steps for _, *steps in sides]
     partial = losses.new_empty(sum(programs))
     counts = _inverse_counts(valids, losses)
     first = [0] * len(rows)  # of each term's partials
@@ -42,7 +44,9 @@ def launch_group(
                     take(sources), take(targets),
                     *(take([x if x is None else x.contiguous() for x in v]) for v in (means, stds, valids)),
                     take(grads_source), take(grads_target), counts, partial,
-                    tuple(starts), take(rows), tuple(some), take(channels), take(cos_weights), take(l1_weights),
+                    _coded(starts), _coded(take(rows)), _coded(take(samples)), _coded(some),
+                    *(tuple(strides[side + i][d] for i in some) for side in (0, len(rows)) for d in (0, 1)),
+                    take(channels), take(cos_weights), take(l1_weights),
                     take(betas), take([1 / beta if beta > 0 else 0.0 for beta in betas]), filled,
                     HAS_MEAN=has_mean is not None, HAS_STD=has_std is not None, HAS_VALID=has_valid is not None,
                     GRAD_S=grad_s, GRAD_T=grad_t,
@@ -52,7 +56,8 @@ def launch_group(
                 filled += sum(programs[i] for i in some)
         for some in _at_most(GROUP_FINISH_TILE.rows, list(range(len(rows)))):
             align_group_finish_kernel[(len(some),)](
-                partial, losses[some[0] :], tuple(first[i] for i in some), tuple(first[i] + programs[i] for i in some),
+                partial, losses[some[0] :],
+                _coded(first[i] for i in some), _coded(first[i] + programs[i] for i in some),
                 COUNT=len(some), BLOCK=GROUP_FINISH_TILE.channels, num_warps=GROUP_FINISH_TILE.num_warps,
             )  # fmt: skip
 
@@ -69,10 +74,15 @@ def launch_group_scale(grads: tuple[Tensor, ...], places: tuple[int, ...], facto
                 programs = [triton.cdiv(grads[i].numel(), block) for i in some]
                 align_group_scale_kernel[(sum(programs),)](
                     tuple(grads[i] for i in some), factors, factors.stride(0),
-                    tuple(sum(programs[:n]) for n in range(len(some))), tuple(grads[i].numel() for i in some),
-                    tuple(places[i] for i in some),
+                    _coded(sum(programs[:n]) for n in range(len(some))), _coded(places[i] for i in some),
+                    tuple(grads[i].numel() for i in some),
                     COUNT=len(some), BLOCK=block, num_warps=SCALE_TILE.num_warps,
                 )  # fmt: skip
+
+
+def _coded(numbers: Iterable[int]) -> tuple[int, ...]:
+    """What the kernels take for whole numbers that change from step to step."""
+    return tuple(2 * n + 3 for n in numbers)
 
 
 def _inverse_counts(valids: list[Tensor | None], losses: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 """Kernels of align_group.py: many small losses in one launch."""
 
 # A launch has up to MAX_SLOTS terms, given as tuples. A program finds its term by its number and picks that term's
-# pointers and sizes; from there on it is the kernel of align_triton.py for dense tokens.
+# pointers and sizes; from there on it is the kernel of align_triton.py for tokens whose channels are adjacent.
+#
+# Triton compiles anew for an argument that is 1, or a multiple of 16, and do_not_specialize does not reach into tuples.
+# Whole numbers that change from step to step therefore come coded as 2n + 3, which is neither.
 
 import triton
 import triton.language as tl
@@ -11,22 +14,29 @@ from .align_triton import cosine, smooth_l1, standardise, store_gradients
 
 @triton.jit
 def pick(values, starts, program, COUNT: tl.constexpr):
-    """values[i] of the term i that `program` works on; starts: its first program."""
+    """values[i] of the term i that `program` works on; starts: its first program, coded."""
     found = values[0]
     for i in tl.static_range(1, COUNT):
-        found = tl.where(program >= starts[i], values[i], found)
+        found = tl.where(2 * program + 3 >= starts[i], values[i], found)
     return found
 
 
-@triton.jit(do_not_specialize=["starts", "rows", "places", "first_partial"])
+@triton.jit
+def pick_coded(values, starts, program, COUNT: tl.constexpr):
+    """The same of numbers that came as 2n + 3."""
+    return (pick(values, starts, program, COUNT) - 3) // 2
+
+
+@triton.jit(do_not_specialize=["first_partial"])
 def align_group_kernel(
-    s_ptrs, t_ptrs,  # (rows, C) dense, each
+    s_ptrs, t_ptrs,  # (samples, tokens of a sample, C), each
     mean_ptrs, std_ptrs,  # (C,)
     valid_ptrs,  # (rows,) bool
     gs_ptrs, gt_ptrs,  # (rows, C) dense, out
     count_ptr,  # (terms,) float32: 1/valid tokens
     partial_ptr,  # float32, out: what this program's tokens add to their term
-    starts, rows, places,  # first program, tokens, and number of the term
+    starts, rows, samples, places,  # coded: first program, tokens, tokens of a sample, and number of the term
+    s_samples, s_tokens, t_samples, t_tokens,  # strides
     channels, cos_weights, l1_weights, betas, inv_betas,
     first_partial,
     HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -43,16 +53,21 @@ def align_group_kernel(
     gs_ptr = pick(gs_ptrs, starts, program, COUNT)
     gt_ptr = pick(gt_ptrs, starts, program, COUNT)
     size = pick(channels, starts, program, COUNT)
-    tokens = pick(rows, starts, program, COUNT)
+    tokens = pick_coded(rows, starts, program, COUNT)
+    of_sample = pick_coded(samples, starts, program, COUNT)
     beta = pick(betas, starts, program, COUNT)
     inv_beta = pick(inv_betas, starts, program, COUNT)
     share = 1.0 / tokens
     if HAS_VALID:
-        share = tl.load(count_ptr + pick(places, starts, program, COUNT))
+        share = tl.load(count_ptr + pick_coded(places, starts, program, COUNT))
     cos_weight = pick(cos_weights, starts, program, COUNT) * share
     l1_weight = pick(l1_weights, starts, program, COUNT) * share / size
 
-    first = (program - pick(starts, starts, program, COUNT)) * (TURNS * ROWS)
+    first = (program - pick_coded(starts, starts, program, COUNT)) * (TURNS * ROWS)
+    s_sample = pick(s_samples, starts, program, COUNT)
+    s_token = pick(s_tokens, starts, program, COUNT)
+    t_sample = pick(t_samples, starts, program, COUNT)
+    t_token = pick(t_tokens, starts, program, COUNT)
     channel = tl.arange(0, BLOCK_C)
     cols = channel[None, :]
     total = tl.zeros((ROWS,), dtype=tl.float32)
@@ -62,10 +77,13 @@ def align_group_kernel(
         counts = inside
         if HAS_VALID:
             counts = inside & (tl.load(valid_ptr + row, mask=inside, other=0) != 0)
-        at = row.to(tl.int64)[:, None] * size
+        sample = (row // of_sample).to(tl.int64)
+        token = (row % of_sample).to(tl.int64)
+        s_at = (sample * s_sample + token * s_token)[:, None]
+        t_at = (sample * t_sample + token * t_token)[:, None]
         mask = counts[:, None] & (cols < size)
-        s = tl.load(s_ptr + at + cols, mask=mask, other=0.0).to(tl.float32)
-        t = tl.load(t_ptr + at + cols, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(s_ptr + s_at + cols, mask=mask, other=0.0).to(tl.float32)
+        t = tl.load(t_ptr + t_at + cols, mask=mask, other=0.0).to(tl.float32)
         t, std = standardise(t, mean_ptr, std_ptr, channel, mask, size, HAS_MEAN, HAS_STD, False)
         st = tl.sum(s * t, axis=1)
         ss = tl.sum(s * s, axis=1)
@@ -75,6 +93,7 @@ def align_group_kernel(
         u_l1 = tl.where(counts, l1_weight, 0.0)
         total += tl.where(counts, u_cos * (1.0 - cosine(st, ss, tt)) + u_l1 * smooth, 0.0)
         if GRAD_S or GRAD_T:
+            at = row.to(tl.int64)[:, None] * size
             store_gradients(
                 gs_ptr, gt_ptr, at, at, s, t, std, st[:, None], ss[:, None], tt[:, None], u_cos[:, None], u_l1[:, None],
                 beta, inv_beta, cols, 1, 1, inside[:, None] & (cols < size), GRAD_S, GRAD_T, HAS_STD,
@@ -82,11 +101,11 @@ def align_group_kernel(
     tl.store(partial_ptr + first_partial + program, tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["starts", "ends"])
+@triton.jit
 def align_group_finish_kernel(
     partial_ptr,  # float32, what each program of the launches before found
     loss_ptr,  # (terms,) float32, out
-    starts, ends,  # of each term's partials
+    starts, ends,  # of each term's partials, coded
     COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: one term's partials, always in the same order."""
@@ -97,26 +116,29 @@ def align_group_finish_kernel(
         begin = tl.where(term == i, starts[i], begin)
         end = tl.where(term == i, ends[i], end)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
+    begin = (begin - 3) // 2
+    end = (end - 3) // 2
     for first in range(begin, end, BLOCK):
         at = first + tl.arange(0, BLOCK)
         total += tl.load(partial_ptr + at, mask=at < end, other=0.0)
     tl.store(loss_ptr + term, tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["starts", "places", "factor_stride"])
+@triton.jit(do_not_specialize=["factor_stride"])
 def align_group_scale_kernel(
     grad_ptrs,  # (numel,) each, scaled in place
     factor_ptr,  # (terms,) float32
     factor_stride,
-    starts, numels, places,  # first program, numbers, and number of the term
+    starts, places,  # coded: first program, and number of the term
+    numels,
     COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad *= its term's factor; a factor of 1 reads nothing."""
     program = tl.program_id(0)
-    factor = tl.load(factor_ptr + pick(places, starts, program, COUNT) * factor_stride).to(tl.float32)
+    factor = tl.load(factor_ptr + pick_coded(places, starts, program, COUNT) * factor_stride).to(tl.float32)
     if factor != 1.0:
         grad_ptr = pick(grad_ptrs, starts, program, COUNT)
         numel = pick(numels, starts, program, COUNT)
-        at = (program - pick(starts, starts, program, COUNT)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        at = (program - pick_coded(starts, starts, program, COUNT)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         grad = tl.load(grad_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
         tl.store(grad_ptr + at, grad * factor, mask=at < numel)

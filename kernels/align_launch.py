@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .align_across_triton import align_across_kernel
 from .align_triton import align_backward_kernel, align_forward_kernel, align_scale_kernel
-from .launch import ALIGN_TILE_ACROSS, SCALE_TILE, align_tile, device_of, tokens_adjacent
+from .launch import ALIGN_TILE_ACROSS, SCALE_TILE, align_tile, device_of, flat_stride, tokens_adjacent
 
 _RESIZE = {"none": 0, "source": 1, "target": 2}
 
@@ -61,7 +61,7 @@ def _launch_across(upstream, tensors, views, sizes, weights, flags) -> None:
     """upstream: (B, H, W) gradient of the backward, any tensor of that shape in the forward."""
     rows, samples, channels, *sides, height, width = sizes
     strides = *upstream.stride(), *_strides(views)
-    flat = flags["RESIZE"] == 0 and all(_flat_stride(x) is not None for x in (upstream, *views) if x.numel())
+    flat = flags["RESIZE"] == 0 and all(flat_stride(x) is not None for x in (upstream, *views) if x.numel())
     if flat:
         strides = *_flattened(upstream), *(stride for x in views for stride in _flattened(x))
         height, width = 1, height * width
@@ -95,16 +95,9 @@ def _strides(views) -> tuple[int, ...]:
     return tuple(stride for x in views for stride in (x.stride() if x.numel() else (0, 0, 0, 0)))
 
 
-def _flat_stride(x: Tensor) -> int | None:
-    """The stride from one token of (B, H, W) or (B, H, W, C) to the next, lines included; None where there is none."""
-    if x.shape[2] == 1:
-        return x.stride(1)
-    return x.stride(2) if x.shape[1] == 1 or x.stride(1) == x.shape[2] * x.stride(2) else None
-
-
 def _flattened(x: Tensor) -> tuple[int, ...]:
     """Strides of the same view as one line of tokens."""
-    return (x.stride(0), 0, _flat_stride(x), *x.stride()[3:]) if x.numel() else (0, 0, 0, 0)
+    return (x.stride(0), 0, flat_stride(x), *x.stride()[3:]) if x.numel() else (0, 0, 0, 0)
 
 
 def _sizes(source, target, resize):

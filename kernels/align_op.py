@@ -4,10 +4,13 @@ import torch
 from torch import Tensor
 
 from . import align_torch
-from .launch import is_plain
+from .launch import batch_by_loop, is_plain
 from .resize import channels_last, empty_map, resize_backward, run_resize_backward
 
-NO_DOUBLE = "align_loss: its backward cannot be differentiated again; use align_loss_reference with create_graph=True"
+NO_DOUBLE = (
+    "align_loss, align_losses: their backward cannot be differentiated again; "
+    "use align_loss_reference with create_graph=True"
+)
 _OPTIONS = "float cos_weight, float l1_weight, float beta, str resize, bool corners"
 
 
@@ -136,6 +139,9 @@ def _(
     return grad_source, grad_target
 
 
+batch_by_loop(_recompute)
+
+
 def _scale(grad, factor, triton):
     """Multiply a dense gradient by a scalar tensor; on the GPU a factor of 1 ends the kernel before it reads."""
     if triton:
@@ -177,7 +183,7 @@ def _backward(ctx, upstream, recompute, gather):
 def _scaled(ctx, grad: Tensor, upstream: Tensor, gather, name: str, side: tuple) -> Tensor:
     if ctx.resize == name:
         return gather(grad, upstream, *side, ctx.corners, ctx.triton)
-    if not may_overwrite(grad):
+    if not may_overwrite(grad, upstream):
         return grad * upstream
     _scale(grad, upstream, ctx.triton)
     return grad
@@ -187,9 +193,9 @@ def _scaled(ctx, grad: Tensor, upstream: Tensor, gather, name: str, side: tuple)
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def may_overwrite(grad: Tensor) -> bool:
+def may_overwrite(grad: Tensor, upstream: Tensor) -> bool:
     """Whether a kept gradient may be scaled in place: no second walk over the graph needs it, and nothing traces it."""
-    return is_plain(grad) and not _graph_is_kept()
+    return is_plain(grad, upstream) and not _graph_is_kept()
 
 
 def _save_operator(ctx, inputs, output):
@@ -213,7 +219,9 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        return _backward(ctx, upstream, _run_recompute, run_resize_backward)
+        if upstream is None or is_plain(upstream):
+            return _backward(ctx, upstream, _run_recompute, run_resize_backward)
+        return _backward(ctx, upstream, _recompute, resize_backward)
 
 
 def align(source: Tensor, target: Tensor, *inputs) -> Tensor:

@@ -48,9 +48,9 @@ def forward(
     rows, stats, grad_source, grad_target,
 ):  # fmt: skip
     """Fill rows (B, H, W), and stats (3, B, H, W) and the gradients where they are not empty."""
-    upstream = rows.new_ones(()).expand(rows.shape)
+    weights = _token_weights(rows.new_ones(()).expand(rows.shape), share, valid, cos_weight, l1_weight, source)
     for at, s, t, scratch in _blocks(source, target, mean, std, valid, resize, corners):
-        u_cos, u_l1 = _token_weights(upstream, share, valid, at, cos_weight, l1_weight / s.shape[1])
+        u_cos, u_l1 = (weight[at].reshape(-1, 1) for weight in weights)
         norms = torch.linalg.vector_norm(s, dim=1, keepdim=True), torch.linalg.vector_norm(t, dim=1, keepdim=True)
         value = u_l1 * _smooth_l1(s, t, beta, scratch).sum(1, keepdim=True)
         grads = _part(grad_source, at), _part(grad_target, at)
@@ -71,9 +71,10 @@ def backward(
 ):  # fmt: skip
     """Fill the gradients that are not empty; upstream is (B, H, W)."""
     by_map = stats.shape[2:] != upstream.shape[1:]
+    weights = _token_weights(upstream, share, valid, cos_weight, l1_weight, source)
     stats = stats.expand(3, *upstream.shape)  # (3, B, 1, 1) where the cosine is one per sample
     for at, s, t, scratch in _blocks(source, target, mean, std, valid, resize, corners):
-        u_cos, u_l1 = _token_weights(upstream, share, valid, at, cos_weight, l1_weight / s.shape[1])
+        u_cos, u_l1 = (weight[at].reshape(-1, 1) for weight in weights)
         st, ss, tt = stats[:, at[0], at[1]].reshape(3, -1, 1)
         grads = _part(grad_source, at), _part(grad_target, at)
         _gradients(s, t, std, st if by_map else None, ss.sqrt(), tt.sqrt(), u_cos, u_l1, beta, scratch, *grads)
@@ -117,11 +118,11 @@ def _part(grad: Tensor, at: tuple[slice, slice]) -> Tensor:
     return grad[at] if grad.numel() else grad
 
 
-def _token_weights(upstream, share, valid, at, cos_weight, l1_weight) -> tuple[Tensor, Tensor]:
-    """Upstream gradient times weight, of the cosine and of one channel's smooth-L1; (tokens, 1), 0 on padding."""
-    upstream = upstream[at] if valid is None else upstream[at].masked_fill(~valid[at], 0)
-    cos_share, l1_share = share[:, at[0], None, None]
-    return (upstream * (cos_weight * cos_share)).view(-1, 1), (upstream * (l1_weight * l1_share)).view(-1, 1)
+def _token_weights(upstream, share, valid, cos_weight, l1_weight, source) -> tuple[Tensor, Tensor]:
+    """Upstream gradient times weight, of the cosine and of one channel's smooth-L1; (B, H, W), 0 on padding."""
+    upstream = upstream if valid is None else upstream.masked_fill(~valid, 0)
+    cos_share, l1_share = share[:, :, None, None]
+    return upstream * (cos_weight * cos_share), upstream * (l1_weight / source.shape[3] * l1_share)
 
 
 def _smooth_l1(s: Tensor, t: Tensor, beta: float, out: Tensor) -> Tensor:
@@ -136,19 +137,17 @@ def _gradients(
     """Fill the gradients that are not empty. Without st it is each token's own; it comes back if it was needed."""
     if not (grad_source.numel() or grad_target.numel()):
         return None
-    slope = torch.sub(s, t, out=scratch)
     if beta == 0:
-        slope.sign_()
-    else:  # φ'_β·β, with 1/β in the weights of the tokens
-        slope.clamp_(-beta, beta)
-        u_l1 = u_l1 / beta
+        slope = torch.sub(s, t, out=scratch).sign_().mul_(u_l1)
+    else:
+        slope = torch.ops.aten.smooth_l1_loss_backward.grad_input(u_l1, s, t, 0, beta, grad_input=scratch)
     made = st
     if grad_source.numel():
         grad, made = _cosine_gradient(s, t, st, s_norm, t_norm, u_cos)
-        _put(grad_source, grad, slope, u_l1, None)
+        _put(grad_source, grad, slope, 1, None)
     if grad_target.numel():
         grad, made = _cosine_gradient(t, s, st, t_norm, s_norm, u_cos)
-        _put(grad_target, grad, slope, -u_l1, std)
+        _put(grad_target, grad, slope, -1, std)
     return made
 
 
@@ -166,11 +165,11 @@ def _cosine_gradient(mine, other, st, norm, other_norm, u_cos) -> tuple[Tensor, 
     return (other * weight).addcmul_(mine, -weight * st / norm**2), st
 
 
-def _put(grad: Tensor, cosine_part: Tensor, slope: Tensor, u_l1: Tensor, std: Tensor | None) -> None:
-    """grad = (cosine_part + u_l1·slope) / std, in the layout and dtype of `grad`, (b, h, W, C)."""
+def _put(grad: Tensor, cosine_part: Tensor, slope: Tensor, sign: int, std: Tensor | None) -> None:
+    """grad = (cosine_part + sign·slope) / std, in the layout and dtype of `grad`, (b, h, W, C)."""
     if std is None and grad.is_contiguous() and grad.dtype == cosine_part.dtype:
-        torch.addcmul(cosine_part, slope, u_l1, out=grad.view(cosine_part.shape))
+        torch.add(cosine_part, slope, alpha=sign, out=grad.view(cosine_part.shape))
         return
-    whole = cosine_part.addcmul_(slope, u_l1)
+    whole = cosine_part.add_(slope, alpha=sign)
     whole = whole if std is None else whole.div_(std.to(whole.dtype))
     grad.copy_(whole.view(grad.shape))

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 IMPLS = ("auto", "triton", "torch")
 MAX_CHANNELS = 4096  # align_loss holds a whole token in registers; the widest teacher in sight has 1536
+MAX_TOKENS = 2**31 - 2**12  # of a map in the kernels, which number them, and a last tile's width more, in int32
 MAX_SIDE = 23000  # of a resized map: its taps are computed as (2·o + 1)·in, which must stay below 2³¹
 
 
@@ -97,8 +99,9 @@ def choose_impl(impl: str, *tensors: Tensor, supported: bool = True) -> str:
             found = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
             raise RuntimeError(
                 f'impl="triton": found {found}; expected float32, bfloat16 '
-                f"or float16, at most {MAX_CHANNELS} channels in align_loss, sides of at most {MAX_SIDE} in a resize, "
-                f'{MAX_HEAD_CHANNELS} channels per head and {MAX_MAPS} maps in deform_attn; use impl="torch"'
+                f"or float16, at most {MAX_TOKENS} tokens, {MAX_CHANNELS} channels in align_loss, sides of {MAX_SIDE} "
+                f"in a resize, {MAX_HEAD_CHANNELS} channels per head and {MAX_MAPS} maps in deform_attn; "
+                'use impl="torch"'
             )
         if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(
@@ -108,8 +111,16 @@ def choose_impl(impl: str, *tensors: Tensor, supported: bool = True) -> str:
     return impl
 
 
+def check_float(name: str, x: Tensor) -> None:
+    """Raise TypeError unless x has a floating-point dtype that torch computes with."""
+    if not x.is_floating_point() or x.dtype.itemsize == 1:
+        raise TypeError(f"{name}: expected a floating-point dtype of 16 bits or more, found {x.dtype}; convert it")
+
+
 # Private to torch; a release without one of them is taken to have nothing of the kind active.
 _transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+# What torch.autograd.grad(is_grads_batched=True) hands to a backward.
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: False)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
@@ -118,12 +129,58 @@ def is_plain(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or _transforms() or _modes():
         return False
     # The kernels read memory as it is, so a view with a negative bit goes through the dispatcher, which resolves it.
-    return all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg() for x in tensors)
+    return all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg() and not _is_batched(x) for x in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is under way.
+
+    The operators have no rules for these, so plain torch takes over.
+    """
+    return not torch.compiler.is_compiling() and (_transforms() or getattr(forward_ad, "_current_level", -1) >= 0)
+
+
+def batch_by_loop(operator) -> None:
+    """Let vmap call `operator` once for each element: what `torch.autograd.grad(is_grads_batched=True)` needs."""
+
+    def rule(info, in_dims, *args):
+        picked = [
+            [x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)]
+            for i in range(info.batch_size)
+        ]
+        outs = [operator(*some) for some in picked]
+        if isinstance(outs[0], Tensor):
+            return torch.stack(outs), 0
+        stacked = tuple(torch.stack(some) for some in zip(*outs, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    operator.register_vmap(rule)
 
 
 def tokens_adjacent(x: Tensor) -> bool:
     """Whether neighbouring tokens of a (B, H, W, C) view lie nearer to each other than neighbouring channels: NCHW."""
-    return min(x.stride(1), x.stride(2)) < x.stride(3)
+    steps = [x.stride(dim) for dim in (1, 2) if x.shape[dim] > 1 and x.stride(dim) > 0]  # 0: one token, expanded
+    return bool(steps) and x.shape[3] > 1 and min(steps) < x.stride(3)
+
+
+def flat_stride(x: Tensor) -> int | None:
+    """The stride from one token of (B, H, W) or (B, H, W, C) to the next, lines included; None where there is none."""
+    if x.shape[2] == 1:
+        return x.stride(1)
+    return x.stride(2) if x.shape[1] == 1 or x.stride(1) == x.shape[2] * x.stride(2) else None
+
+
+def token_strides(x: Tensor) -> tuple[int, int, int] | None:
+    """(tokens of a sample, stride of samples, stride of tokens) of (B, H, W, C), (B, N, C) or (B, C).
+
+    None where channels are not adjacent, or lines not evenly spaced.
+    """
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        return None
+    if x.dim() == 2:
+        return len(x), 0, x.stride(0)
+    step = x.stride(1) if x.dim() == 3 else flat_stride(x)
+    return None if step is None else (x.shape[1:-1].numel(), x.stride(0), step)
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager:

@@ -4,11 +4,13 @@
 #   c = max((o + ½)·in/out − ½, 0), or with align_corners c = o·(in − 1)/(out − 1), and 0 where out = 1
 # Backward: dx[i] = Σ_o w(o, i)·dout[o] over the few o that read i, visited in a fixed order, so two runs are bit-equal.
 
+from operator import index
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import MAX_SIDE, choose_impl
+from .launch import MAX_SIDE, MAX_TOKENS, batch_by_loop, check_float, choose_impl, is_transformed
 
 LAYOUTS = ("NHWC", "NCHW")
 
@@ -45,26 +47,41 @@ def resize_bilinear(
         raise ValueError(f"layout: expected one of {LAYOUTS}, found {layout!r}")
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"x: expected a non-empty map of rank 4 ({layout}), found shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating-point dtype, found {x.dtype}; convert the map first")
-    if any(isinstance(side, float) for side in size):
-        raise TypeError(f"size: expected whole numbers, found {tuple(size)}")
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size: expected (height, width), both at least 1, found {tuple(size)}")
+    check_float("x", x)
+    height, width = _whole_numbers(size)
     if antialias and align_corners:
         raise ValueError("antialias, align_corners: expected at most one of them to be True, found both")
-    height, width = size
     nhwc = x if layout == "NHWC" else x.permute(0, 2, 3, 1)
-    chosen = choose_impl(impl, x, supported=max(height, width, *nhwc.shape[1:3]) <= MAX_SIDE)
+    tokens = x.shape[0] * max(height * width, nhwc.shape[1] * nhwc.shape[2])
+    fits = max(height, width, *nhwc.shape[1:3]) <= MAX_SIDE and tokens <= MAX_TOKENS
+    chosen = choose_impl(impl, x, supported=fits)
     if (height, width) == tuple(nhwc.shape[1:3]):
         return x
     if antialias:
         out = _resize_antialias(nhwc, height, width)
-    elif chosen == "torch":
+    elif chosen == "torch" or is_transformed():
         out = resize_bilinear_reference(nhwc, (height, width), align_corners=align_corners)
+        if channels_last(out) != channels_last(nhwc):  # interpolate goes by the batch's strides too
+            out = out.contiguous() if channels_last(nhwc) else out.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     else:
         out = _resize(nhwc, height, width, align_corners)
     return out if layout == "NHWC" else out.permute(0, 3, 1, 2)
+
+
+def _whole_numbers(size) -> tuple[int, int]:
+    try:
+        height, width = size
+    except (TypeError, ValueError):
+        raise ValueError(f"size: expected (height, width), found {size!r}") from None
+    if any(isinstance(side, bool) for side in size):
+        raise TypeError(f"size: expected whole numbers, found {tuple(size)}")
+    try:
+        height, width = index(height), index(width)
+    except TypeError:
+        raise TypeError(f"size: expected whole numbers, found {tuple(size)}") from None
+    if min(height, width) < 1:
+        raise ValueError(f"size: expected (height, width), both at least 1, found {(height, width)}")
+    return height, width
 
 
 def _resize_antialias(x: Tensor, height: int, width: int) -> Tensor:
@@ -148,6 +165,9 @@ resize_backward = torch.library.custom_op(
 @resize_backward.register_fake
 def _(grad, scale, h, w, adjacent, corners, triton):
     return _empty_gradient(grad, h, w, adjacent)
+
+
+batch_by_loop(resize_backward)
 
 
 def _empty_gradient(grad: Tensor, height: int, width: int, adjacent: bool) -> Tensor:

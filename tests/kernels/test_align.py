@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kpu_fast.kernels import AlignLoss, align_loss, align_loss_reference, align_op, align_torch
+from kpu_fast.kernels.align import takes_triton
+from kpu_fast.kernels.launch import MAX_TOKENS, tokens_adjacent
+from torch.autograd import forward_ad
 
 torch.set_num_threads(1)
 
@@ -18,6 +21,10 @@ def sides(source_shape, target_shape, device, dtype=torch.float32, seed=0):
         torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
         for shape in (source_shape, target_shape)
     )
+
+
+def make(shape, device, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def mask(shape, device, seed=3):
@@ -349,6 +356,67 @@ def test_walking_the_graph_twice_gives_the_same_gradient(impl, device):
         torch.testing.assert_close(a, 3 * c)
 
 
+TRANSFORMED = [{}, {"reduction": "sample"}, {"reduction": "token"}, {"cos_over": "map"}, {"resize": "source"}]
+
+
+@pytest.mark.parametrize("options", TRANSFORMED, ids=str)
+def test_torch_func(options, device):
+    """vmap, grad, jvp and forward mode, against one call at a time."""
+    grid = (3, 5) if options.get("resize") else (4, 4)
+    s, t = make((3, 2, 4, 4, 8), device), make((3, 2, *grid, 8), device, seed=1)
+
+    def loss(s, t):
+        return align_loss(s, t, **options)
+
+    plain = s.clone().requires_grad_()
+    each = torch.stack([loss(a, b) for a, b in zip(plain, t, strict=True)])
+    expected = torch.autograd.grad(each.sum(), plain)[0]
+    mapped = s.clone().requires_grad_()
+    found = torch.func.vmap(loss)(mapped, t)
+    torch.testing.assert_close(found, each)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), mapped)[0], expected)
+    torch.testing.assert_close(torch.func.grad(lambda a: loss(a, t[0]).sum())(s[0]), expected[0])
+    direction = make(s[0].shape, device, seed=2)
+    value, tangent = torch.func.jvp(lambda a: loss(a, t[0]).sum(), (s[0],), (direction,))
+    torch.testing.assert_close(tangent, (direction * expected[0]).sum())
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(loss(forward_ad.make_dual(s[0], direction), t[0]).sum())
+    torch.testing.assert_close(dual.tangent, tangent)
+    torch.testing.assert_close(dual.primal, value)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "again"])
+@pytest.mark.parametrize("options", TRANSFORMED, ids=str)
+def test_batched_upstream_gradients(options, again, impl, device):
+    grid = (3, 5) if options.get("resize") else (4, 4)
+    sides = [make((2, 4, 4, 8), device).requires_grad_(), make((2, *grid, 8), device, seed=1).requires_grad_()]
+    loss = align_loss(*sides, impl=impl, **options)
+    upstreams = make((3, *loss.shape), device, seed=2)
+    one_by_one = [torch.autograd.grad(loss, sides, upstream, retain_graph=True) for upstream in upstreams]
+    mapped = torch.func.vmap(lambda upstream: torch.autograd.grad(loss, sides, upstream, retain_graph=True))(upstreams)
+    batched = torch.autograd.grad(loss, sides, upstreams, is_grads_batched=True, retain_graph=again)
+    for some, a, b in zip(zip(*one_by_one, strict=True), mapped, batched, strict=True):
+        torch.testing.assert_close(a, torch.stack(some))
+        torch.testing.assert_close(b, torch.stack(some))
+
+
+def test_more_tokens_than_int32_counts_take_the_torch_path(device):
+    pytest.importorskip("triton", reason="triton is not installed")
+    most, more = (torch.zeros((1, 1, 1, 1), device=device).expand(n, 1, 1, 1) for n in (MAX_TOKENS, MAX_TOKENS + 1))
+    assert takes_triton("triton", most, most)
+    with pytest.raises(RuntimeError, match=f"at most {MAX_TOKENS} tokens"):
+        takes_triton("triton", more, more)
+    assert not takes_triton("auto", more, more)
+
+
+def test_an_expanded_map_is_not_taken_for_nchw():
+    dense = torch.zeros(2, 3, 4, 8)
+    assert not tokens_adjacent(dense)
+    assert not tokens_adjacent(dense[:, :1, :1].expand(2, 3, 4, 8))
+    assert not tokens_adjacent(torch.zeros(2, 3, 4, 1))
+    assert tokens_adjacent(torch.zeros(2, 8, 3, 4).permute(0, 2, 3, 1))
+
+
 def test_second_derivative_is_refused():
     source, target = sides((1, 2, 2, 24), (1, 2, 2, 24), "cpu")
     with pytest.raises(RuntimeError, match="align_loss_reference"):
@@ -453,6 +521,8 @@ def test_any_shape_stride_and_dtype(grids, channels, batch, dtypes, layouts, res
         ({"cos_over": "map", "reduction": "token"}, ValueError, "found \"token\""),
         ({"beta": -1.0}, ValueError, "beta: expected 0 or a number from 1e-30 on, found -1.0"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of"),
+        ({"source": torch.zeros(2, 3, 4, 6).to(torch.float8_e4m3fn)}, TypeError, "source: .* of 16 bits or more"),
+        ({"l1_weight": torch.ones(()).requires_grad_()}, TypeError, "l1_weight: expected a number, found a tensor"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(change, error, message):
@@ -472,7 +542,7 @@ def test_triton_that_cannot_run_says_why(monkeypatch):
         align_loss(torch.ones(2, 6), torch.ones(2, 6), impl="triton")
     with pytest.raises(RuntimeError, match=r"torch\.float64"):
         align_loss(torch.ones(2, 6), torch.ones(2, 6).double(), impl="triton")
-    with pytest.raises(RuntimeError, match="at most 4096 channels"):
+    with pytest.raises(RuntimeError, match="4096 channels in align_loss"):
         align_loss(torch.ones(2, 4097), torch.ones(2, 4097), impl="triton")
 
 

@@ -132,6 +132,44 @@ def test_more_partials_than_the_finish_adds_at_once(device, monkeypatch):
     torch.testing.assert_close(align_losses(terms, impl="triton"), each(terms, "torch"))
 
 
+def test_views_share_launches(device, monkeypatch):
+    """Patch tokens behind a cls token, as CLIP and DINOv2 give them; tokens ahead of samples; one sample expanded."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from kpu_fast.kernels import align_group
+
+    monkeypatch.setattr(align_group, "align_loss", None)  # nothing is left to a call of its own
+    views = [
+        lambda x: x[:, 1:],
+        lambda x: x[:, 1:].unflatten(1, (2, 3)),
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:1].expand(3, 7, 40),
+        lambda x: x[:, 0],
+    ]
+    wholes = [[make((3, 7, 40), device, seed=10 * i + j) for i in range(len(views))] for j in (0, 1)]
+    terms = [AlignTerm(view(s), view(t), beta=0.5) for view, s, t in zip(views, *wholes, strict=True)]
+    upstream = torch.linspace(-1.5, 2.5, len(terms)).to(device)
+    leaves = [x for some in wholes for x in some]
+    found = align_losses(terms, impl="triton")
+    expected = each(terms, None, align_loss_reference)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(*(torch.autograd.grad(x, leaves, upstream) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_under_a_transform(impl, device):
+    terms = step(device)[:2]
+    sides = [x.detach() for term in terms for x in term[:2]]
+
+    def total(*sides):
+        pairs = zip(terms, sides[::2], sides[1::2], strict=True)
+        return align_losses([term._replace(source=s, target=t) for term, s, t in pairs], impl=impl).sum()
+
+    plain = [x.clone().requires_grad_() for x in sides]
+    expected = torch.autograd.grad(total(*plain), plain)
+    for a, b in zip(torch.func.grad(total, argnums=(0, 1, 2, 3))(*sides), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_what_cannot_share_still_counts(impl, device):
     nchw = make((2, 8, 3, 4), device, seed=1, grad=False).permute(0, 2, 3, 1).requires_grad_()
     half = make((2, 3, 4, 8), device, torch.float16, 2)

@@ -83,7 +83,9 @@ def cases():
         yield resize_triton.resize_forward_kernel, block | {"CORNERS": corners}, tile.num_warps, everywhere
         yield resize_triton.resize_backward_kernel, block | {"CORNERS": corners}, tile.num_warps, everywhere
     # A side of 1 reaches a kernel as a constant.
-    to_one_token = block | {"ACROSS": False, "CORNERS": True, "out_height": 1, "out_width": 1}
+    tile = RESIZE_TILES[256]
+    block = {"ROWS": tile.rows, "BLOCK_C": tile.channels, "HAS_SCALE": True, "ACROSS": False}
+    to_one_token = block | {"CORNERS": True, "out_height": 1, "out_width": 1}
     yield resize_triton.resize_forward_kernel, to_one_token, tile.num_warps, (SPILL_FREE,)
     yield resize_triton.resize_backward_kernel, to_one_token | {"height": 1}, tile.num_warps, (SPILL_FREE,)
     for adjacent in ({"height": 1}, {"x_sw": 1}):  # the one line of a dense map, or an NCHW view
@@ -122,7 +124,7 @@ def compile_one(kernel, constants, num_warps, target):
             one = POINTERS.get(name[:-1], "*bf16") if name.endswith("_ptrs") else "i32"
             one = "fp32" if name in ("cos_weights", "l1_weights", "betas", "inv_betas") else one
             signature[name] = (one,) * constants["COUNT"]
-            if name.endswith("_ptrs") or name in ("channels", "numels"):
+            if name.endswith(("_ptrs", "_samples", "_tokens")) or name in ("channels", "numels"):
                 aligned |= {(place, i): [["tt.divisibility", 16]] for i in range(constants["COUNT"])}
         elif name.endswith("_ptr"):
             signature[name] = POINTERS.get(name, "*bf16")
@@ -166,23 +168,35 @@ def look_inside(cubin: bytes) -> dict:
     }
 
 
+def branches_before_reading(ttir: str) -> bool:
+    """Whether the kernel decides something before it first loads more than one number."""
+    first = re.search(r"tt\.load .*tensor<", ttir)
+    return re.search(r"scf\.if|cf\.cond_br", ttir[: first.start()]) is not None
+
+
 def main() -> None:
     """One JSON line per compilation."""
     for kernel, constants, num_warps, targets in cases():
         for target in targets:
             compiled = compile_one(kernel, constants, num_warps, target)
             found = {"kernel": kernel.__name__, "target": target, "bytes": len(compiled.asm["cubin"]), **constants}
+            if "scale" in kernel.__name__:
+                found["branches"] = branches_before_reading(compiled.asm["ttir"])
             print(json.dumps(found | (look_inside(compiled.asm["cubin"]) if target == SPILL_FREE else {})), flush=True)
 
 
 @pytest.fixture(scope="module")
 def compiled():
     pytest.importorskip("triton", reason="triton is not installed")
-    # A process of its own: under TRITON_INTERPRET=1 a kernel is not an object that can be compiled.
+    return [json.loads(line) for line in run_alone()]
+
+
+def run_alone(*arguments) -> list[str]:
+    """This file's output in a process of its own: under TRITON_INTERPRET=1 a kernel cannot be compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout.splitlines()
 
 
 def test_whole_table_compiles_for_every_target(compiled):
@@ -204,12 +218,67 @@ def test_whole_table_compiles_for_every_target(compiled):
         assert ("deform_unfix_kernel", None) in seen
 
 
+def test_scaling_by_one_reads_no_gradient(compiled):
+    """The factor is compared before the first load of the gradient, on the device."""
+    found = {c["kernel"]: c["branches"] for c in compiled if "branches" in c}
+    assert found == {"align_scale_kernel": True, "align_group_scale_kernel": True}
+
+
+def signatures(*groups) -> list[str]:
+    """Per group of shapes, what Triton's launcher sees of its launches: it compiles anew where that differs."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    return run_alone(json.dumps(groups))
+
+
+def print_signatures(calls) -> None:
+    """One line per call of launch_group: the signatures of its launches."""
+    import torch
+    from kpu_fast.kernels import align_group_launch as launch
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = CUDABackend(GPUTarget("cuda", SPILL_FREE, 32))
+    seen = []
+
+    class Recorded:
+        def __init__(self, kernel):
+            self.name = kernel.__name__
+            self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+
+        def __getitem__(self, grid):
+            return lambda *args, num_warps, **kwargs: seen.append((self.name, str(self.bind(*args, **kwargs)[1])))
+
+    for name in ("align_group_kernel", "align_group_finish_kernel", "align_group_scale_kernel"):
+        setattr(launch, name, Recorded(getattr(launch, name)))
+    for shapes in calls:
+        sides = [torch.zeros(shape) for shape in shapes]
+        terms, nothing = len(sides), [None] * len(sides)
+        weights = [0.5] * terms
+        grads = [torch.zeros(shape) for shape in shapes]
+        empty = [torch.empty(0)] * terms
+        losses = torch.zeros(terms)
+        launch.launch_group(sides, sides, nothing, nothing, nothing, weights, weights, weights, grads, empty, losses)
+        launch.launch_group_scale(tuple(grads), tuple(range(terms)), losses)
+        print(seen)
+        seen.clear()
+
+
+def test_groups_of_one_class_compile_once():
+    """Whatever the tokens: 1 program or 16, first or second place, a multiple of 16 or not."""
+    groups = [[(1, 48), (16, 48)], [(7, 48), (33, 48)], [(2, 64, 48), (4, 5, 4, 48)], [(160, 48), (1, 1, 48)]]
+    alone, *others = signatures(*groups)
+    assert "align_group_kernel" in alone
+    assert all(other == alone for other in others)
+    assert signatures([(7, 40), (33, 40)]) != [alone]  # rows of 40: nothing lets loads be wide
+
+
 def test_no_spills_and_128_bit_accesses_on_sm_90(compiled):
     for found in compiled:
         if found["target"] != SPILL_FREE:
             continue
         assert found["spilled"] == 0, found
-        assert found["registers"] <= 128, found  # 4 programs of 128 threads on a multiprocessor, at the least
+        assert found["registers"] <= 128, found  # 512 threads on a multiprocessor, at the least
         if found["kernel"] == "deform_backward_kernel":
             continue  # its loads are as wide as its atomic adds: see below
         if found.get("ACROSS") or found.get("FLAT") is False or found["kernel"] == "align_group_finish_kernel":
@@ -239,4 +308,4 @@ def test_deform_attn_moves_16_bytes_per_thread_and_nothing_through_shared_memory
 
 
 if __name__ == "__main__":
-    main()
+    print_signatures(json.loads(sys.argv[1])) if sys.argv[1:] else main()

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,6 +193,8 @@ def test_any_size(source, size, channels, layout, corners, triton):
         ({"x": torch.zeros(1, 3, 4, 5, dtype=torch.uint8)}, TypeError, "x: expected a floating-point dtype"),
         ({"size": (0, 3)}, ValueError, "size: expected"),
         ({"size": (3,)}, ValueError, "size: expected"),
+        ({"size": 5}, ValueError, r"size: expected \(height, width\), found 5"),
+        ({"x": torch.zeros(1, 3, 4, 5).to(torch.float8_e4m3fn)}, TypeError, "x: .* of 16 bits or more"),
         ({"antialias": True, "align_corners": True}, ValueError, "at most one of them"),
         ({"layout": "NHCW"}, ValueError, "layout: expected one of"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of"),
@@ -218,6 +221,40 @@ def test_antialias_stays_in_float32_under_autocast():
     torch.testing.assert_close(found, resize_bilinear(x, (7, 7), antialias=True), rtol=0, atol=0)
 
 
-def test_fractional_sizes_are_refused():
+@pytest.mark.parametrize("size", [(2.9, 2.2), (True, 2), (2.0, 2)], ids=str)
+def test_sizes_that_are_no_whole_numbers_are_refused(size):
     with pytest.raises(TypeError, match="whole numbers"):
-        resize_bilinear(torch.randn(1, 4, 4, 8), (2.9, 2.2))
+        resize_bilinear(torch.randn(1, 4, 4, 8), size)
+
+
+def test_whole_numbers_of_any_library_are_sizes():
+    x = torch.randn(1, 4, 4, 8)
+    assert torch.equal(resize_bilinear(x, (np.int64(2), torch.tensor(3))), resize_bilinear(x, (2, 3)))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 8])
+@pytest.mark.parametrize("view", ["dense", "one of many lines", "NCHW", "NCHW, one of many"])
+def test_channels_stay_adjacent_or_apart(view, channels, impl, device):
+    """Whatever layout PyTorch itself would choose: it goes by all strides, of the batch too."""
+    x = torch.randn((2, 6, 5, channels) if "NCHW" not in view else (2, channels, 6, 5), device=device)
+    x = x[:, ::2, 1:] if view == "one of many lines" else x[:, :, ::2, 1:] if view == "NCHW, one of many" else x
+    x = x.permute(0, 2, 3, 1) if "NCHW" in view else x
+    out = resize_bilinear(x, (7, 3), impl=impl)
+    assert (out.stride(3) == 1) == (x.stride(3) == 1)
+    torch.testing.assert_close(out, resize_bilinear_reference(x, (7, 3)))
+
+
+def test_torch_func(impl, device):
+    x = torch.randn(3, 2, 4, 4, 8, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def total(one):
+        return (resize_bilinear(one, (3, 7), impl=impl) ** 2).sum()
+
+    plain = x.clone().requires_grad_()
+    expected = torch.autograd.grad(sum(total(one) for one in plain), plain)[0]
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(total))(x), expected)
+    out = resize_bilinear(plain[0], (3, 7), impl=impl)
+    upstreams = torch.randn((2, *out.shape), generator=torch.Generator().manual_seed(1)).to(device)
+    batched = torch.autograd.grad(out, plain, upstreams, is_grads_batched=True, retain_graph=True)[0]
+    for got, upstream in zip(batched, upstreams, strict=True):
+        torch.testing.assert_close(got, torch.autograd.grad(out, plain, upstream, retain_graph=True)[0])
