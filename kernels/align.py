@@ -14,8 +14,6 @@
 # elsewhere three sums per token (s·t, s·s, t·t) are kept and the gradient is made in the backward. So is that of
 # float16, which would lose a gradient of size 1/(N·C) to underflow before a loss scaler could save it.
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -130,7 +128,9 @@ def align_loss(
         compute = compute_dtype(source, target)
         loss = align_loss_reference(
             source.to(compute), target.to(compute), cos_weight=cos_weight, l1_weight=l1_weight, beta=beta,
-            resize=resize, align_corners=align_corners, target_mean=target_mean, target_std=target_std,
+            resize=resize, align_corners=align_corners,
+            target_mean=None if target_mean is None else target_mean.detach().to(compute),
+            target_std=None if target_std is None else target_std.detach().to(compute),
             cos_over=cos_over, valid=valid, reduction=reduction,
         )  # fmt: skip
         return loss.reshape(shape) if reduction == "token" else loss
@@ -185,8 +185,10 @@ def takes_triton(impl: str, source: Tensor, target: Tensor, resized: bool = Fals
 def check_options(weights, resize, cos_over, reduction, impl) -> None:
     """Raise what `align_loss` promises for options that do not fit; weights: cos_weight, l1_weight, beta."""
     for name, found in zip(("cos_weight", "l1_weight", "beta"), weights, strict=True):
-        if isinstance(found, Tensor):
-            raise TypeError(f"{name}: expected a number, found a tensor, whose gradient would be lost; scale the loss")
+        if isinstance(found, Tensor):  # reading it would wait for the GPU and lose its gradient
+            raise TypeError(f"{name}: expected a number, found a tensor; multiply the loss by it instead")
+        if found is None or isinstance(found, str):
+            raise TypeError(f"{name}: expected a number, found {found!r}")
     for name, found, allowed in (
         ("impl", impl, IMPLS),
         ("resize", resize, ("source", "target", None)),
@@ -198,8 +200,8 @@ def check_options(weights, resize, cos_over, reduction, impl) -> None:
     if cos_over == "map" and reduction == "token":
         raise ValueError('reduction: expected "mean" or "sample" with cos_over="map" (one cosine), found "token"')
     *_, beta = weights
-    if not (beta == 0 or 1e-30 <= beta < math.inf):  # 1/beta has to be a float32
-        raise ValueError(f"beta: expected 0 or a number from 1e-30 on, found {beta}")
+    if not (beta == 0 or 1e-30 <= beta <= 1e30):  # it and 1/beta have to be float32
+        raise ValueError(f"beta: expected 0 or a number from 1e-30 to 1e30, found {beta}")
 
 
 def check_tensors(source, target, resize, mean, std, valid) -> None:

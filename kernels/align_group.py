@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .align import align_loss, check_options, check_tensors, takes_triton
 from .align_op import NO_DOUBLE, gradient_in_forward, may_overwrite
-from .launch import is_plain, is_transformed, token_strides
+from .launch import is_differentiated, is_plain, is_transformed, token_strides
 
 
 class AlignTerm(NamedTuple):
@@ -45,7 +45,7 @@ def align_losses(terms: Sequence[AlignTerm], *, impl: str = "auto") -> Tensor:
         try:
             check_options(term[2:5], None, "token", "mean", impl)
             check_tensors(term.source, term.target, None, term.target_mean, term.target_std, term.valid)
-            takes_triton(impl, term.source, term.target)
+            is_transformed() or takes_triton(impl, term.source, term.target)
         except (ValueError, TypeError, RuntimeError) as error:
             raise type(error)(f"term {number}: {error}") from None
         if term.source.device != terms[0].source.device:
@@ -129,7 +129,7 @@ def _save(ctx, needs, grads):
 
 def _scaled(ctx, upstream) -> list[Tensor | None]:
     """The kept gradients, sources then targets, each times its term's upstream gradient; None where not wanted."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_differentiated():
         raise RuntimeError(NO_DOUBLE)
     if upstream is None:
         return [None] * len(ctx.needs)

@@ -42,7 +42,7 @@ def launch_group(
 
                 align_group_kernel[(sum(programs[i] for i in some),)](
                     take(sources), take(targets),
-                    *(take([x if x is None else x.contiguous() for x in v]) for v in (means, stds, valids)),
+                    *(take(_dense(x)) for x in (means, stds, valids)),
                     take(grads_source), take(grads_target), counts, partial,
                     _coded(starts), _coded(take(rows)), _coded(take(samples)), _coded(some),
                     *(tuple(strides[side + i][d] for i in some) for side in (0, len(rows)) for d in (0, 1)),
@@ -78,6 +78,10 @@ def launch_group_scale(grads: tuple[Tensor, ...], places: tuple[int, ...], facto
                     tuple(grads[i].numel() for i in some),
                     COUNT=len(some), BLOCK=block, num_warps=SCALE_TILE.num_warps,
                 )  # fmt: skip
+
+
+def _dense(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [x if x is None else x.contiguous().resolve_neg() for x in tensors]
 
 
 def _coded(numbers: Iterable[int]) -> tuple[int, ...]:

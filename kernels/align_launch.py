@@ -85,8 +85,8 @@ def launch_scale(grad: Tensor, factor: Tensor) -> None:
 def _constants(source, mean, std, valid):
     # A pointer that a flag keeps the kernel from following still has to be a tensor.
     return (
-        source if mean is None else mean.contiguous(),
-        source if std is None else std.contiguous(),
+        source if mean is None else mean.contiguous().resolve_neg(),
+        source if std is None else std.contiguous().resolve_neg(),
         source if valid is None else valid.contiguous(),
     )
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import align_torch
-from .launch import batch_by_loop, is_plain
+from .launch import batch_by_loop, is_differentiated, is_plain
 from .resize import channels_last, empty_map, resize_backward, run_resize_backward
 
 NO_DOUBLE = (
@@ -164,7 +164,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, upstream, recompute, gather):
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_differentiated():
         raise RuntimeError(NO_DOUBLE)
     grads = (None, None)
     if upstream is not None and ctx.early:

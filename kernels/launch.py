@@ -137,21 +137,31 @@ def is_transformed() -> bool:
 
     The operators have no rules for these, so plain torch takes over.
     """
-    return not torch.compiler.is_compiling() and (_transforms() or getattr(forward_ad, "_current_level", -1) >= 0)
+    return _transforms() or getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def is_differentiated() -> bool:
+    """Whether a derivative is being taken of what runs now: forward mode, or a transform of torch.func but vmap."""
+    stack = torch._C._functorch.get_interpreter_stack() if _transforms() else None
+    kinds = torch._C._functorch.TransformType
+    above = any(level.key() in (kinds.Grad, kinds.Jvp) for level in stack or ())
+    return above or getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def batch_by_loop(operator) -> None:
     """Let vmap call `operator` once for each element: what `torch.autograd.grad(is_grads_batched=True)` needs."""
 
     def rule(info, in_dims, *args):
-        picked = [
-            [x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)]
-            for i in range(info.batch_size)
-        ]
-        outs = [operator(*some) for some in picked]
+        def element(x, dim, i):
+            if not isinstance(dim, int):  # not mapped: None, and of a list of numbers a list of them
+                return x
+            return x.select(dim, i) if info.batch_size else x.sum(dim)  # of nothing: zeros
+
+        calls = [[element(*one, i) for one in zip(args, in_dims, strict=True)] for i in range(max(1, info.batch_size))]
+        outs = [operator(*call) for call in calls]
         if isinstance(outs[0], Tensor):
-            return torch.stack(outs), 0
-        stacked = tuple(torch.stack(some) for some in zip(*outs, strict=True))
+            return torch.stack(outs)[: info.batch_size], 0
+        stacked = tuple(torch.stack(some)[: info.batch_size] for some in zip(*outs, strict=True))
         return stacked, (0,) * len(stacked)
 
     operator.register_vmap(rule)
@@ -178,9 +188,11 @@ def token_strides(x: Tensor) -> tuple[int, int, int] | None:
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         return None
     if x.dim() == 2:
-        return len(x), 0, x.stride(0)
-    step = x.stride(1) if x.dim() == 3 else flat_stride(x)
-    return None if step is None else (x.shape[1:-1].numel(), x.stride(0), step)
+        tokens, sample, token = len(x), 0, x.stride(0)
+    else:
+        tokens, sample = x.shape[1:-1].numel(), x.stride(0) if len(x) > 1 else 0
+        token = x.stride(1) if x.dim() == 3 else flat_stride(x)
+    return None if token is None else (tokens, sample, token if tokens > 1 else 0)
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import MAX_SIDE, MAX_TOKENS, batch_by_loop, check_float, choose_impl, is_transformed
+from .launch import MAX_SIDE, MAX_TOKENS, batch_by_loop, check_float, choose_impl, is_differentiated, is_transformed
 
 LAYOUTS = ("NHWC", "NCHW")
 
@@ -36,9 +36,10 @@ def resize_bilinear(
     """Resize a map (B, H, W, C), or (B, C, H, W) with layout="NCHW", to `size` = (height, width).
 
     Equal to `F.interpolate(x, size=size, mode="bilinear", align_corners=…, antialias=…)`; any strides,
-    no copy to change layout; the result has x's dtype and its channels are adjacent in memory exactly when x's are.
-    A size equal to x's returns x itself. float32 inside the kernels. The backward is deterministic with
-    impl="triton" and with antialias=True; with impl="torch" it is PyTorch's own, which uses atomics on CUDA.
+    no copy to change layout; the result has x's dtype and, where it has several channels and tokens, its channels are
+    adjacent in memory exactly when x's are. A size equal to x's returns x itself. float32 inside the kernels. The
+    backward is deterministic with impl="triton" and with antialias=True; with impl="torch", and under transforms of
+    torch.func whatever impl says, it is PyTorch's own, which uses atomics on CUDA.
     antialias=True multiplies by two small matrices, in float32 or float64, whatever `impl` says.
 
     Raises ValueError for a wrong rank, size or option and TypeError for integer dtypes and sizes that are not.
@@ -54,12 +55,12 @@ def resize_bilinear(
     nhwc = x if layout == "NHWC" else x.permute(0, 2, 3, 1)
     tokens = x.shape[0] * max(height * width, nhwc.shape[1] * nhwc.shape[2])
     fits = max(height, width, *nhwc.shape[1:3]) <= MAX_SIDE and tokens <= MAX_TOKENS
-    chosen = choose_impl(impl, x, supported=fits)
+    chosen = "torch" if is_transformed() else choose_impl(impl, x, supported=fits)
     if (height, width) == tuple(nhwc.shape[1:3]):
         return x
     if antialias:
         out = _resize_antialias(nhwc, height, width)
-    elif chosen == "torch" or is_transformed():
+    elif chosen == "torch":
         out = resize_bilinear_reference(nhwc, (height, width), align_corners=align_corners)
         if channels_last(out) != channels_last(nhwc):  # interpolate goes by the batch's strides too
             out = out.contiguous() if channels_last(nhwc) else out.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
@@ -76,7 +77,7 @@ def _whole_numbers(size) -> tuple[int, int]:
     if any(isinstance(side, bool) for side in size):
         raise TypeError(f"size: expected whole numbers, found {tuple(size)}")
     try:
-        height, width = index(height), index(width)
+        height, width = (side if isinstance(side, int | torch.SymInt) else index(side) for side in (height, width))
     except TypeError:
         raise TypeError(f"size: expected whole numbers, found {tuple(size)}") from None
     if min(height, width) < 1:
@@ -183,6 +184,10 @@ def _save_shape(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
+    if is_differentiated():
+        raise RuntimeError(
+            "resize_bilinear: the derivative of its backward is not implemented; use resize_bilinear_reference"
+        )
     return resize_backward(grad, None, ctx.height, ctx.width, ctx.adjacent, ctx.corners, True), None, None, None
 
 

@@ -400,6 +400,69 @@ def test_batched_upstream_gradients(options, again, impl, device):
         torch.testing.assert_close(b, torch.stack(some))
 
 
+def test_compiled_torch_func(device):
+    """The same transforms inside compiled code, and a compiled loss of a dual tensor."""
+    s, t = make((3, 2, 2, 2, 8), device), make((3, 2, 2, 2, 8), device, seed=1)
+
+    def mapped(a):
+        return torch.func.vmap(lambda x, y: align_loss(x, y, reduction="sample"))(a, t).sum() + (a**2).sum()
+
+    def pushed(a):
+        return torch.func.jvp(lambda x: align_loss(x, t[0]), (a,), (t[0],))[1]
+
+    def graded(a):
+        return torch.func.grad(lambda x: align_loss(x, t[0]))(a)
+
+    torch._dynamo.reset()
+    compiled = [torch.compile(f, backend="aot_eager") for f in (mapped, pushed, graded)]
+    for f, c in zip((mapped, pushed, graded), compiled, strict=True):
+        torch.testing.assert_close(c(s if f is mapped else s[0]), f(s if f is mapped else s[0]))
+    leaf = s.clone().requires_grad_()
+    found, expected = (torch.autograd.grad(f(leaf), leaf)[0] for f in (compiled[0], mapped))
+    torch.testing.assert_close(found, expected)
+    assert (expected - 2 * s).abs().max() > 1e-3  # the loss's part
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "sample"}], ids=str)
+def test_a_derivative_of_the_backward_is_refused(options, impl, device):
+    x, y = make((2, 3, 3, 8), device).requires_grad_(), make((2, 3, 3, 8), device, seed=1)
+    loss = align_loss(x, y, impl=impl, **options)
+
+    def backward(u):
+        return torch.autograd.grad(loss, x, u, retain_graph=True)[0]
+
+    one = torch.ones_like(loss)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.func.jvp(backward, (one,), (one,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        backward(forward_ad.make_dual(one, one))
+
+
+def test_no_upstream_gradients_at_all(impl, device):
+    x, y = make((2, 3, 3, 8), device).requires_grad_(), make((2, 3, 3, 8), device, seed=1)
+    loss = align_loss(x, y, impl=impl, reduction="sample")
+    found = torch.func.vmap(lambda u: torch.autograd.grad(loss, x, u, retain_graph=True)[0])(make((0, 2), device))
+    assert found.shape == (0, 2, 3, 3, 8)
+
+
+def test_statistics_stay_constants_under_a_transform(device):
+    x, y, mean = make((2, 4, 8), device), make((2, 4, 8), device, seed=1), make((8,), device, seed=2).double()
+    plain = align_loss(x, y, target_mean=mean)
+    mapped = torch.func.vmap(lambda a, b: align_loss(a, b, target_mean=mean))(x[None], y[None])
+    assert mapped.dtype == plain.dtype == torch.float32
+    torch.testing.assert_close(mapped[0], plain)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(mean, torch.ones_like(mean))
+        assert forward_ad.unpack_dual(align_loss(x, y, target_mean=dual)).tangent is None
+
+
+def test_a_mean_with_a_negative_bit(impl, device):
+    x, y, mean = make((2, 4, 8), device), make((2, 4, 8), device, seed=1), make((8,), device, seed=2)
+    torch.testing.assert_close(
+        align_loss(x, y, target_mean=torch._neg_view(mean), impl=impl), align_loss(x, y, target_mean=-mean, impl=impl)
+    )
+
+
 def test_more_tokens_than_int32_counts_take_the_torch_path(device):
     pytest.importorskip("triton", reason="triton is not installed")
     most, more = (torch.zeros((1, 1, 1, 1), device=device).expand(n, 1, 1, 1) for n in (MAX_TOKENS, MAX_TOKENS + 1))
@@ -519,7 +582,9 @@ def test_any_shape_stride_and_dtype(grids, channels, batch, dtypes, layouts, res
         ({"cos_over": "image"}, ValueError, "cos_over: expected one of"),
         ({"reduction": "sum"}, ValueError, "reduction: expected one of"),
         ({"cos_over": "map", "reduction": "token"}, ValueError, "found \"token\""),
-        ({"beta": -1.0}, ValueError, "beta: expected 0 or a number from 1e-30 on, found -1.0"),
+        ({"beta": -1.0}, ValueError, "beta: expected 0 or a number from 1e-30 to 1e30, found -1.0"),
+        ({"beta": "a"}, TypeError, "beta: expected a number, found 'a'"),
+        ({"cos_weight": None}, TypeError, "cos_weight: expected a number, found None"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of"),
         ({"source": torch.zeros(2, 3, 4, 6).to(torch.float8_e4m3fn)}, TypeError, "source: .* of 16 bits or more"),
         ({"l1_weight": torch.ones(()).requires_grad_()}, TypeError, "l1_weight: expected a number, found a tensor"),

@@ -166,6 +166,10 @@ def test_under_a_transform(impl, device):
 
     plain = [x.clone().requires_grad_() for x in sides]
     expected = torch.autograd.grad(total(*plain), plain)
+    wide = [AlignTerm(torch.zeros(2, 8), torch.zeros(2, 8).double())] * 2  # which the kernels do not take
+    assert torch.func.vmap(lambda a: align_losses([t._replace(source=a) for t in wide], impl=impl))(
+        torch.zeros(3, 2, 8)
+    ).shape == (3, 2)
     for a, b in zip(torch.func.grad(total, argnums=(0, 1, 2, 3))(*sides), expected, strict=True):
         torch.testing.assert_close(a, b)
 
