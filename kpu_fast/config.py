@@ -36,6 +36,11 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+def _changed(model: BaseModel, *keys: str) -> list[str]:
+    """Those of `keys` that differ from their defaults; a config.resolved.json names them all."""
+    return [key for key in keys if getattr(model, key) != type(model).model_fields[key].default]
+
+
 class DataConfig(_Strict):
     """Images of one teacher: where from, how many at once, how large, how fitted."""
 
@@ -109,9 +114,9 @@ class AdapterConfig(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> AdapterConfig:
-        changed = {"heads", "points"} & self.model_fields_set
+        changed = _changed(self, "heads", "points")
         if self.cross_attention == "flash" and changed:
-            raise _impossible(f'{min(changed)}: belongs to cross_attention "deformable"; found "flash"')
+            raise _impossible(f'{changed[0]}: belongs to cross_attention "deformable"; found "flash"')
         return self
 
 
@@ -143,6 +148,15 @@ class ObjectiveConfig(_Strict):
     cos_weight: float = Field(default=0.9, ge=0.0)
     l1_weight: float = Field(default=0.1, ge=0.0)
     beta: float = Field(default=1.0, ge=0.0)
+    balance: Literal["equal", "famo", "teacher_drop"] = "equal"  # how much each teacher's loss counts
+    standardize: Literal["none", "meanstd", "phi_s"] = "none"  # teachers' features, before they are targets
+    standardize_batches: int = Field(default=50, ge=1)  # of each teacher, read before step 1 for the statistics
+
+    @model_validator(mode="after")
+    def _batches_need_statistics(self) -> ObjectiveConfig:
+        if self.standardize == "none" and _changed(self, "standardize_batches"):
+            raise _impossible('standardize_batches: belongs to standardize "meanstd" or "phi_s"; found "none"')
+        return self
 
     @model_validator(mode="after")
     def _rec_needs_t2s(self) -> ObjectiveConfig:
@@ -202,6 +216,11 @@ class Config(_Strict):
         if self.optimizer.warmup_steps > self.steps:
             raise _impossible(
                 f"optimizer.warmup_steps: found {self.optimizer.warmup_steps}, more than steps = {self.steps}"
+            )
+        if self.objective.balance != "equal" and len(self.teachers) == 1:
+            raise _impossible(
+                f'objective.balance: found "{self.objective.balance}" with one teacher; a balance needs two, '
+                'set it to "equal"'
             )
         _check_deepspeed(self)
         return self

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kpu_fast.config import ConfigError, load_config
+from kpu_fast.config import Config, ConfigError, load_config
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs").glob("*.json"))
@@ -32,6 +32,18 @@ def test_ablation_is_four_configs():
     assert {cfg.steps for cfg in (a, b, c, kpu)} == {40000}
 
 
+def test_ablation_of_balance_standardisation_and_teachers():
+    famo, drop, phi_s, clip, gdino, kpu = (
+        load_config(ROOT / "configs" / f"{n}.json")
+        for n in ("kpu_famo", "kpu_teacher_drop", "kpu_phi_s", "clip_only", "gdino_only", "h100_deformable")
+    )
+    assert [cfg.objective.balance for cfg in (kpu, famo, drop, phi_s)] == ["equal", "famo", "teacher_drop", "equal"]
+    assert [cfg.objective.standardize for cfg in (kpu, famo, drop, phi_s)] == ["none", "none", "none", "phi_s"]
+    assert (list(clip.teachers), list(gdino.teachers)) == (["clip"], ["gdino"])
+    for cfg in (famo, drop, phi_s, clip, gdino):
+        assert (cfg.student, cfg.optimizer, cfg.steps) == (kpu.student, kpu.optimizer, kpu.steps)
+
+
 def test_overrides_reach_nested_keys_and_wildcards():
     cfg = load_config(
         ROOT / "configs" / "demo.json",
@@ -54,6 +66,21 @@ def test_a_teacher_set_to_null_is_left_out():
     assert list(cfg.teachers) == ["clip"]
     with pytest.raises(ConfigError, match="teachers: found"):
         load_config(ROOT / "configs" / "demo.json", ["teachers.*=null"])
+
+
+@pytest.mark.parametrize("balance", ["famo", "teacher_drop"])
+def test_balance_needs_two_teachers(balance):
+    demo, balanced = ROOT / "configs" / "demo.json", f"objective.balance={balance}"
+    assert load_config(demo, [balanced, "teachers.dinov2=null"]).objective.balance == balance
+    with pytest.raises(ConfigError, match=f'objective.balance: found "{balance}" with one teacher'):
+        load_config(demo, [balanced, "teachers.dinov2=null", "teachers.gdino=null"])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_a_resolved_config_is_a_config(path):
+    """config.resolved.json names every default, also of keys that only go with others."""
+    cfg = load_config(path)
+    assert Config.model_validate_json(cfg.model_dump_json()) == cfg
 
 
 def test_deepspeed_block_goes_through_untouched():
@@ -98,6 +125,10 @@ MISTAKES = [
     ("student.adapter=null", "student.freeze_vit: true without an adapter"),
     ("student.adapter.points=3", 'student.adapter.points: belongs to cross_attention "deformable"'),
     ("objective.t2s=false", "objective.rec: reconstruction starts from the common space"),
+    ("objective.balance=fame", "objective.balance: found \"fame\" (a string); it should be 'equal', 'famo' or"),
+    ("objective.standardize=phi-s", "objective.standardize: found \"phi-s\" (a string); it should be 'none'"),
+    ("objective.standardize_batches=0", "objective.standardize_batches: found 0 (an integer); it should be greater"),
+    ("objective.standardize_batches=9", 'objective.standardize_batches: belongs to standardize "meanstd" or "phi_s"'),
     ("optimizer.warmup_steps=121", "optimizer.warmup_steps: found 121, more than steps = 120"),
     ("deepspeed.zero_optimization.stage=4", "deepspeed.zero_optimization: found"),
     ("deepspeed.optimizer.type=Adam", "deepspeed.optimizer: set it through optimizer"),

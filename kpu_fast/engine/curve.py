@@ -14,6 +14,7 @@ def save_curve(folder: Path, rows: list[dict]) -> Path:
     keys = [key for key in rows[-1] if "/" in key]
     terms = list(dict.fromkeys(key.rpartition("/")[2] for key in keys))
     titles = {"s2t": "s2t: in the teacher's space", "t2s": "t2s: in the common space", "rec": "rec: reconstruction"}
+    titles["share"] = "share: in the total"
     figure, axes = plt.subplots(1, len(terms), figsize=(4.2 * len(terms), 3.2), squeeze=False)
     for axis, term in zip(axes[0], terms, strict=True):
         for key in keys:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from kpu_fast.config import Config
 from kpu_fast.data.pipeline import Stream
@@ -21,9 +22,13 @@ from kpu_fast.engine.optimizer import build_optimizer, build_scheduler, restore_
 from kpu_fast.engine.result import write_result
 from kpu_fast.engine.run_folder import OutputError, claim_run_folder, record_run
 from kpu_fast.models.attention import BackendError, describe
+from kpu_fast.models.features import Features
 from kpu_fast.models.student import Student
 from kpu_fast.models.teachers import Teacher, build_teacher
+from kpu_fast.objectives.balance import FAMO, TeacherDrop, build_balance
 from kpu_fast.objectives.kpu import KPU
+
+CALIBRATION_SEED = 2**48  # added to a stream's seed: no run's stream has it, the statistics are of other crops
 
 
 class RunError(ValueError):
@@ -36,6 +41,7 @@ class Parts(NamedTuple):
     indexes: dict[str, Index]
     teachers: dict[str, Teacher]
     engine: Any  # deepspeed.DeepSpeedEngine around KPU
+    balance: TeacherDrop | FAMO | None  # None: equal teachers
 
 
 def train(cfg: Config, resume: str | None = None) -> None:
@@ -55,7 +61,9 @@ def train(cfg: Config, resume: str | None = None) -> None:
     parts = build(cfg, world)
     state = {"step": 0, "streams": {}}
     if checkpoint is not None:
-        state = _resume(cfg, world, parts.engine, checkpoints, checkpoint)
+        state = _resume(cfg, world, parts, checkpoints, checkpoint)
+    elif cfg.objective.standardize != "none":  # a checkpoint has the statistics
+        _calibrate(cfg, world, parts)
     with _together(world):
         streams = open_streams(cfg, parts.indexes, world, state["streams"])
         if world.rank == 0:
@@ -70,7 +78,7 @@ def train(cfg: Config, resume: str | None = None) -> None:
         raise (shared(named) if hasattr(error, "shared") else named) from error
     if finished:
         try:
-            write_result(cfg, folder, world, parts.engine.module.student, parts.teachers, parts.indexes)
+            write_result(cfg, folder, world, parts.engine.module, parts.teachers, parts.indexes)
         except OSError as error:
             raise OutputError(f"{folder}: the result cannot be written ({error}); go on with --resume auto") from error
     dist.barrier()
@@ -120,11 +128,27 @@ def build(cfg: Config, world: World) -> Parts:
     restore_settings(cfg.optimizer, scheduler)
     if engine.zero_optimization_stage() == 0:
         optimizer.state.clear()
-    return Parts(indexes, teachers, engine)
+    return Parts(indexes, teachers, engine, build_balance(cfg.objective.balance, len(teachers), world.device))
 
 
-def _resume(cfg: Config, world: World, engine, checkpoints: Checkpoints, checkpoint: Path) -> dict[str, Any]:
+def _calibrate(cfg: Config, world: World, parts: Parts) -> None:
+    """Statistics of the teachers' features for `objective.standardize`, from streams that the run does not read."""
+    count, standardize = cfg.objective.standardize_batches, parts.engine.module.standardize
+    with _together(world):  # nothing in here waits for another rank
+        streams = open_streams(cfg, parts.indexes, world, {}, seed=cfg.seed * len(cfg.teachers) + CALIBRATION_SEED)
+        seen = {}
+        for name, stream in streams.items():
+            batches = (_next_batch(name, stream) for _ in range(count))
+            batches = tqdm(batches, f"statistics of {name}", count, unit="batch", disable=world.rank != 0)
+            seen[name] = standardize[name].look((parts.teachers[name](b.images), b.valid) for b in batches)
+    with _together(world):
+        for name, statistics in seen.items():
+            standardize[name].fit(statistics)
+
+
+def _resume(cfg: Config, world: World, parts: Parts, checkpoints: Checkpoints, checkpoint: Path) -> dict[str, Any]:
     """Load a checkpoint; the config's settings hold, also where the checkpoint was written with others."""
+    engine = parts.engine
     try:
         state = checkpoints.load(engine, checkpoint)
     except CheckpointError as error:
@@ -135,6 +159,8 @@ def _resume(cfg: Config, world: World, engine, checkpoints: Checkpoints, checkpo
     if hasattr(engine.optimizer, "clip_grad"):  # ZeRO's optimisers take it from the checkpoint
         engine.optimizer.clip_grad = engine.gradient_clipping()
     _set_rng(state["rng"], world.device)
+    if isinstance(parts.balance, FAMO) and "famo" in state:
+        parts.balance.load_state_dict(state["famo"])
     return state
 
 
@@ -151,17 +177,34 @@ def _together(world: World) -> Iterator[None]:
         raise shared(RunError(problem))
 
 
-def forward(engine, teachers: dict[str, Teacher], batches: dict[str, Any]) -> dict[str, torch.Tensor]:
+def forward(engine, batches: dict[str, Any], targets: dict[str, Features]) -> dict[str, torch.Tensor]:
     """One forward per teacher over its own batch; the loss terms of all, as the objective returns them."""
     terms = {}
     for name, batch in batches.items():
-        terms |= engine(name, batch.images, teachers[name](batch.images), batch.valid)
+        terms |= engine(name, batch.images, targets[name], batch.valid)
     return terms
+
+
+def train_step(
+    parts: Parts, batches: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+    """Forwards, one backward, one step: (loss terms, total, the teachers' shares in it or None if all are equal)."""
+    engine, objective, balance = parts.engine, parts.engine.module, parts.balance
+    targets = {name: parts.teachers[name](batch.images) for name, batch in batches.items()}
+    terms = forward(engine, batches, targets)
+    shares = None if balance is None else balance.shares(objective.losses(terms))
+    total = objective.total(terms, shares)
+    engine.backward(total)
+    engine.step()
+    if isinstance(balance, FAMO):  # what has this step done to each teacher's loss on this batch?
+        with torch.no_grad():
+            balance.learn(objective.losses(forward(engine, batches, targets)))
+    return terms, total, shares
 
 
 def _run_steps(cfg, world, parts: Parts, streams: dict[str, Stream], checkpoints: Checkpoints, start: int) -> bool:
     """Steps start+1 ... cfg.steps; True if it got there, False if a signal ended it after a checkpoint."""
-    engine = parts.engine
+    engine, balance = parts.engine, parts.balance
     images = world.size * cfg.images_per_step()
     monitor = Monitor(checkpoints.folder.parent, world, start=start, steps=cfg.steps, images_per_step=images)
     with _stop_signals() as asked:
@@ -170,22 +213,23 @@ def _run_steps(cfg, world, parts: Parts, streams: dict[str, Stream], checkpoints
             for step in range(start + 1, cfg.steps + 1):
                 batches = {name: _next_batch(name, stream) for name, stream in streams.items()}
                 waited = time.perf_counter() - began
-                terms = forward(engine, parts.teachers, batches)
-                total = engine.module.total(terms)
                 lr = engine.get_lr()[0]
-                engine.backward(total)
-                engine.step()
+                terms, total, shares = train_step(parts, batches)
                 now = time.perf_counter()
                 facts = {"lr": lr, "step_seconds": now - began, "data_wait_percent": 100.0 * waited / (now - began)}
                 began = now
-                monitor.push(step, engine.module.unweighed(terms), total, bool(asked), facts)
+                named = {} if shares is None else dict(zip(batches, shares.unbind(), strict=True))
+                monitor.push(step, engine.module.unweighed(terms), total, named, bool(asked), facts)
                 if not engine.was_step_applied():  # DeepSpeed leaves out a step whose gradient is not finite
                     monitor.flush()  # which raises, with the terms, if it is a loss that is not
                     raise shared(Diverged(f"step {step}: a gradient is NaN or Inf, though every loss is finite"))
                 if step % cfg.checkpoint.every == 0 or step == cfg.steps or monitor.stop:
                     monitor.flush()
                     states = {name: stream.state() for name, stream in streams.items()}
-                    checkpoints.save(engine, step, {"streams": states, "rng": _get_rng(world.device)})
+                    rank_state = {"streams": states, "rng": _get_rng(world.device)}
+                    if isinstance(balance, FAMO):
+                        rank_state["famo"] = balance.state_dict()
+                    checkpoints.save(engine, step, rank_state)
                     began = time.perf_counter()  # a checkpoint is no part of the next step
                 if monitor.stop and step < cfg.steps:
                     monitor.say(f"stopped after step {step}; go on with --resume auto")
@@ -202,13 +246,19 @@ def _next_batch(name: str, stream: Stream):
         raise RunError(f"teachers.{name}.data: {error}") from error
 
 
-def open_streams(cfg: Config, indexes: dict[str, Index], world: World, states: dict[str, Any]) -> dict[str, Stream]:
-    """One stream per teacher; `states` are what the streams of an earlier run returned from state()."""
+def open_streams(
+    cfg: Config, indexes: dict[str, Index], world: World, states: dict[str, Any], seed: int | None = None
+) -> dict[str, Stream]:
+    """One stream per teacher; `states` are what the streams of an earlier run returned from state().
+
+    seed: of the first stream, the others count on from it; None: from cfg.seed.
+    """
     place = {"rank": world.rank, "world_size": world.size, "device": world.device}
+    first = cfg.seed * len(cfg.teachers) if seed is None else seed
     streams = {}
     for i, (name, teacher) in enumerate(cfg.teachers.items()):
-        seed = cfg.seed * len(cfg.teachers) + i  # teachers on the same source see it in different orders
-        streams[name] = Stream(teacher.data, indexes[name], seed=seed, state=states.get(name), **place)
+        # Teachers on the same source see it in different orders.
+        streams[name] = Stream(teacher.data, indexes[name], seed=first + i, state=states.get(name), **place)
     return streams
 
 

@@ -31,7 +31,8 @@ class Diverged(RuntimeError):
 class _Pending(NamedTuple):
     step: int
     terms: list[str]
-    host: Tensor  # (terms + 2,) loss terms, total, ranks that want to stop
+    shares: list[str]  # teachers with a share in the total; none where all count the same
+    host: Tensor  # (terms + shares + 2,) loss terms, shares, total, ranks that want to stop
     copied: torch.cuda.Event | None
     facts: dict[str, float]  # what the host knew at once: lr, times
 
@@ -58,15 +59,21 @@ class Monitor:
             )
 
     def push(
-        self, step: int, terms: dict[str, Tensor], total: Tensor, want_stop: bool, facts: dict[str, float]
+        self,
+        step: int,
+        terms: dict[str, Tensor],
+        total: Tensor,
+        shares: dict[str, Tensor],
+        want_stop: bool,
+        facts: dict[str, float],
     ) -> None:
-        """Hand in a step's losses (device scalars) and report the step before. Raises Diverged."""
-        vector = torch.stack([*(t.detach().float() for t in terms.values()), total.detach().float()])
+        """Hand in a step's losses and teachers' shares (device scalars), report the step before. Raises Diverged."""
+        vector = torch.stack([t.detach().float() for t in (*terms.values(), *shares.values(), total)])
         vector = torch.cat([vector / self.world.size, vector.new_full((1,), float(want_stop))])
         dist.all_reduce(vector)
         host, copied = _to_host(vector)
         self.flush()
-        self._pending = _Pending(step, list(terms), host, copied, facts)
+        self._pending = _Pending(step, list(terms), list(shares), host, copied, facts)
         if copied is None:
             self.flush()
 
@@ -77,33 +84,38 @@ class Monitor:
             return
         if pending.copied is not None:
             pending.copied.synchronize()
-        *losses, total, stop = pending.host.tolist()
+        *values, total, stop = pending.host.tolist()
         self.stop = self.stop or stop > 0
+        losses, shares = values[: len(pending.terms)], values[len(pending.terms) :]
         row = dict(zip(pending.terms, losses, strict=True)) | {"loss": total}
         bad = [f"{name} = {value}" for name, value in row.items() if not math.isfinite(value)]
         if bad:
             # `loss` only repeats what the terms say, unless they are finite and their sum is not.
             raise shared(Diverged(f"step {pending.step}: {', '.join(bad[:-1] or bad)}"))
-        self._report(pending.step, row, pending.facts)
+        self._report(pending.step, row, dict(zip(pending.shares, shares, strict=True)), pending.facts)
 
-    def _report(self, step: int, row: dict[str, float], facts: dict[str, float]) -> None:
+    def _report(self, step: int, row: dict[str, float], shares: dict[str, float], facts: dict[str, float]) -> None:
         if self._file is None:
             return
         seconds = facts["step_seconds"]
-        record: dict[str, Any] = {"step": step} | row | facts
+        record: dict[str, Any] = {"step": step} | row
+        record |= {f"{name}/share": value for name, value in shares.items()} | facts
         record |= {"images_per_second": self.images_per_step / seconds, "time": time.time()}
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
             for key, value in row.items():
                 self._board.add_scalar(f"loss/{key}", value, step)
+            for name, value in shares.items():
+                self._board.add_scalar(f"share/{name}", value, step)
             for key in ("lr", "images_per_second", "data_wait_percent"):
                 self._board.add_scalar(f"run/{key}", record[key], step)
         except OSError as error:
             raise OutputError(f"{self._file.name} or tensorboard/ cannot be written ({error.strerror})") from error
         teachers = {key.partition("/")[0] for key in row if "/" in key}
         per_teacher = {t: sum(v for k, v in row.items() if k.startswith(f"{t}/")) for t in sorted(teachers)}
-        shown = [f"{name} {value:.3f}" for name, value in per_teacher.items()]
+        percent = {name: f" ({value:.0%})" for name, value in shares.items()}
+        shown = [f"{name} {value:.3f}{percent.get(name, '')}" for name, value in per_teacher.items()]
         shown += [f"{record['images_per_second']:.1f} img/s", f"data {facts['data_wait_percent']:.0f}%"]
         self._bar.set_postfix_str(", ".join(shown), refresh=False)
         self._bar.update(step - self._bar.n)

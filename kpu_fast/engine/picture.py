@@ -83,8 +83,8 @@ def _check(panel: Panel) -> None:
 
 def _draw(block, panel: Panel, boxes: list, ratios: list[float]) -> None:
     teacher, projected, student = (_array(m) for m in (panel.teacher, panel.projected, panel.student))
-    in_space = _fit_colours(teacher[_cells(panel, teacher)])
-    own = _fit_colours(student[_cells(panel, student)])
+    in_space = fit_colours(teacher[_cells(panel, teacher)])
+    own = fit_colours(student[_cells(panel, student)])
     columns = {
         "image": _array(panel.images).clip(0, 1).transpose(0, 2, 3, 1),
         f"teacher, {_size(teacher)}": in_space(teacher),
@@ -131,7 +131,7 @@ def _cells(panel: Panel, maps: np.ndarray) -> np.ndarray:
     return usable
 
 
-def _fit_colours(tokens: np.ndarray):
+def fit_colours(tokens: np.ndarray):
     """A function (…, C) → RGB (…, 3): the principal components of tokens (N, C), 1st to 99th percentile → [0, 1]."""
     from sklearn.decomposition import PCA
 

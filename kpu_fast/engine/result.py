@@ -13,20 +13,23 @@ from kpu_fast.engine.distributed import World
 from kpu_fast.engine.monitor import read_metrics
 from kpu_fast.engine.picture import Panel, save_feature_picture
 from kpu_fast.models.features import Features
+from kpu_fast.models.hf_files import front_matter
 from kpu_fast.models.student import Student
+from kpu_fast.objectives.kpu import KPU
 
 PICTURED = 3  # images per teacher in features.png
 
 
-def write_result(cfg: Config, folder: Path, world: World, student: Student, teachers: dict, indexes: dict) -> None:
+def write_result(cfg: Config, folder: Path, world: World, objective: KPU, teachers: dict, indexes: dict) -> None:
     """Write student/, features.png and losses.png into the run's folder, print where they are; all ranks call it."""
     from deepspeed import zero
 
     rows = read_metrics(folder) if world.rank == 0 else []
     # ZeRO 3 holds a share of each parameter on every rank; elsewhere this gathers nothing.
-    with zero.GatheredParameters(list(student.parameters())):
+    with zero.GatheredParameters(list(objective.student.parameters())):
         if world.rank == 0:
-            student.save_pretrained(folder / "student", card=_card(cfg, rows))
+            with objective.in_own_spaces() as student:
+                student.save_pretrained(folder / "student", card=_card(cfg, rows))
     if world.rank != 0:
         return
     # From the export, not from memory: what is pictured is what the user gets.
@@ -61,15 +64,18 @@ def _panel(cfg: Config, name: str, teacher, student: Student, index: Any, device
 
 def _card(cfg: Config, rows: list[dict]) -> str:
     first, last = (rows[0], rows[-1]) if rows else ({}, {})
-    terms = [key for key in last if "/" in key and key in first]
+    terms = [key for key in last if "/" in key and not key.endswith("/share") and key in first]
     losses = "\n".join(f"| {key} | {first[key]:.4f} | {last[key]:.4f} |" for key in terms)
     adapter = cfg.student.adapter.cross_attention if cfg.student.adapter else "none, the whole ViT is trained"
     teachers = "\n".join(f"- {name}: {t.kind}, weights `{t.weights}`" for name, t in cfg.teachers.items())
-    return f"""# {cfg.name}
+    vit = cfg.student.vit.weights
+    on_hub = vit != "random" and not Path(vit).expanduser().is_dir()
+    return f"""{front_matter(vit if on_hub else None)}
+# {cfg.name}
 
 A vision student trained with kpu_fast by KPU (arXiv 2508.14707).
 
-- ViT: weights `{cfg.student.vit.weights}`, {"frozen" if cfg.student.freeze_vit else "trained"}; adapter: {adapter}
+- ViT: weights `{vit}`, {"frozen" if cfg.student.freeze_vit else "trained"}; adapter: {adapter}
 - {cfg.steps} steps, {cfg.precision}, seed {cfg.seed}
 {teachers}
 
@@ -80,6 +86,8 @@ student = Student.from_pretrained("path/to/this/folder")
 features = student(images)                     # (B, 3, H, W) in [0, 1], H and W multiples of 32
 features = student.project(features, "{next(iter(cfg.teachers))}")  # in that teacher's space
 ```
+
+or, beside kpu_fast, `transformers.AutoModel.from_pretrained("path/to/this/folder", trust_remote_code=True)`.
 
 | loss term | first step | last step |
 |---|---|---|

@@ -8,25 +8,31 @@
 
 X = {x, V} is the student, X_t a teacher. Each h resizes bilinearly to the grid where the comparison happens and then
 runs one MLP per map and one for x. A teacher without x has no l1 term; several maps of one teacher are averaged.
+
+With `objective.standardize`, X_t stands for the teacher's standardised features everywhere above (standardize.py); with
+`objective.balance`, 1/T gives way to shares that change from step to step (balance.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kpu_fast.kernels import AlignTerm, align_losses
 from kpu_fast.models.features import Features, FeatureSpec
 from kpu_fast.models.projector import FeatureHeads
 from kpu_fast.models.student import Student
+from kpu_fast.objectives.cells import grid, valid_cells
+from kpu_fast.objectives.standardize import FeatureStandardizer
 
 
 class KPU(nn.Module):
     """Everything trainable: the student with its heads h_s2t, and the heads h_t2s and h_rec.
 
     student: its `heads` name the teachers; the maps that none of them reads are dropped. specs: what each teacher's
-    features look like. cfg: `Config.objective`.
+    features look like. cfg: `Config.objective`. Raises ValueError, naming the teacher, for features that
+    `objective.standardize` cannot handle.
     """
 
     def __init__(self, student: Student, specs: Mapping[str, FeatureSpec], cfg):
@@ -43,6 +49,10 @@ class KPU(nn.Module):
             self.h_t2s.update({name: FeatureHeads(specs[name], common[name], hidden) for name in specs})
         if cfg.rec:
             self.h_rec.update({name: FeatureHeads(common[name], specs[name], hidden) for name in specs})
+        self.standardize = nn.ModuleDict()
+        if cfg.standardize != "none":
+            kind = cfg.standardize
+            self.standardize.update({name: FeatureStandardizer(name, specs[name], kind) for name in specs})
 
     def forward(self, name: str, images: Tensor, target: Features, valid: Tensor | None = None) -> dict[str, Tensor]:
         """What one teacher adds to L_KPU: {"<name>/s2t", "<name>/t2s", "<name>/rec"}, fp32 scalars.
@@ -51,16 +61,18 @@ class KPU(nn.Module):
         valid: (B, H, W) bool, False where the image is padding; None: all of it counts.
         The terms carry their weights, 1/T and lambda: `total` sums them, `unweighed` gives the bare L_align.
         """
+        if name in self.standardize:
+            target = self.standardize[name](target)
         features = self.student(images)
-        teacher_grid = [_grid(v) for v in target.maps]
-        on_teacher_grid = [valid_cells(valid, grid) for grid in teacher_grid]
+        teacher_grid = [grid(v) for v in target.maps]
+        on_teacher_grid = [valid_cells(valid, size) for size in teacher_grid]
         ours = self.student.project(features, name, teacher_grid)
         terms = {"s2t": self._terms(ours, target, on_teacher_grid, self.weights["s2t"])}
         if self.cfg.t2s:
             ours = Features(features.x, tuple(features.maps[level] for level in self.levels[name]))
-            own_grid = [_grid(v) for v in ours.maps]
+            own_grid = [grid(v) for v in ours.maps]
             unified = self.h_t2s[name](target, own_grid)
-            on_own_grid = [valid_cells(valid, grid) for grid in own_grid]
+            on_own_grid = [valid_cells(valid, size) for size in own_grid]
             terms["t2s"] = self._terms(ours, unified, on_own_grid, self.weights["t2s"])
             if self.cfg.rec:
                 back = self.h_rec[name](unified, teacher_grid)
@@ -69,13 +81,42 @@ class KPU(nn.Module):
         sums = losses.view(len(terms), -1).sum(1)  # s2t, t2s and rec compare the same maps, and x or not
         return {f"{name}/{term}": value for term, value in zip(terms, sums.unbind(), strict=True)}
 
-    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """L_KPU: the sum of all teachers' terms."""
-        return torch.stack(list(terms.values())).sum()
+    def total(self, terms: Mapping[str, Tensor], shares: Tensor | None = None) -> Tensor:
+        """L_KPU: the sum of all teachers' terms; with shares (T,), those take the place of 1/T each."""
+        if shares is None:
+            return torch.stack(list(terms.values())).sum()
+        return (shares * self.losses(terms)).sum()
+
+    def losses(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """(T,) L_t2s + L_s2t + lambda L_rec of each teacher alone, without the 1/T."""
+        sums = [sum(v for key, v in terms.items() if key.rpartition("/")[0] == name) for name in self.levels]
+        return len(sums) * torch.stack(sums)
 
     def unweighed(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same terms as L_align of eq. 1, without their weights in L_KPU and without gradient."""
         return {key: value.detach() / self.weights[key.rpartition("/")[2]] for key, value in terms.items()}
+
+    @contextmanager
+    def in_own_spaces(self) -> Iterator[Student]:
+        """The student as others use it: within, `project` ends in each teacher's own space, not the standardised one.
+
+        The way back is one more Linear, so it goes into the weights of each head's last; leaving restores them exactly.
+        Under ZeRO 3 enter with the student's parameters gathered.
+        """
+        kept = []
+        try:
+            with torch.no_grad():
+                for name, standardizer in self.standardize.items():
+                    for last, (weight, bias) in standardizer.undone(self.student.heads[name]).items():
+                        kept.append((last, last.weight.clone(), last.bias.clone()))
+                        last.weight.copy_(weight)
+                        last.bias.copy_(bias)
+            yield self.student
+        finally:
+            with torch.no_grad():
+                for last, weight, bias in kept:
+                    last.weight.copy_(weight)
+                    last.bias.copy_(bias)
 
     def _terms(
         self, source: Features, target: Features, valid: Sequence[Tensor | None], weight: float
@@ -93,17 +134,6 @@ class KPU(nn.Module):
         if source.x is not None and target.x is not None:
             terms.append(AlignTerm(source.x, target.x, weight * cfg.x_weight, 0.0))
         return terms
-
-
-def valid_cells(valid: Tensor | None, grid: tuple[int, int]) -> Tensor | None:
-    """(B, H, W) pixel mask to (B, h, w): a cell counts if the pixel at its centre does."""
-    if valid is None:
-        return None
-    return F.interpolate(valid[:, None].to(torch.uint8), size=grid, mode="nearest-exact")[:, 0].bool()
-
-
-def _grid(v: Tensor) -> tuple[int, int]:
-    return v.shape[1], v.shape[2]
 
 
 def _common_spec(student: Student, spec: FeatureSpec, levels: Sequence[int]) -> FeatureSpec:

@@ -45,7 +45,7 @@ def test_colours_are_the_principal_components(tokens, channels):
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([9.0, 5.0, 3.0] + [0.1] * (channels - 3))
     x = torch.randn(tokens, channels, generator=generator) * scales + 4.0
-    rgb = torch.from_numpy(picture._fit_colours(x.numpy())(x.numpy()))
+    rgb = torch.from_numpy(picture.fit_colours(x.numpy())(x.numpy()))
     u, s, _ = torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False)
     for i in range(3):
         inner = (rgb[:, i] > 0) & (rgb[:, i] < 1)
@@ -57,7 +57,7 @@ def test_colours_are_the_principal_components(tokens, channels):
 def test_the_same_feature_has_the_same_colour_on_both_sides(tmp_path):
     """A student that equals its teacher, mirrored: its picture is the mirrored picture, whatever its grid."""
     teacher = maps(1, 6, 8, 12).numpy()
-    colour = picture._fit_colours(teacher.reshape(-1, 12))
+    colour = picture.fit_colours(teacher.reshape(-1, 12))
     assert np.allclose(colour(teacher)[:, ::-1], colour(teacher[:, ::-1]))
     assert np.allclose(colour(teacher)[:, :2, :3], colour(teacher[:, :2, :3]))
     assert not np.allclose(colour(teacher), colour(2 * teacher), atol=0.1)  # one scale: a wrong size shows
@@ -85,7 +85,7 @@ def test_padding_is_cut_off_and_not_looked_at(tmp_path):
 
 
 def test_cells_are_enlarged_without_blending(tmp_path):
-    colours = picture._fit_colours(maps(4, 12).numpy())(maps(1, 2, 2, 12).numpy())
+    colours = picture.fit_colours(maps(4, 12).numpy())(maps(1, 2, 2, 12).numpy())
     flat = panel(n=1, size=(64, 64), images=torch.ones(1, 3, 64, 64), teacher=maps(1, 2, 2, 12))
     flat = flat._replace(projected=torch.zeros(1, 2, 2, 12), student=torch.zeros(1, 2, 2, 20))
     save_feature_picture(tmp_path / "cells.png", [flat])

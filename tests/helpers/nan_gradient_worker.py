@@ -15,9 +15,9 @@ def main(config: str, output: str) -> None:
     """Train and print what stopped it."""
     total, calls = KPU.total, []
 
-    def poisoned(self, terms):
+    def poisoned(self, *args):
         calls.append(1)
-        loss = total(self, terms)
+        loss = total(self, *args)
         if len(calls) == 3:
             loss.register_hook(lambda gradient: gradient * float("nan"))
         return loss

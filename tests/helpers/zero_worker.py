@@ -31,7 +31,7 @@ def main(config: str, stage: str, out: str, *switches: str) -> None:
     import deepspeed
 
     from kpu_fast.engine.distributed import init_distributed
-    from kpu_fast.engine.loop import build, forward
+    from kpu_fast.engine.loop import build, train_step
 
     zero: dict = {"stage": int(stage)}
     if zero["stage"] == 3:  # or parameters as small as these would never leave a rank
@@ -41,8 +41,7 @@ def main(config: str, stage: str, out: str, *switches: str) -> None:
     parts = build(cfg, world)
     for step in range(STEPS):
         batches = fixed_batches(cfg, step, world.size, world.rank)
-        parts.engine.backward(parts.engine.module.total(forward(parts.engine, parts.teachers, batches)))
-        parts.engine.step()
+        train_step(parts, batches)
     module = parts.engine.module
     if zero["stage"] == 3:
         assert all(p.numel() == 0 for p in module.parameters()), "ZeRO 3 shares no parameter: this would test nothing"

@@ -3,7 +3,7 @@ import torch
 from kpu_fast.kernels import align_loss
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from kpu_fast.objectives.balance import teacher_drop
+from kpu_fast.objectives.balance import FAMO, TeacherDrop, build_balance, teacher_drop
 
 torch.set_num_threads(1)
 
@@ -114,3 +114,127 @@ def test_fullgraph_compile():
 def test_bad_input_is_named(losses, p, message):
     with pytest.raises(ValueError, match=message):
         teacher_drop(losses, p=p)
+
+
+# -- FAMO and TeacherDrop where each teacher has a batch of its own --------------------------------------------------
+
+
+CENTRES = torch.tensor([[1.0, -2.0, 0.5], [-1.0, 0.3, 2.0], [4.0, 1.0, 1.0]], dtype=torch.float64)
+SCALES = torch.tensor([1.0, 10.0, 0.1], dtype=torch.float64)
+
+
+def toy_losses(theta):
+    """Three teachers that pull to three places with very different forces."""
+    return SCALES * ((theta - CENTRES) ** 2).sum(1) + 0.05
+
+
+def famo_as_published(theta, steps, lr):
+    """The update rules one by one: log losses, autograd through the softmax, Adam with L2 decay written out."""
+    w, m, v = (torch.zeros(3, dtype=torch.float64) for _ in range(3))
+    weights = []
+    for step in range(1, steps + 1):
+        theta.requires_grad_()
+        z = torch.softmax(w, 0)
+        distance = toy_losses(theta) - 0.0 + 1e-8
+        c = (z / distance).sum().detach()
+        (gradient,) = torch.autograd.grad((z * distance.log() / c).sum(), theta)
+        theta = (theta - lr * gradient).detach()
+        delta = (distance.log() - (toy_losses(theta) + 1e-8).log()).detach()
+        jacobian = torch.autograd.functional.jacobian(lambda u: torch.softmax(u, 0), w)
+        g = jacobian.T @ delta + 0.01 * w
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        w = w - 0.025 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+        weights.append(w)
+    return theta, torch.stack(weights)
+
+
+def famo_of_ours(theta, famo, steps, lr):
+    weights = []
+    for _ in range(steps):
+        theta.requires_grad_()
+        losses = toy_losses(theta)
+        (gradient,) = torch.autograd.grad((famo.shares(losses) * losses).sum(), theta)
+        theta = (theta - lr * gradient).detach()
+        famo.learn(toy_losses(theta))
+        weights.append(famo.w.detach().clone())
+    return theta, torch.stack(weights)
+
+
+def test_famo_equals_its_rules_written_out():
+    start = torch.tensor([0.2, 0.1, -0.4], dtype=torch.float64)
+    expected_theta, expected_w = famo_as_published(start.clone(), 20, lr=0.05)
+    theta, w = famo_of_ours(start.clone(), FAMO(3, "cpu"), 20, lr=0.05)
+    torch.testing.assert_close(theta, expected_theta, rtol=1e-12, atol=0)
+    torch.testing.assert_close(w, expected_w, rtol=1e-9, atol=1e-12)
+    assert w[-1].abs().max() > 0.1  # the weights have moved: the equality says something
+
+
+def test_famo_goes_on_exactly_from_its_state(tmp_path):
+    start = torch.tensor([0.2, 0.1, -0.4], dtype=torch.float64)
+    whole, w = famo_of_ours(start.clone(), FAMO(3, "cpu"), 20, lr=0.05)
+    first = FAMO(3, "cpu")
+    half, _ = famo_of_ours(start.clone(), first, 9, lr=0.05)
+    torch.save(first.state_dict(), tmp_path / "famo.pt")
+    second = FAMO(3, "cpu")
+    second.load_state_dict(torch.load(tmp_path / "famo.pt", weights_only=True))
+    end, rest = famo_of_ours(half, second, 11, lr=0.05)
+    assert torch.equal(end, whole)
+    assert torch.equal(rest, w[9:])
+
+
+def test_famo_gives_less_to_the_teacher_that_gained_most():
+    famo, before = FAMO(3, "cpu"), torch.tensor([2.0, 2.0, 2.0])
+    torch.testing.assert_close(famo.shares(before), torch.full((3,), 1 / 3))
+    famo.learn(torch.tensor([1.0, 2.0, 2.1]))
+    shares = famo.shares(before)
+    assert shares[0] < shares[1:].min()
+    assert shares.sum() == pytest.approx(1.0)
+    assert not shares.requires_grad
+    large = famo.shares(torch.tensor([2.0, 2.0, 200.0]))
+    assert large[2] < 0.02  # what counts is the relative change: a large loss weighs less
+
+
+def test_teacher_drop_of_one_column_on_average():
+    """The furthest teacher is kept; of two, the other half of the time: 1/2 * 1 + 1/2 * 1/2 of the total."""
+    torch.manual_seed(0)
+    drop, losses = TeacherDrop(), torch.tensor([0.3, 0.9])
+    shares = torch.stack([drop.shares(losses) for _ in range(4000)])
+    assert set(map(tuple, shares.tolist())) == {(0.0, 1.0), (0.5, 0.5)}
+    assert shares.mean(0).tolist() == pytest.approx([0.25, 0.75], abs=0.02)  # five standard deviations
+
+
+def test_teacher_drop_follows_the_seed_alone():
+    drop, losses = TeacherDrop(), torch.tensor([0.3, 0.9, 0.5])
+
+    def draws():
+        return torch.stack([drop.shares(losses) for _ in range(50)])
+
+    torch.manual_seed(5)
+    first, state, rest = draws(), torch.get_rng_state(), draws()
+    torch.set_rng_state(state)
+    assert torch.equal(draws(), rest)
+    torch.manual_seed(5)
+    assert torch.equal(draws(), first)
+    assert not torch.equal(first, rest)
+
+
+@pytest.mark.parametrize("balance", [FAMO(3, "cpu"), TeacherDrop()], ids=lambda b: type(b).__name__)
+def test_shares_need_no_host(balance):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert balance.shares(torch.rand(3)).shape == (3,)
+    if torch.cuda.is_available():
+        balance = FAMO(3, "cuda") if isinstance(balance, FAMO) else balance
+        losses = torch.rand(3, device="cuda") + 0.1
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            balance.shares(losses)
+            if isinstance(balance, FAMO):
+                balance.learn(losses)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_config_names():
+    assert build_balance("equal", 2, "cpu") is None
+    assert isinstance(build_balance("teacher_drop", 2, "cpu"), TeacherDrop)
+    assert build_balance("famo", 2, "cpu").w.shape == (2,)

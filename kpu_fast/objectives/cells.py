@@ -1,0 +1,17 @@
+"""Grids of feature maps, and which of their cells padding leaves to count."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def grid(v: Tensor) -> tuple[int, int]:
+    """(H, W) of a map (B, H, W, C)."""
+    return v.shape[1], v.shape[2]
+
+
+def valid_cells(valid: Tensor | None, size: tuple[int, int]) -> Tensor | None:
+    """(B, H, W) pixel mask to (B, h, w): a cell counts if the pixel at its centre does."""
+    if valid is None:
+        return None
+    return F.interpolate(valid[:, None].to(torch.uint8), size=size, mode="nearest-exact")[:, 0].bool()
