@@ -11,6 +11,8 @@ PACKAGES = [
     "kpu_fast.objectives",
     "kpu_fast.data",
     "kpu_fast.engine",
+    "kpu_fast.evaluate",
+    "kpu_fast.zoo",
 ]
 
 TRAIN = [
@@ -23,6 +25,8 @@ TRAIN = [
     "tensorboard",
     "pillow",
     "scikit-learn",
+    "torchmetrics",
+    "pycocotools",
     "matplotlib",
 ]
 

@@ -140,7 +140,7 @@ def build_teacher(name: str, cfg, *, device, dtype: torch.dtype, image_size: tup
     else:
         folder = find_folder(f"teachers.{name}.weights", cfg.weights)
         net = _load_net(name, cfg, folder, dtype)
-        mean, std = _read_mean_std(name, cfg.kind, folder)
+        mean, std = read_mean_std(f"teachers.{name}.weights", cfg.kind, folder)
     return Teacher(name, cfg.kind, net.to(device=device, dtype=dtype), mean, std, image_size)
 
 
@@ -266,9 +266,11 @@ def _load_net(name: str, cfg, folder: Path, dtype: torch.dtype) -> nn.Module:
     return load_net(key, hf.Dinov2Model if model_type == "dinov2" else hf.Dinov2WithRegistersModel, folder, dtype=dtype)
 
 
-def _read_mean_std(name: str, kind: str, folder: Path) -> tuple:
-    """Mean and std for images in [0, 1] from the folder's image processor, else CLIP's or ImageNet's."""
-    key = f"teachers.{name}.weights"
+def read_mean_std(key: str, kind: str, folder: Path) -> tuple:
+    """Mean and std for images in [0, 1] from the folder's image processor, else CLIP's or ImageNet's.
+
+    key: what error messages begin with. Raises WeightsError for numbers that cannot be used.
+    """
     for file in ("preprocessor_config.json", "processor_config.json"):
         if not (folder / file).is_file():
             continue

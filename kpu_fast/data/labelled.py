@@ -1,0 +1,269 @@
+"""Images with a class each: for training the zoo and for evaluation. (Training a student needs no classes.)"""
+
+import io
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kpu_fast.data.sources import IMAGE_SUFFIXES, SourceError, is_shard, list_files, shard_candidates
+
+_CIFAR_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+_CIFAR_META = "batches.meta"
+_CIFAR_BYTES = 3 * 32 * 32
+
+
+class LabelledImages(Dataset):
+    """The images of `source` as (uint8 array (H, W, 3), class number) pairs, in a fixed order.
+
+    source is one of
+      - a folder of class folders, `source/CLASS/**/image.jpg`: classes are numbered in the order of their names;
+      - WebDataset shards (one .tar, a glob, or a range such as `train-{000..009}.tar`) of images and .cls files with a
+        number each; a `classes.txt` beside the first shard, one name per line, names the classes;
+      - CIFAR-10 as published: `cifar-10-python.tar.gz`, or the folder it unpacks to. That is its training images; with
+        `:test` after the path, its test images.
+    `package:NAME/path` finds a folder or shards in an installed package.
+
+    classes: the names by number, or None where a source has none. labels: every class number, in order.
+    Raises SourceError, a ValueError that names the file, where there is nothing to read or an image has no class; and
+    from [i] where an image does not decode.
+    """
+
+    def __init__(self, source: str | Path):
+        self.source = os.fspath(source)
+        self.classes: tuple[str, ...] | None = None
+        self.labels: list[int] = []
+        self._pixels: np.ndarray | None = None  # CIFAR's own archive is not a file per image
+        self._files: list[tuple[str, int, int, str]] = []  # path, first byte, length (-1: to the end), name for people
+        path, split = _split_of(self.source)
+        if _is_cifar(path):
+            self._pixels, self.labels, self.classes = _read_cifar(path, split or "train")
+        elif split:
+            raise SourceError(f"source {self.source!r}: only CIFAR-10's own archive or folder has a {split!r} part")
+        elif path.endswith((".tar.gz", ".tgz")):
+            raise SourceError(f"source {path!r}: only CIFAR-10's archive is read compressed; unpack this one")
+        else:
+            self._index(path)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        label = self.labels[i]
+        if self._pixels is not None:
+            return self._pixels[i], label
+        path, first, length, name = self._files[i]
+        try:
+            with open(path, "rb") as file:
+                file.seek(first)
+                return np.asarray(Image.open(io.BytesIO(file.read(length))).convert("RGB")), label
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise SourceError(f"{name}: not an image that can be read ({error})") from error
+
+    def encoded(self, i: int) -> tuple[bytes, str]:
+        """Image i as it lies in its file and the file's suffix (".jpg"); a PNG where it has no file of its own."""
+        if self._pixels is not None:
+            buffer = io.BytesIO()
+            Image.fromarray(self._pixels[i]).save(buffer, "PNG")
+            return buffer.getvalue(), ".png"
+        path, first, length, name = self._files[i]
+        with open(path, "rb") as file:
+            file.seek(first)
+            return file.read(length), os.path.splitext(name)[1].lower()
+
+    def _index(self, source: str) -> None:
+        files = list_files(source)
+        shards = [file for file in files if is_shard(file.path)]
+        if not shards:
+            root = _folder_of(source, files)
+            self.classes = _class_folders(root)
+            for file in files:
+                parts = Path(file.path).relative_to(root).parts
+                if len(parts) < 2:
+                    raise SourceError(f"{file.path}: is in no class folder; expected {root}/CLASS/{parts[0]}")
+                self._files.append((file.path, 0, -1, file.path))
+                self.labels.append(self.classes.index(parts[0]))
+            return
+        if len(shards) < len(files):
+            other = next(file.path for file in files if not is_shard(file.path))
+            raise SourceError(f"{other}: neither shards alone nor class folders alone; give one kind")
+        names = Path(shards[0].path).with_name("classes.txt")
+        if names.is_file():
+            self.classes = read_class_names(names)
+        for number, file in enumerate(shards):
+            candidates, _, problem = shard_candidates(number, file)
+            if problem:
+                raise SourceError(f"{file.path}: {problem}")
+            if not candidates:
+                raise SourceError(f"{file.path}: holds no image; expected {' '.join(sorted(IMAGE_SUFFIXES)[:4])} …")
+            labels = _shard_labels(file.path)
+            for image in candidates:
+                member = image.name.split("::", 1)[1]
+                label = labels.get(_sample(member))
+                if label is None:
+                    raise SourceError(f"{image.name}: has no .cls beside it, so no class")
+                if self.classes and label >= len(self.classes):
+                    raise SourceError(f"{image.name}: is of class {label}, but {names} names {len(self.classes)}")
+                self._files.append((file.path, image.offset, image.length, image.name))
+                self.labels.append(label)
+
+
+def to_batch(images: list[np.ndarray] | Tensor, size: int) -> Tensor:
+    """uint8 images (H, W, 3) of any sizes, or a tensor (B, H, W, 3) → float32 (B, 3, size, size) in [0, 1].
+
+    Of an image that is not square the largest centred square is taken. The resize is bicubic and antialiased; what it
+    overshoots is clipped.
+    """
+    if not len(images):
+        raise ValueError("to_batch: no images")
+    if isinstance(images, Tensor):
+        return _resize(images, size)
+    if len({image.shape for image in images}) == 1:
+        return _resize(torch.from_numpy(np.stack(images)), size)
+    return torch.cat([_resize(torch.from_numpy(image[None].copy()), size) for image in images])
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    height, width = images.shape[1:3]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    pixels = images[:, top : top + side, left : left + side].permute(0, 3, 1, 2).float() / 255
+    if side != size:
+        pixels = F.interpolate(pixels, (size, size), mode="bicubic", align_corners=False, antialias=True)
+    return pixels.clamp_(0, 1).contiguous()
+
+
+def _folder_of(source: str, files: list) -> str:
+    path = os.path.abspath(os.path.expanduser(source))
+    if os.path.isdir(path):
+        return path
+    # A glob or `package:` entry: the class folders are those that all images have above them.
+    return os.path.commonpath([os.path.dirname(os.path.dirname(file.path)) for file in files])
+
+
+def _class_folders(root: str) -> tuple[str, ...]:
+    folders = sorted(p for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith("."))
+    for folder in folders:
+        if not any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.rglob("*")):
+            raise SourceError(f"{folder}: a class folder without an image; remove it or fill it")
+    return tuple(folder.name for folder in folders)
+
+
+def read_class_names(path: str | Path) -> tuple[str, ...]:
+    """The lines of a text file as names of the classes 0, 1, 2 … Raises SourceError."""
+    try:
+        names = tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path}: not a text file that can be read ({error})") from error
+    if not names or not all(names) or len(set(names)) < len(names):
+        raise SourceError(f"{path}: expected one class name per line, none empty and none twice")
+    return names
+
+
+def _sample(member: str) -> str:
+    """What the members of one WebDataset sample have in common: the name up to its first dot."""
+    folder, base = os.path.split(member)
+    return f"{folder}/{base.split('.')[0]}"
+
+
+def _shard_labels(path: str) -> dict[str, int]:
+    labels = {}
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if not member.isreg() or not member.name.endswith(".cls"):
+                continue
+            text = tar.extractfile(member).read(32)
+            if not text.strip().isdigit():
+                raise SourceError(f"{path}::{member.name}: is {text!r}, expected a class number (0, 1, 2 …)")
+            labels[_sample(member.name)] = int(text)
+    return labels
+
+
+# ----------------------------------------------------------------------------------------------------------- CIFAR-10
+
+
+def _split_of(source: str) -> tuple[str, str | None]:
+    for split in _CIFAR_FILES:
+        if source.endswith(f":{split}"):
+            return source.removesuffix(f":{split}"), split
+    return source, None
+
+
+def _is_cifar(path: str) -> bool:
+    path = os.path.expanduser(path)
+    name = os.path.basename(path)
+    if os.path.isdir(path):
+        return os.path.exists(os.path.join(path, _CIFAR_META))
+    return name.startswith("cifar-10-") and name.endswith(".tar.gz")
+
+
+def _read_cifar(path: str, split: str) -> tuple[np.ndarray, list[int], tuple[str, ...]]:
+    path = os.path.expanduser(path)
+    wanted = [_CIFAR_META, *_CIFAR_FILES[split]]
+    found = _cifar_folder(path, wanted) if os.path.isdir(path) else _cifar_archive(path, wanted)
+    for name in wanted:
+        if name not in found:
+            raise SourceError(f"{path}: has no {name}; expected CIFAR-10's python version, whole")
+    pixels, labels = [], []
+    names = found[_CIFAR_META].get(b"label_names")
+    if not names:
+        raise SourceError(f"{path}: {_CIFAR_META} names no classes")
+    for name in wanted[1:]:
+        data, numbers = found[name].get(b"data"), found[name].get(b"labels")
+        if data is None or numbers is None or data.shape != (len(numbers), _CIFAR_BYTES) or data.dtype != np.uint8:
+            raise SourceError(f"{path}: {name} is not a batch of CIFAR-10 (uint8 rows of {_CIFAR_BYTES}, and labels)")
+        pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels += [int(number) for number in numbers]
+    return np.ascontiguousarray(np.concatenate(pixels)), labels, tuple(name.decode() for name in names)
+
+
+def _cifar_folder(path: str, wanted: list[str]) -> dict[str, dict]:
+    found = {}
+    for name in wanted:
+        file = os.path.join(path, name)
+        if os.path.exists(file):
+            found[name] = _unpickle(Path(file).read_bytes(), file)
+    return found
+
+
+def _cifar_archive(path: str, wanted: list[str]) -> dict[str, dict]:
+    found = {}
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            for member in tar:
+                name = os.path.basename(member.name)
+                if member.isreg() and name in wanted:
+                    found[name] = _unpickle(tar.extractfile(member).read(), f"{path}::{member.name}")
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise SourceError(f"{path}: not a readable archive ({error}); fetch it again") from error
+    return found
+
+
+class _OnlyArrays(pickle.Unpickler):
+    """A pickle may run any code; CIFAR's hold dicts, lists, bytes and arrays, so nothing else is let in."""
+
+    def find_class(self, module, name):
+        if name == "_reconstruct" and module.startswith("numpy"):
+            return np._core.multiarray._reconstruct
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        if module == "_codecs" and name == "encode":
+            return lambda text, encoding: text.encode(encoding)
+        raise pickle.UnpicklingError(f"holds {module}.{name}, which is no array")
+
+
+def _unpickle(data: bytes, name: str) -> dict:
+    try:
+        values = _OnlyArrays(io.BytesIO(data), encoding="bytes").load()
+    except Exception as error:
+        raise SourceError(f"{name}: not a batch of CIFAR-10 ({error})") from error
+    if not isinstance(values, dict):
+        raise SourceError(f"{name}: holds a {type(values).__name__}, expected CIFAR-10's dict")
+    return values

@@ -1,0 +1,224 @@
+"""Open-vocabulary detection: GroundingDINO's AP with its own backbone or with the student in its place."""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from kpu_fast.evaluate.boxes import CocoImages, Mosaics, Truth, average_precision
+from kpu_fast.evaluate.detector import STRIDE, Prompt, detect_boxes, make_prompt, with_student_backbone
+from kpu_fast.evaluate.encoder import Encoder, load_encoder
+from kpu_fast.evaluate.images import progress, read_images
+from kpu_fast.evaluate.result import EvaluateError
+from kpu_fast.evaluate.zero_shot import class_names, load_tokenizer
+from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_net, read_json
+from kpu_fast.models.teachers import read_mean_std
+
+SHORTEST, LONGEST, CANVAS, COUNT, SHOWN_ABOVE = 800, 1333, 192, 500, 0.3
+
+
+class Detector:
+    """A GroundingDINO with its tokenizer and normalisation.
+
+    net: GroundingDinoForObjectDetection. mean, std: three numbers each, for images in [0, 1].
+    """
+
+    def __init__(self, net: nn.Module, tokenizer, mean: Sequence[float], std: Sequence[float]):
+        self.net, self.tokenizer, self.mean, self.std = net, tokenizer, tuple(mean), tuple(std)
+
+    def prompt(self, classes: Sequence[str]) -> Prompt:
+        """`make_prompt` for this text tower. Raises EvaluateError for names that make none."""
+        try:
+            return make_prompt(classes, self.tokenizer, self.net.config.max_text_len)
+        except ValueError as error:
+            raise EvaluateError(f"--classes: {error}") from error
+
+
+def load_detector(
+    weights: str | Path, *, device="cpu", dtype: torch.dtype = torch.float32, key="--detector"
+) -> Detector:
+    """GroundingDINO from a folder or hub id, whole. Raises EvaluateError, naming `key`, where it is none."""
+    try:
+        hf = import_transformers(key)
+        folder = find_folder(key, weights)
+        found = read_json(key, folder / "config.json").get("model_type")
+        if found != "grounding-dino":
+            raise EvaluateError(f"{key}: {folder} holds a model of type {found!r}, expected 'grounding-dino'")
+        net = load_net(key, hf.GroundingDinoForObjectDetection, folder, dtype=dtype).to(device).eval()
+        mean, std = read_mean_std(key, "grounding_dino", folder)
+    except WeightsError as error:
+        raise EvaluateError(str(error)) from error
+    return Detector(net.requires_grad_(False), load_tokenizer(key, weights), mean, std)
+
+
+def see_through(detector: Detector, encoder: Encoder, teacher_name: str | None = None) -> Detector:
+    """`detector` with the student of `encoder` as its backbone; teacher_name None: the only head with its maps."""
+    channels = tuple(detector.net.model.backbone.conv_encoder.intermediate_channel_sizes)
+    space = encoder.space(teacher_name, map_dims=channels)
+    if space is None:
+        raise EvaluateError(f"{encoder.name}: is a {encoder.kind}; --detector takes a student as its backbone")
+    with_student_backbone(detector.net, encoder.net, space, mean=detector.mean, std=detector.std)
+    return detector
+
+
+def detect(
+    detector: Detector,
+    images: Dataset,
+    classes: Sequence[str],
+    *,
+    size: int | None = None,
+    longest: int = LONGEST,
+    batch_size: int = 8,
+    workers: int = 0,
+    picture: Path | None = None,
+    pictured: int = 6,
+) -> dict:
+    """COCO's AP of the boxes found for `classes` in `images`, whose items are (uint8 (H, W, 3), `Truth`).
+
+    size: shorter side in pixels the images are resized to, the longer one at most `longest`; None: as they are.
+    picture: a PNG of the first `pictured` images with boxes found (score above 0.3) and true ones (dashed).
+    """
+    prompt = detector.prompt(classes)
+    device = next(detector.net.parameters()).device
+    truths, results, shown = [], [], []
+    collate = partial(_collate, size=size, longest=longest, mean=detector.mean, std=detector.std)
+    with torch.inference_mode():
+        for pixels, originals, mask, sizes, found in progress(images, batch_size, workers, "detect", collate):
+            dtype = next(detector.net.parameters()).dtype
+            new = detect_boxes(detector.net, pixels.to(device, dtype), mask.to(device), prompt, sizes)
+            for i, boxes in enumerate(new):
+                if not (torch.isfinite(boxes["boxes"]).all() and torch.isfinite(boxes["scores"]).all()):
+                    raise EvaluateError(f"NaN or Inf in the boxes of image {len(truths) + i}")
+            # Copies: what a worker sent is an open file each, until it is gone.
+            found = [Truth(*(part.clone() for part in one)) for one in found]
+            shown += list(zip(originals, found, new, strict=True))[: pictured - len(shown)] if picture else []
+            truths += found
+            results += new
+    scores = average_precision(truths, results, classes)
+    if picture:
+        save_picture(picture, shown, classes)
+    return {**scores, "images": len(truths), "boxes": sum(len(t.labels) for t in truths)}
+
+
+def _collate(samples: list, *, size: int | None, longest: int, mean, std) -> tuple:
+    """Normalised images (B, 3, H, W) padded to multiples of 32, the images, masks, their sizes (B, 2) and truths."""
+    originals, truths = zip(*samples, strict=True)
+    resized = [_normalise(_resize(image, size, longest), mean, std) for image in originals]
+    height, width = (-(-max(r.shape[axis] for r in resized) // STRIDE) * STRIDE for axis in (1, 2))
+    pixels = torch.zeros(len(resized), 3, height, width)
+    mask = torch.zeros(len(resized), height, width, dtype=torch.long)
+    for i, image in enumerate(resized):
+        pixels[i, :, : image.shape[1], : image.shape[2]] = image
+        mask[i, : image.shape[1], : image.shape[2]] = 1
+    sizes = torch.tensor([image.shape[:2] for image in originals])
+    return pixels, originals, mask, sizes, truths
+
+
+def _resize(image, size: int | None, longest: int) -> Tensor:
+    """uint8 (H, W, 3) → float32 (3, h, w) in [0, 1], keeping its proportions; bilinear, antialiased."""
+    pixels = torch.tensor(image).permute(2, 0, 1).float() / 255
+    if size is None:
+        return pixels
+    sides = pixels.shape[1:]
+    scale = min(size / min(sides), longest / max(sides))
+    new = [max(1, round(side * scale)) for side in sides]
+    return F.interpolate(pixels[None], new, mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+def _normalise(pixels: Tensor, mean, std) -> Tensor:
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def save_picture(path: Path, shown: list[tuple], classes: Sequence[str]) -> None:
+    """Write a PNG of (image uint8 (H, W, 3), Truth, found): found boxes coloured by class, true ones white and dashed.
+
+    Raises EvaluateError where it cannot be written.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(4 * columns, 4.2 * rows), layout="constrained", dpi=110)
+    figure.supxlabel(f"Coloured: found, score above {SHOWN_ABOVE}. White, dashed: where the objects are.", fontsize=9)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (image, truth, found) in zip(axes, shown, strict=False):
+        axis.imshow(image)
+        for box in truth.boxes.tolist():
+            axis.add_patch(Rectangle(*_corner(box), fill=False, edgecolor="white", linewidth=1.2, linestyle="--"))
+        keep = found["scores"] > SHOWN_ABOVE
+        parts = (found[part][keep].tolist() for part in ("boxes", "scores", "labels"))
+        for box, score, label in zip(*parts, strict=True):
+            colour = colormaps["tab10"](label % 10)
+            axis.add_patch(Rectangle(*_corner(box), fill=False, edgecolor=colour, linewidth=1.8))
+            axis.text(
+                *box[:2], f"{classes[label]} {score:.2f}", fontsize=8, va="bottom", backgroundcolor=(*colour[:3], 0.6)
+            )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise EvaluateError(f"--picture: {path} cannot be written ({error.strerror})") from error
+
+
+def _corner(box: list[float]) -> tuple[tuple[float, float], float, float]:
+    x0, y0, x1, y1 = box
+    return (x0, y0), x1 - x0, y1 - y0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `detect` beside those of every evaluation."""
+    parser.add_argument(
+        "--images", required=True, metavar="SOURCE", help="labelled images to make mosaics of, or a folder"
+    )
+    parser.add_argument("--annotations", type=Path, metavar="FILE", help="COCO's JSON for the images of the folder")
+    parser.add_argument("--detector", metavar="DIR", help="GroundingDINO; default: --model, with its own backbone")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line (default: the images')")
+    parser.add_argument("--canvas", type=int, default=CANVAS, help="side of a mosaic in pixels (default %(default)s)")
+    parser.add_argument("--mosaics", type=int, default=COUNT, help="how many (default %(default)s)")
+    parser.add_argument(
+        "--longest",
+        type=int,
+        default=LONGEST,
+        help="most pixels of the longer side, where images are resized (default %(default)s)",
+    )
+    parser.add_argument("--picture", type=Path, default=Path("detections.png"), help="default %(default)s")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """`detect` as the command line asks for it."""
+    place = {"device": args.device, "dtype": args.dtype}
+    if args.detector is None:
+        detector = load_detector(args.model, **place, key="--model (there is no --detector)")
+    else:
+        encoder = load_encoder(args.model, **place)
+        detector = see_through(load_detector(args.detector, **place), encoder, args.teacher_name)
+    if args.annotations is not None:
+        images = CocoImages(args.annotations, Path(args.images), args.limit, args.seed)
+    else:
+        if args.canvas < STRIDE or args.canvas % STRIDE or args.mosaics < 1:
+            raise EvaluateError(
+                f"--canvas {args.canvas} --mosaics {args.mosaics}: expected a multiple of 32, and some mosaics"
+            )
+        images = Mosaics(
+            read_images("--images", args.images, args.limit, args.seed), args.mosaics, args.canvas, args.seed
+        )
+    size = args.size or (SHORTEST if args.annotations is not None else None)
+    common = dict(size=size, longest=args.longest, batch_size=args.batch_size, workers=args.workers)
+    return detect(detector, images, _classes(args, images), picture=args.picture, **common)
+
+
+def _classes(args: argparse.Namespace, images: CocoImages | Mosaics) -> tuple[str, ...]:
+    if isinstance(images, Mosaics):
+        return class_names(images.images, args.classes)
+    if args.classes is not None:
+        raise EvaluateError("--classes: --annotations brings its own names; leave it out")
+    return images.classes

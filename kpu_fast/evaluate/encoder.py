@@ -1,0 +1,147 @@
+"""What can be evaluated, behind one call: a student's export, or a teacher or sentinel as transformers saves it."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from kpu_fast.evaluate.result import EvaluateError
+from kpu_fast.models.features import Features
+from kpu_fast.models.hub import WeightsError, find_folder, read_json
+from kpu_fast.models.student import Student
+from kpu_fast.models.teachers import build_teacher
+from kpu_fast.models.vit import ViT
+
+_STUDENT = "kpu_fast.student"
+_SENTINELS = ("dinov2", "dinov2_with_registers")
+_TEACHERS = {"clip": "clip", "clip_vision_model": "clip", "grounding-dino": "grounding_dino"}
+_LARGEST = 224  # pixels; what classification is usually evaluated at, where a model does not ask for less
+
+
+class Encoder(nn.Module):
+    """A frozen encoder: images (B, 3, H, W) in [0, 1], H and W multiples of 32 → `Features` of `net`.
+
+    kind: "student", "sentinel", or the kind of a teacher. image_size: pixels a side that it is best evaluated at.
+    """
+
+    def __init__(self, name: str, kind: str, net: nn.Module, image_size: int):
+        super().__init__()
+        self.name, self.kind, self.net, self.image_size = name, kind, net, image_size
+        self.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor, space: str | None = None) -> Features:
+        """Features of the encoder's own or, of a student, in the space and on the grids of teacher `space`."""
+        features = self.net(images.to(self.device))
+        return features if space is None else self.net.project(features, space)
+
+    def heads(self) -> dict[str, tuple[int | None, tuple[int, ...]]]:
+        """Teacher name → (channels of x or None, channels of each map) of a student; empty for everything else."""
+        specs = self.net.head_specs if isinstance(self.net, Student) else {}
+        return {name: (spec.x_dim, spec.map_dims) for name, spec in specs.items()}
+
+    def space(self, name: str | None, *, x_dim: int | None = None, map_dims: Sequence[int] | None = None) -> str | None:
+        """The teacher whose head gives x of `x_dim` channels, or maps of `map_dims`: `name`, or the only one that fits.
+
+        None for what is no student. Raises EvaluateError where no head or several heads fit, or `name` does not.
+        """
+        wanted = f"x of {x_dim} channels" if map_dims is None else f"maps of {tuple(map_dims)} channels"
+        if self.kind != "student":
+            if name is not None:
+                raise EvaluateError(f"--teacher-name {name}: {self.name} is no student and has no heads; leave it out")
+            return None
+        heads = self.heads()
+        fits = [head for head, (x, maps) in heads.items() if x_dim in (None, x) and map_dims in (None, maps)]
+        if name is not None and name not in heads:
+            raise EvaluateError(f"--teacher-name {name}: {self.name} has heads for {_names(heads)}")
+        if name is not None and name not in fits:
+            raise EvaluateError(f"--teacher-name {name}: that head of {self.name} gives no {wanted}")
+        if name is None and len(fits) != 1:
+            found = (
+                f"several heads give {wanted}: {_names(fits)}; choose" if fits else f"no head gives {wanted}; it has"
+            )
+            raise EvaluateError(f"{self.name}: {found} {'one with --teacher-name' if fits else _names(heads)}")
+        return name or fits[0]
+
+    def vectors(self, images: Tensor, features: str = "x", space: str | None = None) -> Tensor:
+        """(B, C) float32: x, or with features="map" the mean over the cells of each map, one map after another."""
+        x, maps = self(images, space)
+        if features == "map":
+            return torch.cat([m.float().mean((1, 2)) for m in maps], dim=1)
+        if x is None:
+            raise EvaluateError(f"{self.name}: has no x for an image as a whole; use --features map")
+        return x.float()
+
+
+def load_encoder(
+    weights: str | Path, *, device="cpu", dtype: torch.dtype = torch.float32, key: str = "--model"
+) -> Encoder:
+    """An encoder from a folder: an exported student, a CLIP, GroundingDINO or DINOv2, or any backbone of transformers.
+
+    weights: a folder, or a hub id. A DINOv2 is seen as the sentinel it is in a student: the same ViT, on images resized
+    to its patches at stride 16 as the student resizes them, so that the two compare.
+    Raises EvaluateError, naming `key`, where it is none of these or does not load.
+    """
+    name = str(weights)
+    try:
+        folder = find_folder(key, weights)
+        config = read_json(key, folder / "config.json")
+        if _is_student(config):
+            net: nn.Module = Student.from_pretrained(folder)
+            net = net.to(device=device, dtype=dtype)
+            kind, size = "student", _vit_size(net)
+        elif config.get("model_type") in _SENTINELS:
+            vit = ViT.from_hf(folder)
+            net = Student(vit=vit.config, adapter=None)
+            net.vit.load_state_dict(vit.state_dict())
+            net = net.to(device=device, dtype=dtype)
+            kind, size = "sentinel", _vit_size(net)
+        else:
+            kind, size = _TEACHERS.get(config.get("model_type"), "backbone"), _LARGEST
+            if kind == "clip":
+                size = config.get("vision_config", config).get("image_size", _LARGEST)
+            asked = SimpleNamespace(kind=kind, weights=str(folder), arch={}, levels=None)
+            net = build_teacher("model", asked, device=device, dtype=dtype, image_size=(size, size))
+    except WeightsError as error:
+        # The loaders name the configuration's keys.
+        message = str(error).replace("teachers.model.weights", key).replace("student.vit.weights", key)
+        raise EvaluateError(message) from error
+    except (OSError, ValueError) as error:
+        raise EvaluateError(f"{key}: {error}") from error
+    size = max(32, min(size, _LARGEST) // 32 * 32)
+    return Encoder(name, kind, net, size)
+
+
+def walk(encoder: Encoder, batches, features: str, space: str | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """(vectors (B, C) float32 on the encoder's device, labels (B,)) of each batch of (images, labels).
+
+    Raises EvaluateError for features that are NaN or Inf: every score made from them would be wrong.
+    """
+    seen = 0
+    for images, labels in batches:
+        vectors = encoder.vectors(images, features, space)
+        if not torch.isfinite(vectors).all():
+            raise EvaluateError(f"{encoder.name}: NaN or Inf in the features of images {seen} to {seen + len(labels)}")
+        seen += len(labels)
+        yield vectors, labels
+
+
+def _is_student(config: dict) -> bool:
+    return config.get("format") == _STUDENT or "student" in config
+
+
+def _vit_size(student: Student) -> int:
+    """The image size whose stride-16 grid is the one the ViT's positions were learnt on."""
+    config = student.vit.config
+    return config["image_size"] // config["patch_size"] * 16
+
+
+def _names(heads) -> str:
+    return json.dumps(sorted(heads))[1:-1] or "none"

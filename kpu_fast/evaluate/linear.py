@@ -1,0 +1,77 @@
+"""Linear probe: logistic regression on frozen features."""
+
+import argparse
+import sys
+import warnings
+
+import torch
+from torch.utils.data import Dataset
+
+from kpu_fast.evaluate.encoder import Encoder, load_encoder
+from kpu_fast.evaluate.knn import add_image_arguments, collect, count_classes, read_pair, settings
+from kpu_fast.evaluate.result import EvaluateError
+
+C, MAX_ITER = 1.0, 1000
+
+
+def linear(
+    encoder: Encoder,
+    train: Dataset,
+    test: Dataset,
+    *,
+    size: int,
+    c: float = C,
+    max_iter: int = MAX_ITER,
+    features: str = "x",
+    batch_size: int = 64,
+    workers: int = 0,
+    teacher_name: str | None = None,
+) -> dict:
+    """Top-1 accuracy on `test` of a logistic regression (scikit-learn, L-BFGS) fitted on the features of `train`.
+
+    Features are standardised channel by channel on `train` first. c: inverse strength of the L2 penalty. features,
+    teacher_name: as `knn`'s. The result tells whether the fit converged within `max_iter` iterations.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from torchmetrics.classification import MulticlassAccuracy
+
+    classes = count_classes(train, test)
+    if len(set(train.labels)) < 2:
+        raise EvaluateError("--train-images: images of one class only; there is nothing to fit")
+    space = None if teacher_name is None else encoder.space(teacher_name)
+    common = dict(size=size, features=features, batch_size=batch_size, workers=workers, space=space)
+    x, y = collect(encoder, train, description="linear: train", **common)
+    x_test, y_test = collect(encoder, test, description="linear: test", **common)
+    print(f"linear: fitting {len(x)} images, {x.shape[1]} channels, {classes} classes", file=sys.stderr, flush=True)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=max_iter))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the result says so
+        probe.fit(x.numpy(), y.numpy())
+    iterations = int(probe[-1].n_iter_.max())
+    top1 = MulticlassAccuracy(classes, average="micro")
+    top1.update(torch.from_numpy(probe.predict(x_test.numpy())), y_test)
+    return {
+        "top1": float(top1.compute()),
+        "iterations": iterations,
+        "converged": iterations < max_iter,
+        "images": len(test),
+        "train_images": len(train),
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `linear` beside those of every evaluation."""
+    add_image_arguments(parser)
+    parser.add_argument("--c", type=float, default=C, help="inverse strength of the L2 penalty (default %(default)s)")
+    parser.add_argument("--max-iter", type=int, default=MAX_ITER, help="of L-BFGS (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """`linear` as the command line asks for it."""
+    if args.c <= 0 or args.max_iter < 1:
+        raise EvaluateError(f"--c {args.c} --max-iter {args.max_iter}: expected both above 0")
+    encoder = load_encoder(args.model, device=args.device, dtype=args.dtype)
+    return linear(encoder, *read_pair(args), c=args.c, max_iter=args.max_iter, **settings(args, encoder))

@@ -1,0 +1,61 @@
+"""What an evaluation hands over: numbers with the circumstances they were measured in, as JSON."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+_LIBRARIES = ("torchmetrics", "scikit-learn", "pycocotools")
+
+
+class EvaluateError(ValueError):
+    """Something cannot be evaluated as asked; the message is one line: what was found, what to do."""
+
+
+def with_circumstances(task: str, scores: dict, settings: dict, device: torch.device) -> dict:
+    """`scores`, followed by the settings, the date, the device, the commit and the versions they belong to."""
+    from kpu_fast.engine.run_folder import circumstances
+
+    facts = circumstances()
+    for library in _LIBRARIES:
+        try:
+            facts["versions"][library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            facts["versions"][library] = None
+    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"task": task, **scores, "settings": settings, "device": _in_words(device), "date": when, **facts}
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """What was asked for, as JSON can hold it."""
+    plain = (bool, int, float, str, list, type(None))
+    asked = {key: value for key, value in vars(args).items() if key not in ("task", "json")}
+    return {key: value if isinstance(value, plain) else str(value) for key, value in asked.items()}
+
+
+def write_result(result: dict, path: Path | None) -> None:
+    """To `path`, replaced in one step, or to standard output. Raises EvaluateError where it cannot be written."""
+    text = json.dumps(result, indent=2, allow_nan=False)
+    if path is None:
+        print(text, flush=True)
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise EvaluateError(f"--json: {path} cannot be written ({error.strerror})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _in_words(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"

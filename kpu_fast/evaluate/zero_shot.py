@@ -1,0 +1,151 @@
+"""Zero-shot classification: the class whose text CLIP's text tower puts closest to the image's x (arXiv 2103.00020)."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kpu_fast.evaluate.encoder import Encoder, load_encoder, walk
+from kpu_fast.evaluate.images import batches, read_images
+from kpu_fast.evaluate.result import EvaluateError
+from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_net, read_json
+
+TEMPLATES = ("a photo of a {}.",)
+
+
+def zero_shot(
+    encoder: Encoder,
+    texts: Tensor,
+    images: Dataset,
+    *,
+    size: int,
+    batch_size: int = 64,
+    workers: int = 0,
+    teacher_name: str | None = None,
+) -> dict:
+    """Top-1 accuracy of the class with the largest cosine to x, and top-5 where there are more than 5 classes.
+
+    texts: (classes, C), what `embed_texts` gives, in the order of the images' class numbers. A student's x is taken
+    through its head for `teacher_name` (None: the only head whose x has C channels).
+    Raises EvaluateError where x is not in the texts' space.
+    """
+    from torchmetrics.classification import MulticlassAccuracy
+
+    classes, channels = texts.shape
+    if encoder.kind not in ("student", "clip"):
+        raise EvaluateError(
+            f"{encoder.name}: is a {encoder.kind}, whose x is not in CLIP's space; give a student or CLIP"
+        )
+    space = encoder.space(teacher_name, x_dim=channels)
+    texts = F.normalize(texts.float(), dim=1).to(encoder.device)
+    scores = {f"top{k}": MulticlassAccuracy(classes, top_k=k, average="micro") for k in (1, 5) if k == 1 or classes > 5}
+    for vectors, labels in walk(
+        encoder, batches(images, size, batch_size=batch_size, workers=workers, description="zero-shot"), "x", space
+    ):
+        if vectors.shape[1] != channels:
+            raise EvaluateError(f"{encoder.name}: x has {vectors.shape[1]} channels, the text tower gives {channels}")
+        similarities = (F.normalize(vectors, dim=1) @ texts.T).cpu()
+        for score in scores.values():
+            score.update(similarities, labels)
+    return {**{name: float(score.compute()) for name, score in scores.items()}, "images": len(images)}
+
+
+@torch.inference_mode()
+def embed_texts(
+    clip: str | Path,
+    classes: Sequence[str],
+    templates: Sequence[str] = TEMPLATES,
+    *,
+    device="cpu",
+    batch_size: int = 64,
+) -> Tensor:
+    """(classes, C) float32 of length 1: each class's mean over `templates` of CLIP's normalised text embeddings.
+
+    clip: a folder or hub id with CLIP's text tower and tokenizer. templates: with {} where the class goes.
+    Raises EvaluateError where there is no such tower or tokenizer, or a template has no {}.
+    """
+    for template in templates:
+        if template.count("{}") != 1:
+            raise EvaluateError(f"--template {template!r}: expected one {{}} where the class goes")
+    try:
+        hf = import_transformers("--clip")
+        folder = find_folder("--clip", clip)
+        found = read_json("--clip", folder / "config.json").get("model_type")
+        if found not in ("clip", "clip_text_model"):
+            raise EvaluateError(f"--clip: {folder} holds a model of type {found!r}, expected CLIP with its text tower")
+        tower = load_net("--clip", hf.CLIPTextModelWithProjection, folder, dtype=torch.float32).to(device).eval()
+    except WeightsError as error:
+        raise EvaluateError(str(error)) from error
+    tokenizer = load_tokenizer("--clip", clip)
+    texts = [template.format(name) for name in classes for template in templates]
+    embeddings = []
+    for first in range(0, len(texts), batch_size):
+        tokens = tokenizer(
+            texts[first : first + batch_size],
+            padding=True,
+            truncation=True,
+            max_length=tower.config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(device)
+        out = tower(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        embeddings.append(F.normalize(out.text_embeds.float(), dim=1))
+    each = torch.cat(embeddings).view(len(classes), len(templates), -1)
+    return F.normalize(each.mean(1), dim=1)
+
+
+def load_tokenizer(key: str, weights: str | Path):
+    """The tokenizer beside a model's weights. Raises EvaluateError, naming `key`, where there is none."""
+    from transformers import AutoTokenizer
+
+    local = Path(weights).expanduser()
+    try:
+        return AutoTokenizer.from_pretrained(local if local.is_dir() else weights, local_files_only=local.is_dir())
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for files that are not there
+        reason = " ".join(str(error).split())[:200]
+        raise EvaluateError(f"{key}: {weights} has no tokenizer that can be read ({reason})") from error
+
+
+def class_names(images: Dataset, path: Path | None) -> tuple[str, ...]:
+    """The classes' names by number: the lines of `path`, else what the images bring, with spaces for underscores.
+
+    Raises EvaluateError where there are none, or fewer than class numbers.
+    """
+    names = images.classes
+    if path is not None:
+        try:
+            names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        except (OSError, ValueError) as error:
+            raise EvaluateError(f"--classes: {path} cannot be read ({error})") from error
+    if not names:
+        raise EvaluateError("--images: the classes have no names; give --classes FILE with one name per line")
+    if max(images.labels) >= len(names):
+        raise EvaluateError(f"--classes: {len(names)} names, but an image is of class {max(images.labels)}")
+    return tuple(name.replace("_", " ") for name in names)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `zero-shot` beside those of every evaluation."""
+    parser.add_argument("--images", required=True, metavar="SOURCE", help="labelled images, never trained on")
+    parser.add_argument("--clip", required=True, metavar="DIR", help="CLIP, for its text tower and tokenizer")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line (default: the images')")
+    parser.add_argument(
+        "--template",
+        action="append",
+        dest="templates",
+        metavar="TEXT",
+        help=f"may be repeated; default {TEMPLATES[0]!r}",
+    )
+
+
+def run(args: argparse.Namespace) -> dict:
+    """`zero-shot` as the command line asks for it."""
+    encoder = load_encoder(args.model, device=args.device, dtype=args.dtype)
+    images = read_images("--images", args.images, args.limit, args.seed)
+    names = class_names(images, args.classes)
+    texts = embed_texts(args.clip, names, args.templates or TEMPLATES, device=encoder.device)
+    common = dict(batch_size=args.batch_size, workers=args.workers, teacher_name=args.teacher_name)
+    return zero_shot(encoder, texts, images, size=args.size or encoder.image_size, **common)

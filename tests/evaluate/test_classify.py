@@ -1,0 +1,247 @@
+"""zero-shot, knn and linear: against transformers' CLIP, scikit-learn, and cases whose accuracy is known."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("torchmetrics")
+
+from kpu_fast.data.labelled import LabelledImages, to_batch  # noqa: E402
+from kpu_fast.evaluate import knn as knn_file  # noqa: E402
+from kpu_fast.evaluate.encoder import Encoder, load_encoder  # noqa: E402
+from kpu_fast.evaluate.images import read_images  # noqa: E402
+from kpu_fast.evaluate.knn import knn, vote  # noqa: E402
+from kpu_fast.evaluate.linear import linear  # noqa: E402
+from kpu_fast.evaluate.result import EvaluateError  # noqa: E402
+from kpu_fast.evaluate.zero_shot import class_names, embed_texts, zero_shot  # noqa: E402
+from kpu_fast.models import Features, Student, ViT  # noqa: E402
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+TEXTS = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])  # green, red, sky_blue: the classes' order
+FEW = {"size": 32, "batch_size": 8, "workers": 0}
+
+
+class Colour(nn.Module):
+    """x is the image's mean colour times `scale`; its one map is the image itself."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, images):
+        return Features(images.mean((2, 3)) * self.scale, (images.permute(0, 2, 3, 1),))
+
+
+def colours(scale=1.0):
+    return Encoder("colours", "clip", Colour(scale), 32)
+
+
+class Relabelled(torch.utils.data.Dataset):
+    """Images with other labels."""
+
+    def __init__(self, images, labels, classes=None):
+        self.images, self.labels, self.classes = images, list(labels), classes
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.images[i][0], self.labels[i]
+
+
+@pytest.fixture(scope="module")
+def images(coloured):
+    return LabelledImages(coloured)
+
+
+# ---- zero-shot ----
+
+
+def test_top1_is_the_share_of_images_whose_class_is_the_closest_text(images):
+    labels = list(images.labels)
+    for i in (0, 5, 13):
+        labels[i] = (labels[i] + 1) % 3
+    found = zero_shot(colours(), TEXTS, Relabelled(images, labels), **FEW)
+    assert found == {"top1": pytest.approx(33 / 36), "images": 36}
+
+
+def test_the_length_of_x_and_of_the_texts_does_not_count(images):
+    texts = TEXTS * torch.tensor([[1.0], [50.0], [0.1]])
+    assert zero_shot(colours(7.0), texts, images, **FEW)["top1"] == 1.0
+
+
+def test_top5_is_given_where_there_are_more_than_five_classes(images):
+    # To each image its own colour is closest, then come the four greys, then the other two colours.
+    texts = torch.cat([torch.ones(4, 3), TEXTS])
+    cases = [(lambda n: 4 + n, (1, 1)), (lambda n: n, (0, 1)), (lambda n: 4 + (n + 1) % 3, (0, 0))]
+    for number, expected in cases:
+        found = zero_shot(colours(), texts, Relabelled(images, map(number, images.labels)), **FEW)
+        assert (found["top1"], found["top5"]) == expected
+
+
+@pytest.mark.parametrize("templates", [("a photo of a {}.",), ("a {}", "the {} photo.")])
+def test_on_a_clip_the_accuracy_is_that_of_transformers_own_forward(zoo, images, templates):
+    encoder = load_encoder(zoo["clip"])
+    names = class_names(images, None)
+    assert names == ("green", "red", "sky blue")
+    model = transformers.CLIPModel.from_pretrained(zoo["clip"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(zoo["clip"])
+    pixels = to_batch([images[i][0] for i in range(len(images))], 64)
+    pixels = (pixels - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+    with torch.no_grad():
+        embedded = []
+        for name in names:
+            tokens = [tokenizer(template.replace("{}", name), return_tensors="pt") for template in templates]
+            one = torch.cat([model.get_text_features(**t).pooler_output for t in tokens])
+            embedded.append(F.normalize(F.normalize(one, dim=1).mean(0), dim=0))
+        x = model.get_image_features(pixel_values=pixels).pooler_output
+    predicted = (F.normalize(x, dim=1) @ torch.stack(embedded).T).argmax(1)
+    # Labels of which a known part agrees with CLIP's own predictions.
+    labels = predicted.clone()
+    labels[::4] = (labels[::4] + 1) % 3
+    texts = embed_texts(zoo["clip"], names, templates)
+    torch.testing.assert_close(texts, torch.stack(embedded))
+    found = zero_shot(encoder, texts, Relabelled(images, labels.tolist()), size=64, batch_size=8)
+    assert found["top1"] == pytest.approx(0.75)
+
+
+def test_a_student_is_read_through_the_head_whose_x_is_in_the_texts_space(zoo, student, images):
+    encoder = load_encoder(student)
+    texts = embed_texts(zoo["clip"], class_names(images, None))
+    own = Student.from_pretrained(student)
+    with torch.no_grad():
+        pixels = to_batch([images[i][0] for i in range(len(images))], 64)
+        x = own.project(own(pixels), "clip").x
+    predicted = (F.normalize(x, dim=1) @ texts.T).argmax(1).tolist()
+    labels = [label if i % 3 else (label + 1) % 3 for i, label in enumerate(predicted)]
+    for name in (None, "clip"):
+        found = zero_shot(encoder, texts, Relabelled(images, labels), size=64, batch_size=8, teacher_name=name)
+        assert found["top1"] == pytest.approx(2 / 3)
+
+
+def test_what_is_not_in_the_texts_space_is_an_error(zoo, student, images):
+    texts = torch.eye(7)
+    with pytest.raises(EvaluateError, match=r"no head gives x of 7 channels; it has \"clip\", \"gdino\""):
+        zero_shot(load_encoder(student), texts, images, **FEW)
+    with pytest.raises(EvaluateError, match=r"--teacher-name gdino: that head of .* gives no x of 24 channels"):
+        zero_shot(load_encoder(student), torch.eye(24), images, **FEW, teacher_name="gdino")
+    with pytest.raises(EvaluateError, match=r"--teacher-name dino: .* has heads for"):
+        zero_shot(load_encoder(student), torch.eye(24), images, **FEW, teacher_name="dino")
+    with pytest.raises(EvaluateError, match="x has 24 channels, the text tower gives 7"):
+        zero_shot(load_encoder(zoo["clip"]), texts, images, size=64)
+    with pytest.raises(EvaluateError, match="is a sentinel, whose x is not in CLIP's space"):
+        zero_shot(load_encoder(zoo["dinov2"]), texts, images, **FEW)
+    with pytest.raises(EvaluateError, match="is no student and has no heads"):
+        zero_shot(load_encoder(zoo["clip"]), torch.eye(24), images, size=64, teacher_name="clip")
+
+
+# ---- neighbours and the linear probe ----
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 16])  # several parts of the training set, and one
+def test_votes_are_scikit_learns_with_dinos_weights(monkeypatch, chunk):
+    from sklearn.neighbors import KNeighborsClassifier
+
+    monkeypatch.setattr(knn_file, "_CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    known, queries = (F.normalize(torch.randn(n, 5, generator=generator), dim=1) for n in (60, 40))
+    labels = torch.randint(0, 4, (60,), generator=generator)
+    reference = KNeighborsClassifier(9, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
+    expected = reference.fit(known.numpy(), labels.numpy()).predict_proba(queries.numpy())
+    found = vote(queries, known, labels, 4, 9, 0.07)
+    torch.testing.assert_close(F.normalize(found, p=1, dim=1).double(), torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+def test_more_neighbours_than_training_images_means_all_of_them():
+    known = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), dim=1)
+    found = vote(known[:1], known, torch.tensor([0, 1, 1]), 2, 20, 0.5)
+    cosines = torch.tensor([1.0, 0.0, 2**-0.5])
+    weights = ((cosines - 1) / 0.5).exp()
+    torch.testing.assert_close(found[0], torch.stack([weights[0], weights[1] + weights[2]]))
+
+
+@pytest.mark.parametrize("features", ["x", "map"])  # the mean of Colour's map is its x
+@pytest.mark.parametrize("score", [knn, linear])
+def test_classes_that_lie_apart_are_told_apart_and_wrong_labels_are_counted(images, score, features):
+    found = score(colours(), images, images, **FEW, features=features)
+    assert (found["top1"], found["images"], found["train_images"]) == (1.0, 36, 36)
+    wrong = [(label + 1) % 3 if i % 6 == 0 else label for i, label in enumerate(images.labels)]
+    found = score(colours(), images, Relabelled(images, wrong), **FEW, features=features)
+    assert found["top1"] == pytest.approx(5 / 6)
+
+
+def test_the_probe_says_when_it_did_not_converge(images):
+    assert linear(colours(), images, images, **FEW, max_iter=1)["converged"] is False
+    assert linear(colours(), images, images, **FEW)["converged"] is True
+
+
+def test_teacher_name_takes_the_features_into_that_space(student, images):
+    encoder = load_encoder(student)
+    pixels = to_batch([images[i][0] for i in range(3)], 64)
+    own = Student.from_pretrained(student)
+    with torch.no_grad():
+        projected = own.project(own(pixels), "gdino")
+    means = torch.cat([m.mean((1, 2)) for m in projected.maps], dim=1)
+    torch.testing.assert_close(encoder.vectors(pixels, "map", "gdino"), means)
+    assert knn(encoder, images, images, size=32, features="map", teacher_name="gdino", k=1)["top1"] == 1.0
+    with pytest.raises(EvaluateError, match="has no x for an image as a whole; use --features map"):
+        knn(encoder, images, images, size=32, teacher_name="gdino")
+
+
+def test_classes_must_be_the_same_on_both_sides_and_more_than_one(images):
+    with pytest.raises(EvaluateError, match="numbers would mean different things"):
+        knn(colours(), images, Relabelled(images, images.labels, ("a", "b", "c")), **FEW)
+    alike = Relabelled(images, [0] * 36)
+    with pytest.raises(EvaluateError, match="one class only"):
+        knn(colours(), alike, alike, **FEW)
+    with pytest.raises(EvaluateError, match="one class only"):
+        linear(colours(), alike, images, **FEW)
+
+
+def test_features_that_are_not_finite_stop_every_evaluation(images):
+    for score in (knn, linear):
+        with pytest.raises(EvaluateError, match="NaN or Inf in the features of images 0 to 8"):
+            score(colours(float("nan")), images, images, **FEW)
+
+
+# ---- what can be evaluated ----
+
+
+def test_a_sentinel_is_the_students_own_vit(zoo):
+    encoder = load_encoder(zoo["dinov2"])
+    assert (encoder.kind, encoder.image_size) == ("sentinel", 64)
+    pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+    with torch.no_grad():
+        out = transformers.Dinov2WithRegistersModel.from_pretrained(zoo["dinov2"])(
+            pixel_values=(pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        )
+        x, _ = ViT.from_hf(zoo["dinov2"])(pixels)
+    torch.testing.assert_close(encoder.vectors(pixels), out.pooler_output)
+    torch.testing.assert_close(encoder.vectors(pixels), x)
+
+
+def test_models_come_with_the_size_they_are_evaluated_at(zoo, student):
+    assert [load_encoder(path).image_size for path in (zoo["clip"], student, zoo["gdino"])] == [64, 64, 224]
+    assert load_encoder(zoo["gdino"]).kind == "grounding_dino"
+
+
+def test_bf16_stays_close_to_fp32(zoo, student, images):
+    pixels = to_batch([images[i][0] for i in range(6)], 64)
+    for path in (zoo["clip"], zoo["dinov2"], student):
+        exact, rounded = (load_encoder(path, dtype=d).vectors(pixels) for d in (torch.float32, torch.bfloat16))
+        assert rounded.dtype == torch.float32
+        assert F.cosine_similarity(exact, rounded).min() > 0.99
+        assert not torch.equal(exact, rounded)
+
+
+def test_a_limit_draws_the_same_images_of_every_class_again(coloured, images):
+    part, again = (read_images("--images", str(coloured), 18) for _ in range(2))
+    assert part.labels == again.labels == [part[i][1] for i in range(18)]
+    assert set(part.labels) == {0, 1, 2}
+    assert part.classes == images.classes
+    assert read_images("--images", str(coloured), 18, seed=1).indices != part.indices
+    assert len(read_images("--images", str(coloured), 100)) == 36

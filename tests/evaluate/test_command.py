@@ -1,0 +1,210 @@
+"""`python -m kpu_fast.evaluate`: every evaluation from its command line to its JSON, and every way to ask wrongly."""
+
+import importlib.util
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("transformers")
+pytest.importorskip("torchmetrics")
+pytest.importorskip("pycocotools")
+
+import kpu_fast
+from kpu_fast.data.labelled import LabelledImages
+from kpu_fast.evaluate.__main__ import main
+from kpu_fast.evaluate.encoder import load_encoder
+from kpu_fast.evaluate.knn import knn
+
+COMMON = ["--device", "cpu", "--workers", "0"]
+
+
+@pytest.fixture
+def evaluate(tmp_path, capsys):
+    """evaluate(*words) runs the command and returns its JSON."""
+
+    def run(*words):
+        path = tmp_path / "result.json"
+        assert main([*map(str, words), "--json", str(path)]) == 0, capsys.readouterr().err
+        assert capsys.readouterr().out == ""
+        return json.loads(path.read_text())
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch):
+    """refused(*words) runs a command that must fail and returns its one line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        assert main([*map(str, words)]) == 2
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert (out, len(lines)) == ("", 1)
+        assert "Traceback" not in err
+        return lines[0].removeprefix("error: ")
+
+    return run
+
+
+def coco(folder, coloured):
+    """Two images of the coloured folder with a box each, as COCO."""
+    boxes = [{"id": i, "image_id": i, "category_id": i + 1, "bbox": [4, 4, 30, 30]} for i in range(2)]
+    images = [{"id": i, "file_name": f"{name}/00.png"} for i, name in enumerate(("red", "green"))]
+    categories = [{"id": 1, "name": "red"}, {"id": 2, "name": "green"}]
+    path = folder / "coco.json"
+    path.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+    return ["--images", coloured, "--annotations", path]
+
+
+def test_the_same_command_gives_the_students_and_its_teachers_figure(zoo, student, coloured, evaluate):
+    for model in (student, zoo["clip"]):
+        found = evaluate("zero-shot", "--model", model, "--images", coloured, "--clip", zoo["clip"], *COMMON)
+        assert 0 <= found["top1"] <= 1
+        assert found["images"] == 36
+        assert found["settings"]["model"] == str(model)
+    for key in ("date", "commit", "versions", "device"):
+        assert found[key]
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["task"] == "zero-shot"
+
+
+def test_the_command_gives_what_the_function_gives(student, coloured, evaluate):
+    sides = ["--train-images", coloured, "--test-images", coloured]
+    options = ["--k", 3, "--temperature", 0.5, "--features", "map", "--size", 32, "--limit", 20, "--batch-size", 7]
+    found = evaluate("knn", "--model", student, *sides, *options, *COMMON)
+    images = LabelledImages(coloured)
+    drawn = torch.randperm(36, generator=torch.Generator().manual_seed(0))[:20].sort().values.tolist()
+    part = torch.utils.data.Subset(images, drawn)
+    part.classes, part.labels = images.classes, [images.labels[i] for i in drawn]
+    expected = knn(load_encoder(student), part, part, size=32, k=3, temperature=0.5, features="map")
+    assert {key: found[key] for key in expected} == expected
+    found = evaluate("linear", "--model", student, *sides, "--teacher-name", "clip", *COMMON)
+    assert found["top1"] == 1.0
+
+
+def test_detect_through_the_student_and_by_the_detector_itself(zoo, student, coloured, tmp_path, evaluate):
+    where = coco(tmp_path, coloured)
+    for model, more in ((student, ["--detector", zoo["gdino"]]), (zoo["gdino"], [])):
+        picture = tmp_path / f"{len(more)}.png"
+        found = evaluate("detect", "--model", model, *more, *where, "--picture", picture, "--size", 64, *COMMON)
+        assert (found["images"], found["boxes"]) == (2, 2)
+        assert 0 <= found["ap"] <= found["ap50"] <= 1
+        assert np.asarray(Image.open(picture)).std() > 10
+
+
+def test_detect_on_mosaics(zoo, student, coloured, tmp_path, evaluate):
+    pytest.importorskip("kpu_fast.zoo.mosaic")
+    options = ["--images", coloured, "--canvas", 128, "--mosaics", 3, "--picture", tmp_path / "m.png"]
+    found = evaluate("detect", "--model", student, "--detector", zoo["gdino"], *options, *COMMON)
+    assert found["images"] == 3
+    assert found["boxes"] >= 3
+
+
+def test_pca_of_files_and_of_labelled_images(student, zoo, coloured, tmp_path, evaluate):
+    files = [coloured / "red" / "00.png", coloured / "green" / "01.png"]
+    picture = tmp_path / "p.png"
+    found = evaluate("pca", "--model", student, "--images", *files, "--picture", picture)
+    assert (found["images"], found["picture"]) == (2, str(picture))
+    found = evaluate(
+        "pca", "--model", student, "--teacher", zoo["gdino"], "--images", coloured, "--count", 3, "--picture", picture
+    )
+    assert found["images"] == 3
+
+
+def test_from_a_shell_the_result_is_the_only_thing_on_standard_output(student, coloured, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "kpu_fast.evaluate", "knn", "--model", str(student)]
+    command += ["--train-images", str(coloured), "--test-images", str(coloured), "--size", "32", "--workers", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["top1"] == 1.0
+
+
+def test_wrong_questions_get_one_line_and_exit_code_2(zoo, student, coloured, tmp_path, refused):
+    zero_shot = ["zero-shot", "--model", student, "--clip", zoo["clip"], "--images", coloured]
+    sides = ["--train-images", coloured, "--test-images", coloured]
+    empty, gdino = tmp_path / "empty", zoo["gdino"]
+    empty.mkdir()
+    names = tmp_path / "names.txt"
+    names.write_text("one\ntwo\n")
+    asked = {
+        "--model: '/nowhere' is not a folder": ["knn", "--model", "/nowhere", *sides],
+        f"--model: {tmp_path} has": ["knn", "--model", tmp_path, *sides],
+        "--images: ": [*zero_shot[:-1], empty],
+        "--classes: 2 names, but an image is of class 2": [*zero_shot, "--classes", names],
+        "--classes: /nowhere cannot be read": [*zero_shot, "--classes", "/nowhere"],
+        "--template 'x': expected one {}": [*zero_shot, "--template", "x"],
+        "--size 100: expected a multiple of 32, such as 96": [*zero_shot, "--size", 100],
+        "--batch-size 0: expected at least 1": [*zero_shot, "--batch-size", 0],
+        "--limit 0: expected at least 1": [*zero_shot, "--limit", 0],
+        "--device tpu9: cannot be used here": [*zero_shot, "--device", "tpu9"],
+        "--json: ": [*zero_shot, *COMMON, "--json", "/proc/nowhere/result.json"],
+        "--k 0 --temperature 0.07: expected": ["knn", "--model", student, *sides, "--k", 0],
+        "--c 0.0 --max-iter 1000: expected": ["linear", "--model", student, *sides, "--c", 0],
+        "--count 0: expected at least 1": ["pca", "--model", student, "--images", coloured, "--count", 0],
+        "--batches 0: expected at least 1": ["std-gap", "--run", tmp_path, "--batches", 0],
+        f"--run {tmp_path}: ": ["std-gap", "--run", tmp_path],
+        "--model (there is no --detector): ": ["detect", "--model", student, "--images", coloured],
+        "--detector: ": ["detect", "--model", student, "--images", coloured, "--detector", zoo["clip"]],
+        "--canvas 100 --mosaics 500: expected": ["detect", "--model", gdino, "--images", coloured, "--canvas", 100],
+        "--annotations: ": ["detect", "--model", gdino, "--images", coloured, "--annotations", names],
+    }  # fmt: skip
+    for beginning, words in asked.items():
+        assert refused(*words).startswith(beginning)
+    (tmp_path / "CLIP").mkdir()
+    without = zoo["dinov2"]
+    assert refused(*zero_shot[:3], "--clip", without, *zero_shot[5:]).startswith(
+        f"--clip: {without} holds a model of type"
+    )
+
+
+def test_an_image_that_does_not_decode_is_named_by_whichever_process_reads_it(student, coloured, tmp_path, refused):
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "1.png").write_bytes((coloured / "red" / "00.png").read_bytes())
+    (tmp_path / "images" / "b" / "2.png").write_bytes(b"not a picture")
+    sides = ["--train-images", tmp_path / "images", "--test-images", tmp_path / "images"]
+    for workers in (0, 1):
+        line = refused("knn", "--model", student, *sides, "--workers", workers, "--size", 32)
+        assert line.startswith(f"{tmp_path / 'images' / 'b' / '2.png'}: not an image")
+
+
+def test_many_batches_from_workers_do_not_pile_up_open_files(zoo, student, coloured, tmp_path, evaluate):
+    import resource
+
+    tree = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "red"}]}
+    for i in range(36):
+        tree["images"].append({"id": i, "file_name": f"red/{i % 12:02}.png"})
+        tree["annotations"].append({"id": i, "image_id": i, "category_id": 1, "bbox": [4, 4, 30, 30]})
+    (tmp_path / "a.json").write_text(json.dumps(tree))
+    sides = ["--train-images", coloured, "--test-images", coloured]
+    one = ["--batch-size", 1, "--workers", 1, "--size", 96]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, limits[1]))
+    try:
+        assert evaluate("linear", "--model", student, *sides, *one)["images"] == 36
+        where = ["--images", coloured, "--annotations", tmp_path / "a.json", "--picture", tmp_path / "a.png"]
+        assert evaluate("detect", "--model", zoo["gdino"], *where, *one)["images"] == 36
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_the_training_script_does_not_hide_a_library_called_evaluate(monkeypatch):
+    """As `deepspeed kpu_fast/train.py` starts it: with the script's folder first on sys.path."""
+    script = Path(kpu_fast.__file__).with_name("train.py")
+    monkeypatch.syspath_prepend(str(script.parent))
+    assert importlib.util.find_spec("evaluate").origin == str(script.parent / "evaluate" / "__init__.py")
+    runpy.run_path(str(script))
+    importlib.invalidate_caches()
+    found = importlib.util.find_spec("evaluate")
+    assert found is None or str(script.parent) not in found.origin

@@ -1,0 +1,339 @@
+"""Detection: a student that gives the backbone's own maps changes nothing, boxes and AP have known values."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("pycocotools")
+
+from types import SimpleNamespace  # noqa: E402
+
+from kpu_fast.evaluate.boxes import CocoImages, Mosaics, Truth, average_precision  # noqa: E402
+from kpu_fast.evaluate.detect import Detector, detect, load_detector, see_through  # noqa: E402
+from kpu_fast.evaluate.detector import detect_boxes, make_prompt, with_student_backbone  # noqa: E402
+from kpu_fast.evaluate.encoder import Encoder, load_encoder  # noqa: E402
+from kpu_fast.evaluate.result import EvaluateError  # noqa: E402
+from kpu_fast.models import FeatureSpec, Student  # noqa: E402
+from kpu_fast.models.teachers import build_teacher  # noqa: E402
+
+MEAN, STD = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1), torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+
+
+class Impostor(nn.Module):
+    """Stands where a student does and gives the teacher's own maps."""
+
+    def __init__(self, folder):
+        super().__init__()
+        cfg = SimpleNamespace(kind="grounding_dino", weights=str(folder), arch={}, levels=None)
+        self.net = build_teacher("gdino", cfg, device="cpu", dtype=torch.float32, image_size=(64, 64))
+        self.head_specs = {"gdino": self.net.spec}
+
+    def forward(self, images):
+        return self.net(images)
+
+    def project(self, features, teacher):
+        return features
+
+
+def inputs(zoo, height=64, width=96, text="red. green. sky blue."):
+    generator = torch.Generator().manual_seed(0)
+    tokens = transformers.AutoTokenizer.from_pretrained(zoo["gdino"])([text] * 2, return_tensors="pt")
+    mask = torch.ones(2, height, width, dtype=torch.long)
+    pixels = (torch.rand(2, 3, height, width, generator=generator) - MEAN) / STD
+    mask[1, height - 20 :], pixels[1, :, height - 20 :] = 0, 0
+    return {"pixel_values": pixels, "pixel_mask": mask, **{k: tokens[k] for k in ("input_ids", "attention_mask")}}
+
+
+def load(zoo):
+    return transformers.GroundingDinoForObjectDetection.from_pretrained(zoo["gdino"]).eval()
+
+
+# ---- the student as backbone ----
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["red. green. sky blue.", "a."])
+def test_with_the_teachers_own_maps_the_detector_is_the_original(zoo, text):
+    given = inputs(zoo, text=text)
+    original, changed = load(zoo), with_student_backbone(load(zoo), Impostor(zoo["gdino"]), "gdino")
+    expected, found = original(**given), changed(**given)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.pred_boxes, expected.pred_boxes, atol=1e-4, rtol=1e-4)
+    # The comparison means something: another image gives other boxes.
+    other = original(**{**given, "pixel_values": given["pixel_values"].flip(3)})
+    assert (other.pred_boxes - expected.pred_boxes).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_the_detector_sees_what_the_student_projects(zoo, student):
+    own = Student.from_pretrained(student)
+    detector = with_student_backbone(load(zoo), own, "gdino")
+    given = inputs(zoo)
+    backbone = detector.model.backbone.conv_encoder
+    maps = own.project(own(given["pixel_values"] * STD + MEAN), "gdino").maps
+    for (found, mask), expected, stride in zip(
+        backbone(given["pixel_values"], given["pixel_mask"]), maps, (8, 16, 32), strict=True
+    ):
+        torch.testing.assert_close(found.permute(0, 2, 3, 1), expected, atol=1e-5, rtol=1e-4)
+        assert torch.equal(mask, given["pixel_mask"][:, ::stride, ::stride].bool())
+    before = detector(**given).pred_boxes
+    head = own.heads["gdino"].maps[1].fc2
+    head.weight.copy_(head.weight.flip(1))
+    assert (detector(**given).pred_boxes - before).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_sides_are_padded_to_multiples_of_32_as_in_a_batch_of_several_sizes(zoo, student):
+    given = inputs(zoo, 50, 90)
+    detector = with_student_backbone(load(zoo), Student.from_pretrained(student), "gdino")
+    padded = {**given}
+    for key in ("pixel_values", "pixel_mask"):
+        padded[key] = nn.functional.pad(given[key], (0, 6, 0, 14))
+    expected = detector(**padded)
+    assert torch.equal(detector(**given).pred_boxes, expected.pred_boxes)
+    text = (given["input_ids"], None, given["attention_mask"], given["pixel_mask"])
+    states = detector.model(given["pixel_values"], *text)  # arguments without names
+    assert torch.equal(states.last_hidden_state, expected.last_hidden_state)
+    # Without a mask the whole image counts, the padding does not.
+    del given["pixel_mask"]
+    padded["pixel_mask"] = nn.functional.pad(torch.ones(2, 50, 90, dtype=torch.long), (0, 6, 0, 14))
+    assert torch.equal(detector(**given).pred_boxes, detector(**padded).pred_boxes)
+
+
+@torch.no_grad()
+def test_one_student_can_take_the_place_of_another(zoo, student):
+    given, own = inputs(zoo, 50, 90), Student.from_pretrained(student)
+    expected = with_student_backbone(load(zoo), own, "gdino")(**given)
+    changed = with_student_backbone(with_student_backbone(load(zoo), Impostor(zoo["gdino"]), "gdino"), own, "gdino")
+    assert torch.equal(changed(**given).pred_boxes, expected.pred_boxes)
+
+
+def test_a_head_that_does_not_fit_the_detector_is_an_error(zoo, student):
+    own = Student.from_pretrained(student)
+    with pytest.raises(ValueError, match=r"maps of \(32,\) channels, the detector's backbone \(16, 32, 64\)"):
+        with_student_backbone(load(zoo), own, "clip")
+    with pytest.raises(KeyError, match=r"no head for 'dino'; it has \['clip', 'gdino'\]"):
+        with_student_backbone(load(zoo), own, "dino")
+    detector = load_detector(zoo["gdino"])
+    with pytest.raises(EvaluateError, match="is a sentinel; --detector takes a student"):
+        see_through(detector, load_encoder(zoo["dinov2"]))
+    with pytest.raises(EvaluateError, match="holds a model of type 'clip', expected 'grounding-dino'"):
+        load_detector(zoo["clip"])
+    other = Student(vit=own.config["vit"], adapter=None, heads={"a": FeatureSpec(None, (8,), (8.0,))})
+    with pytest.raises(EvaluateError, match=r"no head gives maps of \(16, 32, 64\) channels; it has \"a\""):
+        see_through(detector, Encoder("other", "student", other, 64))
+
+
+# ---- boxes out of it ----
+
+
+def test_a_class_is_its_tokens_in_the_prompt(zoo):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(zoo["gdino"])
+    prompt = make_prompt(("Red", "sky blue", "green"), tokenizer, 32)
+    words = [tokenizer.convert_ids_to_tokens(int(i)) for i in prompt.input_ids[0]]
+    assert words == ["<s>", "red", ".", "sky", "blue", ".", "green", ".", "</s>"]
+    expected = torch.zeros(3, 9)
+    expected[0, 1], expected[1, 3:5], expected[2, 6] = 1.0, 0.5, 1.0
+    assert torch.equal(prompt.spans, expected)
+    with pytest.raises(ValueError, match="9 tokens, the text tower takes 8"):
+        make_prompt(("Red", "sky blue", "green"), tokenizer, 8)
+    for wrong in ("a. b", " "):
+        with pytest.raises(ValueError, match="is not empty and has no full stop"):
+            make_prompt(("red", wrong), tokenizer, 32)
+
+
+def test_boxes_are_the_best_pairs_of_query_and_class_in_pixels(zoo):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(zoo["gdino"])
+    prompt = make_prompt(("red", "sky blue"), tokenizer, 32)
+    probabilities = torch.full((1, 2, 32), 1e-6)  # of tokens <s> red . sky blue . </s>, then padding
+    probabilities[0, 0, [1, 3, 4]] = torch.tensor([0.9, 0.2, 0.6])
+    probabilities[0, 1, [1, 3, 4]] = torch.tensor([0.1, 0.7, 0.5])
+    probabilities[0, :, [0, 2, 10]] = 0.99  # no class's tokens: they do not count
+    out = SimpleNamespace(
+        logits=torch.logit(probabilities), pred_boxes=torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.25, 0.5, 0.5, 1.0]]])
+    )
+    sizes = torch.tensor([[100, 200]])
+    (found,) = detect_boxes(lambda **_: out, torch.zeros(1, 3, 32, 32), None, prompt, sizes, most=3)
+    torch.testing.assert_close(found["scores"], torch.tensor([0.9, 0.6, 0.4]))
+    assert found["labels"].tolist() == [0, 1, 1]
+    first, second = [80.0, 30.0, 120.0, 70.0], [0.0, 0.0, 100.0, 100.0]
+    torch.testing.assert_close(found["boxes"], torch.tensor([first, second, first]))
+
+
+# ---- average precision ----
+
+
+def truth(*boxes, labels=None, crowd=None):
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    n = len(boxes)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return Truth(boxes, torch.tensor(labels or [0] * n), area, torch.tensor(crowd or [False] * n))
+
+
+def boxes(*rows, labels=None, scores=None):
+    n = len(rows)
+    return {
+        "boxes": torch.tensor(rows, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor(labels or [0] * n),
+        "scores": torch.tensor(scores or [0.9] * n),
+    }
+
+
+A, B, SHIFTED = (0, 0, 100, 100), (200, 200, 240, 230), (0, 0, 78, 100)  # IoU of A and SHIFTED: 0.78
+
+
+def test_perfect_boxes_have_ap_1():
+    truths = [truth(A, B, labels=[0, 1]), truth(B, labels=[1])]
+    found = average_precision(truths, [boxes(A, B, labels=[0, 1]), boxes(B, labels=[1])], ("a", "b"))
+    assert (found["ap"], found["ap50"], found["ap75"], found["ar100"]) == (1, 1, 1, 1)
+    assert (found["ap_small"], found["ap_medium"], found["ap_large"]) == (None, pytest.approx(1), pytest.approx(1))
+
+
+@pytest.mark.parametrize(
+    ("found", "ap"),
+    [
+        # At the 4 thresholds that 0.78 misses, the best-scored box is false: precision 1/2 up to recall 1/2.
+        pytest.param(
+            boxes(SHIFTED, B, scores=[0.9, 0.8]), 0.6 + 0.4 * 51 / 101 / 2, id="IoU 0.78 passes 6 of 10 thresholds"
+        ),
+        pytest.param(boxes(A), 51 / 101, id="one of two found: precision 1 at the recalls up to 0.5"),
+        pytest.param(boxes(A, B, labels=[0, 1]), 51 / 101, id="the other under a wrong class"),
+        pytest.param(
+            boxes(A, A, B, scores=[0.9, 0.8, 0.7]),
+            (51 + 50 * 2 / 3) / 101,
+            id="one found twice, between the right ones",
+        ),
+        pytest.param(
+            boxes(B, A, (300, 0, 310, 10), scores=[0.9, 0.8, 0.1]), 1.0, id="a false one below the right ones"
+        ),
+        pytest.param(boxes(), 0.0, id="nothing found"),
+    ],
+)
+def test_average_precision_has_the_known_value(found, ap):
+    result = average_precision([truth(A, B)], [found], ("a", "b"))
+    assert result["ap"] == pytest.approx(ap, abs=1e-6)
+
+
+def test_boxes_on_a_crowd_neither_count_nor_cost():
+    result = average_precision([truth(A, B, crowd=[True, False])], [boxes((0, 0, 50, 50), B)], ("a",))
+    assert result["ap"] == pytest.approx(1.0)
+
+
+# ---- images with boxes ----
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    root = tmp_path_factory.mktemp("coco")
+    rng = np.random.default_rng(0)
+    for name, size in {"a.png": (50, 90), "b.png": (70, 40)}.items():
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(root / name)
+    tree = {
+        "images": [{"id": 7, "file_name": "a.png"}, {"id": 3, "file_name": "b.png"}],
+        "categories": [{"id": 5, "name": "sky blue"}, {"id": 2, "name": "red"}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 5, "bbox": [10, 5, 20, 30], "area": 300, "iscrowd": 0},
+            {"id": 2, "image_id": 7, "category_id": 2, "bbox": [0, 0, 9, 8], "area": 70, "iscrowd": 1},
+        ],
+    }
+    (root / "annotations.json").write_text(json.dumps(tree))
+    return root
+
+
+def test_cocos_annotations_are_read_as_they_are(coco):
+    images = CocoImages(coco / "annotations.json", coco)
+    assert (images.classes, len(images)) == (("red", "sky blue"), 2)
+    pixels, found = images[0]
+    assert np.array_equal(pixels, np.asarray(Image.open(coco / "a.png")))
+    assert found.boxes.tolist() == [[10, 5, 30, 35], [0, 0, 9, 8]]
+    assert (found.labels.tolist(), found.area.tolist(), found.crowd.tolist()) == ([1, 0], [300, 70], [False, True])
+    assert images[1][1].boxes.shape == (0, 4)
+    for seed in range(3):
+        (one,) = CocoImages(coco / "annotations.json", coco, limit=1, seed=seed)._images
+        assert one in images._images
+
+
+def test_annotations_that_do_not_fit_are_errors(coco, tmp_path):
+    with pytest.raises(EvaluateError, match=r"a\.png is not there, and 1 more"):
+        CocoImages(coco / "annotations.json", tmp_path)
+    for text in ("{", "[]", json.dumps({"images": [], "categories": [], "annotations": []})):
+        (tmp_path / "wrong.json").write_text(text)
+        with pytest.raises(EvaluateError, match=r"--annotations: .*wrong\.json"):
+            CocoImages(tmp_path / "wrong.json", coco)
+
+
+class Oracle(nn.Module):
+    """Finds the one object of each image, brighter than the rest; red ones are class 0 unless it is `wrong`."""
+
+    def __init__(self, wrong=False):
+        super().__init__()
+        self.wrong = wrong
+        self.config = SimpleNamespace(max_text_len=32)
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, pixel_values, pixel_mask, input_ids, attention_mask, token_type_ids):
+        b, _, height, width = pixel_values.shape
+        assert height % 32 == width % 32 == 0
+        assert len(input_ids) == len(attention_mask) == len(token_type_ids) == b
+        assert not pixel_values.masked_select(pixel_mask[:, None] == 0).any()
+        logits, pred = torch.full((b, 1, 32), -9.0), torch.zeros(b, 1, 4)
+        for i, (pixels, mask) in enumerate(zip(pixel_values, pixel_mask, strict=True)):
+            rows, columns = mask.any(1).sum(), mask.any(0).sum()
+            image = (pixels * STD + MEAN)[:, :rows, :columns]
+            ys, xs = torch.nonzero(image.amax(0) > 0.5, as_tuple=True)
+            red, blue = image[0, ys, xs].mean(), image[2, ys, xs].mean()
+            logits[i, 0, [1] if (red > blue) != self.wrong else [3, 4]] = 5.0  # tokens: <s> red . sky blue . </s>
+            y0, y1, x0, x1 = ys.min() / rows, (ys.max() + 1) / rows, xs.min() / columns, (xs.max() + 1) / columns
+            pred[i, 0] = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0])
+        return SimpleNamespace(logits=logits, pred_boxes=pred)
+
+
+@pytest.mark.parametrize(("size", "key"), [(None, "ap"), (64, "ap75")])  # resizing blurs the borders
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_detector_that_is_right_has_ap_1_on_images_of_several_sizes(zoo, tmp_path, size, key, workers):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(zoo["gdino"])
+    tree = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "red"}, {"id": 2, "name": "sky blue"}]}
+    for i, (height, width) in enumerate([(50, 90), (100, 40), (64, 64), (33, 100), (48, 130)]):
+        pixels = np.full((height, width, 3), 40, np.uint8)
+        x, y, w, h = 5 + 2 * i, 4 + i, 20, 16
+        pixels[y : y + h, x : x + w] = [(255, 0, 0), (0, 0, 255)][i % 2]
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        tree["images"].append({"id": i, "file_name": f"{i}.png"})
+        tree["annotations"].append({"id": i, "image_id": i, "category_id": 1 + i % 2, "bbox": [x, y, w, h]})
+    (tmp_path / "a.json").write_text(json.dumps(tree))
+    images = CocoImages(tmp_path / "a.json", tmp_path)
+    right, wrong = (Detector(Oracle(w), tokenizer, MEAN.flatten().tolist(), STD.flatten().tolist()) for w in (0, 1))
+    picture = tmp_path / "found.png"
+    found = detect(right, images, images.classes, size=size, batch_size=3, workers=workers, picture=picture)
+    assert found[key] == pytest.approx(1.0)
+    assert (found["images"], found["boxes"]) == (5, 5)
+    assert np.asarray(Image.open(picture)).std() > 10
+    # Each query counts for both classes, the right one now behind all wrong ones: precision 3/5 for red, 2/5 for blue.
+    assert detect(wrong, images, images.classes, size=size, batch_size=3)["ap50"] == pytest.approx(0.5)
+
+
+def test_mosaics_are_the_same_again_and_their_boxes_hold_the_images(coloured):
+    pytest.importorskip("kpu_fast.zoo.mosaic")
+    from kpu_fast.data.labelled import LabelledImages
+
+    images = LabelledImages(coloured)
+    mosaics = Mosaics(images, 3, 128, seed=0)
+    mean = {
+        label: np.mean([images[i][0].mean((0, 1)) for i in range(36) if images[i][1] == label], axis=0)
+        for label in range(3)
+    }
+    for i in range(3):
+        pixels, found = mosaics[i]
+        assert np.array_equal(pixels, mosaics[i][0])
+        assert pixels.shape == (128, 128, 3)
+        assert len(found.labels) >= 1
+        for (x0, y0, x1, y1), label in zip(found.boxes.round().int().tolist(), found.labels.tolist(), strict=True):
+            inside = pixels[y0:y1, x0:x1].mean((0, 1))
+            assert min(mean, key=lambda n: np.abs(mean[n] - inside).sum()) == label
+    assert not np.array_equal(mosaics[0][0], mosaics[1][0])
+    assert not np.array_equal(mosaics[0][0], Mosaics(images, 3, 128, seed=1)[0][0])
