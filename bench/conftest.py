@@ -29,6 +29,7 @@ COMBINATIONS = (
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GRAPH_LIMIT = 64 << 20  # counted bytes from which launches no longer matter: about 20 µs of copy on an H100
+CPU_SECONDS = 270  # of a session without a GPU, whose numbers are ratios on one more CPU
 SECONDS = 0.4  # of rounds per row, unless three rounds take longer
 # Of a round on a GPU: where one step is a few kernels, what the first launch takes must not count as the kernels' time.
 MIN_STEPS = 8
@@ -39,7 +40,11 @@ ALIASES = {"reference": "eager", "F.interpolate": "eager"}
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench")
-    group.addoption("--bench-seconds", type=float, help="start no further row after this many seconds of the session")
+    group.addoption(
+        "--bench-seconds",
+        type=float,
+        help=f"start no further row after this many seconds of the session; without a GPU {CPU_SECONDS} unless given",
+    )
     group.addoption(
         "--bench-profile",
         choices=("torch", "cuda"),
@@ -68,6 +73,8 @@ def _keep_freed_memory() -> None:
 
 def pytest_runtest_setup(item):
     limit = item.config.getoption("--bench-seconds")
+    if limit is None and not torch.cuda.is_available():
+        limit = CPU_SECONDS
     if limit is not None and time.monotonic() - item.config.bench_began > limit:
         pytest.skip(f"the {limit:g} s of --bench-seconds are over")
 
@@ -203,7 +210,8 @@ def measure(benchmark, device, request):
 
     make: fresh inputs. step: one forward, or forward and backward; what it returns is kept while the others run, so
     that results do not land where the last ones were. counted: the bytes that have to move at least.
-    A round walks over enough fresh buffers to leave the last-level cache twice; a row takes at least three rounds.
+    A round walks over enough fresh buffers to leave the last-level cache twice, on a CPU over at most
+    its module's CPU_PASSES; a row takes at least three rounds.
     The test's parameters row, shape, dtype and mode name the row; mode "graph" replays a round as one CUDA graph.
     """
 
@@ -214,6 +222,8 @@ def measure(benchmark, device, request):
             pytest.skip(f"{counted >> 20} MB: launches do not matter from {limit >> 20} MB on, see mode full")
         facts = _circumstances(device)
         passes = max(1, math.ceil(2 * facts["cache_bytes"] / counted))
+        if device == "cpu":
+            passes = min(passes, getattr(request.module, "CPU_PASSES", passes))
         first = make()
         step(*first)  # compiles what is compiled
         if request.config.getoption("--bench-profile"):

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from kpu_fast.kernels import deform_attn, deform_attn_reference
+import torch.nn.functional as F
+from kpu_fast.kernels import deform_attn
 
 EIGHTH, SIXTEENTH, THIRTY_SECOND = (100, 168), (50, 84), (25, 42)  # of 800 × 1344
 
@@ -17,7 +18,9 @@ class Attention(NamedTuple):
     heads: int
 
 
-# The ViT-Adapter-B of a GroundingDINO batch of 4 (on the CPU 1), heads of 32 channels, 4 points per map.
+# The ViT-Adapter-B of a GroundingDINO batch of 4, heads of 32 channels, 4 points per map. On the CPU, where a step of
+# these takes seconds, one sample with a quarter of every side, in one buffer: its time is not that of memory.
+CPU_PASSES = 1
 ATTENTIONS = {
     "injector 50x84 reads 3 maps": Attention((SIXTEENTH,), (EIGHTH, SIXTEENTH, THIRTY_SECOND), 12),
     "extractor 22050 read 50x84": Attention((EIGHTH, SIXTEENTH, THIRTY_SECOND), (SIXTEENTH,), 12),
@@ -26,12 +29,21 @@ ATTENTIONS = {
     ),
 }
 CHANNELS, POINTS = 32, 4
-DETERMINISTIC = "deterministic"
-EXTRA_ROWS = {DETERMINISTIC: ["cuda"]}
+DETERMINISTIC, MSDA = "deterministic", "msda-triton"
+EXTRA_ROWS = {DETERMINISTIC: ["cuda"], MSDA: ["cuda"]}
 
 
-def reference(value, locations, weights, maps):
-    return deform_attn_reference(value, maps, locations, weights)
+def eager(value, locations, weights, maps):
+    """What transformers and the projects before it run without their CUDA extension: all in value's dtype."""
+    batch, _, heads, channels = value.shape
+    grids = (2 * locations - 1).to(value.dtype).transpose(1, 2)  # (B, M, Q, L, P, 2)
+    samples = []
+    for level, part in enumerate(value.split([height * width for height, width in maps], dim=1)):
+        planes = part.flatten(2).mT.reshape(batch * heads, channels, *maps[level])
+        samples.append(F.grid_sample(planes, grids[:, :, :, level].flatten(0, 1), align_corners=False))
+    weights = weights.transpose(1, 2).reshape(batch * heads, 1, locations.shape[1], -1)
+    out = (torch.stack(samples, -2).flatten(-2) * weights).sum(-1)  # (B·M, D, Q)
+    return out.view(batch, heads * channels, -1).mT.contiguous()
 
 
 def ours(value, locations, weights, maps):
@@ -40,6 +52,21 @@ def ours(value, locations, weights, maps):
 
 def deterministic(value, locations, weights, maps):
     return deform_attn(value, maps, locations, weights, deterministic=True)
+
+
+def msda_triton(device, dtype, maps):
+    """github.com/rziga/msda-triton, its kernels and never the plain torch that it falls back to without a word."""
+    reason = "msda-triton, https://github.com/rziga/msda-triton, is not installed"
+    frontend = pytest.importorskip("msda_triton.frontend", reason=reason)
+    if dtype == torch.bfloat16:
+        pytest.skip("msda-triton takes no bf16")
+    sizes = torch.tensor(maps, device=device)  # it takes no other; made once, as a captured graph cannot make it
+
+    def attend(value, locations, weights, maps):
+        found = frontend.triton_multiscale_deformable_attention(value, sizes, locations, weights, "zeros", False)
+        return found.flatten(2)
+
+    return attend
 
 
 def centres(maps, device):
@@ -55,11 +82,14 @@ def centres(maps, device):
 def test_deform_attn(shape, row, dtype, mode, device, measure, compiled, benchmark):
     benchmark.group = f"deform_attn {device} {str(dtype)[6:]} {mode} {shape}"
     query_maps, maps, heads = ATTENTIONS[shape]
-    batch = 4 if device == "cuda" else 1
+    batch = 4
+    if device == "cpu":
+        batch = 1
+        query_maps, maps = (tuple((-(-h // 4), -(-w // 4)) for h, w in some) for some in (query_maps, maps))
     queries, cells = (sum(h * w for h, w in some) for some in (query_maps, maps))
     samples = (batch, queries, heads, len(maps), POINTS)
-    attend = reference if row in ("eager", "compile") else deterministic if row == DETERMINISTIC else ours
-    attend = compiled(attend) if row == "compile" else attend
+    attend = {"ours": ours, DETERMINISTIC: deterministic}.get(row, eager)
+    attend = msda_triton(device, dtype, maps) if row == MSDA else compiled(attend) if row == "compile" else attend
     grad = mode != "forward"
 
     def make():

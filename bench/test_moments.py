@@ -13,7 +13,9 @@ SHAPES = {
 
 
 def eager(x, valid):
-    x = x.flatten(0, 2) if valid is None else x[valid]
+    if valid is None:
+        return x.mean((0, 1, 2)), x.var((0, 1, 2), correction=0)
+    x = x[valid]
     return x.mean(0), x.var(0, correction=0)
 
 
@@ -22,10 +24,15 @@ def ours(x, valid):
     return found.mean, found.var
 
 
+GPU_ONLY = {"gdino map 4×100×168×192", "sam map 4×64²×256"}  # on a CPU like the others
+
+
 @pytest.mark.parametrize("row", [eager, ours], ids=["eager", "moments"])
 @pytest.mark.parametrize("kind", ["NHWC", "NCHW", "NHWC, masked"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_moments(shape, kind, row, device, measure, benchmark):
+    if device == "cpu" and shape in GPU_ONLY:
+        pytest.skip("a shape for GPUs; others like it are measured on the CPU")
     benchmark.group = f"moments {device} {kind} {shape}"
     batch, height, width, channels = SHAPES[shape]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -16,9 +16,8 @@ SHAPES = {
     "64x64x256 to 14x14 antialias": ((8, 64, 64, 256), (14, 14), True),
     "roofline 64x64x1024 to 60x60": ((32, 64, 64, 1024), (60, 60), False),
 }
+GPU_ONLY = {"50x84x384 to 25x42", "25x42x384 to 50x84"}  # each compiled row takes seconds of a C++ compiler
 CPU_BATCH = {
-    "50x84x384 to 25x42": 1,
-    "25x42x384 to 50x84": 1,
     "64x64x256 to 14x14 antialias": 2,
     "roofline 64x64x1024 to 60x60": 2,
 }
@@ -36,6 +35,8 @@ def ours(x, size, antialias):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_resize(shape, row, dtype, mode, device, measure, compiled, benchmark):
     x_shape, size, antialias = SHAPES[shape]
+    if device == "cpu" and shape in GPU_ONLY:
+        pytest.skip("a shape for GPUs; others like it are measured on the CPU")
     if device == "cpu":
         x_shape = (CPU_BATCH.get(shape, x_shape[0]), *x_shape[1:])
     benchmark.group = f"resize {device} {str(dtype)[6:]} {mode} {shape}"

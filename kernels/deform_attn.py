@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .launch import MAX_HEAD_CHANNELS, MAX_MAPS, choose_impl
+from .launch import MAX_HEAD_CHANNELS, MAX_MAPS, batch_by_loop, check_float, choose_impl, is_transformed
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -95,8 +95,9 @@ def _gradients(grad, value, shapes, sizes, locations, weights, deterministic, ne
     """Gradients to value, locations and weights, each contiguous and in its dtype; empty where not needed."""
     from .deform_attn_triton import launch_backward, launch_unfix
 
+    # The float sums become the gradient to value themselves; only int64 ones need it beside them.
     grad_value, grad_locations, grad_weights = _empty_gradients(
-        value, locations, weights, need_value, need_locations, need_weights
+        value, locations, weights, need_value and deterministic, need_locations, need_weights
     )
     total, largest, unit = grad_value, None, 1.0
     if need_value and deterministic:
@@ -119,6 +120,9 @@ def _gradients(grad, value, shapes, sizes, locations, weights, deterministic, ne
 @_gradients.register_fake
 def _(grad, value, shapes, sizes, locations, weights, deterministic, need_value, need_locations, need_weights):
     return _empty_gradients(value, locations, weights, need_value, need_locations, need_weights)
+
+
+batch_by_loop(_gradients)
 
 
 def _empty_gradients(value, locations, weights, *needed: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,11 +170,14 @@ def deform_attn(
     deterministic: bit-equal gradients from run to run, at the price of int64 sums for the gradient to value; None
     follows `torch.are_deterministic_algorithms_enabled()`. A NaN or Inf in the upstream gradient or in
     attention_weights then makes the whole gradient to value NaN.
-    impl: "auto" | "triton" | "torch"; the kernels take heads of up to 256 channels and up to 8 maps.
+    impl: "auto" | "triton" | "torch"; the kernels take heads of up to 256 channels and up to 8 maps. Under torch.func
+    transforms and forward-mode differentiation `deform_attn_reference` takes over; its grid_sample raises
+    NotImplementedError at a forward-mode tangent of value or the locations. The kernels' gradient cannot itself be
+    differentiated.
 
     Returns (B, Q, M·D) in value's dtype. Gradients go to those of value, locations and weights that require one.
-    Raises ValueError for shapes that do not fit together, TypeError for integer inputs, RuntimeError for a gradient to
-    value on CUDA with impl="torch" and deterministic=True.
+    Raises ValueError for shapes that do not fit together, TypeError for integer and 8-bit inputs, RuntimeError for a
+    gradient to value on CUDA by the torch path with deterministic=True.
     """
     _check_tensors(value, sampling_locations, attention_weights)
     levels, channels = sampling_locations.shape[3], value.shape[3]
@@ -181,7 +188,7 @@ def deform_attn(
         attention_weights,
         supported=channels <= MAX_HEAD_CHANNELS and levels <= MAX_MAPS,
     )
-    if chosen == "torch":
+    if chosen == "torch" or is_transformed():
         _refuse_grid_sample_backward(value, deterministic)
         return deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
     if deterministic is None:
@@ -243,8 +250,7 @@ def _check_tensors(value: Tensor, locations: Tensor, weights: Tensor) -> None:
     for name, x in named:
         if 0 in x.shape:
             raise ValueError(f"{name}: expected at least one of each, found shape {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point dtype, found {x.dtype}; convert it first")
+        check_float(name, x)
         if x.device != value.device:
             raise ValueError(f"{name}: expected the device of value, {value.device}, found {x.device}; move it first")
     if (locations.shape[0], locations.shape[2]) != (value.shape[0], value.shape[2]):

@@ -7,8 +7,9 @@ from torch import Tensor
 from .launch import MAX_MAPS, SCALE_TILE, deform_tile, device_of
 
 # Heights and widths go to the kernels as plain numbers, one per map, so a new pyramid needs no copy to the GPU and no
-# tensor that a captured CUDA graph would have to keep. Not specialised: every pyramid runs the same machine code.
-_SIZES = [f"size{level}" for level in range(MAX_MAPS)]
+# tensor that a captured CUDA graph would have to keep. Nothing that follows from a pyramid is specialised on 1 or on
+# multiples of 16: all pyramids run the same machine code, where heads · channels is a multiple of 16.
+_PYRAMID = [*(f"size{level}" for level in range(MAX_MAPS)), "queries", "cells", "l_sb", "w_sb"]
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def _cell(
     return tl.load(value_ptr + at, mask=exists[:, None] & (cols < channels)[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_PYRAMID)
 def deform_forward_kernel(
     value_ptr,  # (B, S, M, D)
     shapes_ptr,  # (L, 2) integers on the GPU, or unread
@@ -157,7 +158,7 @@ def _scatter(
     tl.atomic_add(grad_ptr + at, share, mask=exists[:, None] & (cols < channels)[None, :], sem="relaxed")
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_PYRAMID)
 def deform_backward_kernel(
     grad_ptr,  # (B, Q, M, D) gradient of the result
     value_ptr, shapes_ptr, loc_ptr, weight_ptr,  # as in the forward
@@ -259,9 +260,11 @@ def deform_unfix_kernel(
     """Fixed point back to floating point; NaN everywhere where an input of the sums was not finite."""
     _grad_scale, grad_inverse = _power_of_two(tl.load(grad_max_ptr).to(tl.float32))
     _weight_scale, weight_inverse = _power_of_two(tl.load(weight_max_ptr).to(tl.float32))
+    # In float64, where no product of the three leaves the range; in float32 a large gradient of small weights would.
+    step = grad_inverse.to(tl.float64) * weight_inverse.to(tl.float64) * inverse_unit
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.load(fixed_ptr + at, mask=at < numel, other=0).to(tl.float32)
-    tl.store(out_ptr + at, total * inverse_unit * grad_inverse * weight_inverse, mask=at < numel)
+    total = tl.load(fixed_ptr + at, mask=at < numel, other=0).to(tl.float64)
+    tl.store(out_ptr + at, (total * step).to(tl.float32), mask=at < numel)
 
 
 def launch_forward(value, shapes, sizes, locations, weights, out) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, distributed
 
-from .launch import choose_impl
+from .launch import check_float, choose_impl
 
 # Numbers at once in the torch path. Of 2¹⁶…2²¹ within 20 % of the fastest for (32, 14, 14, 768), channels last and
 # first, and (4, 100, 168, 192), float32, on 1 thread of a shared x86 server, November 2026.
@@ -142,9 +142,9 @@ def _block_sums(block: Tensor, keep: Tensor | None) -> Tensor:
 def moments(x: Tensor, *, valid: Tensor | None = None, impl: str = "auto") -> Moments:
     """Count, sum and sum of squares of every channel of x (…, C), in one pass over memory.
 
-    x: at least (N, C), any strides (NCHW as `.permute(0, 2, 3, 1)`), any floating dtype. Deviations from a block's mean
-    are summed in float32 (float64 for float64), everything else in float64. Magnitudes whose square overflows float32
-    give Inf; NaN and Inf come through.
+    x: at least (N, C), any strides (NCHW as `.permute(0, 2, 3, 1)`), a floating dtype of 16 bits or more. A block's
+    sum, and that of its squared deviations from its mean, is float32 (float64 for float64), everything else float64.
+    Where such a sum overflows the result is Inf or NaN; NaN and Inf come through.
     valid: bool of shape x.shape[:-1]; False tokens do not count, whatever they hold. With no valid token at all the
     count is 0, and so are mean and variance.
 
@@ -154,8 +154,7 @@ def moments(x: Tensor, *, valid: Tensor | None = None, impl: str = "auto") -> Mo
     """
     if x.dim() < 2 or 0 in x.shape:
         raise ValueError(f"x: expected (…, C) with at least one token and one channel, found shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating-point dtype, found {x.dtype}; convert it first")
+    check_float("x", x)
     if valid is not None:
         if valid.shape != x.shape[:-1]:
             raise ValueError(f"valid: expected shape {tuple(x.shape[:-1])}, found {tuple(valid.shape)}")

@@ -33,8 +33,11 @@ def ours(student: Levels, teacher: Levels) -> Tensor:
     losses = []
     for name in teacher:
         for source, target in zip(student[name], teacher[name], strict=True):
-            if source.shape == target.shape:  # one cosine over all of a sample: the order of its numbers is free
-                losses.append(align_loss(source.flatten(2), target.flatten(2), cos_over="map"))
+            if source.shape == target.shape:
+                # One cosine over all of a sample: the order of its numbers is free, so C neighbours, which fit the
+                # kernels whatever H·W is, pass for the channels of a token.
+                source, target = (x.reshape(len(x), -1, x.shape[1]) for x in (source, target))  # views
+                losses.append(align_loss(source, target, cos_over="map"))
                 continue
             resize = "source" if source.shape[2] < target.shape[2] else "target"
             source, target = source.permute(0, 2, 3, 1), target.permute(0, 2, 3, 1)  # views

@@ -34,6 +34,13 @@ def test_left_out():
 """
 
 
+def visit_module():
+    spec = importlib.util.spec_from_file_location("bench_gpu_visit", ROOT / "bench/gpu_visit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def visit(*options):
     command = [sys.executable, str(ROOT / "bench/gpu_visit.py"), "--dry-run", *options]
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
@@ -118,9 +125,7 @@ def profiling(tmp_path, monkeypatch):
     """profiling(): the profile stage as on a GPU, with whatever `ncu` and `compute-sanitizer` lie in tmp_path/bin."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin")
-    spec = importlib.util.spec_from_file_location("bench_gpu_visit", ROOT / "bench/gpu_visit.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = visit_module()
 
     def run():
         (tmp_path / "scratch").mkdir()
@@ -145,6 +150,36 @@ def test_tools_of_a_gpu(tmp_path, profiling):
     assert section["exit"] == 9
 
 
+def test_memcheck_runs_every_operator(monkeypatch):
+    import torch
+
+    from kpu_fast import kernels
+
+    seen = set()
+
+    def watch(name, function):
+        def watched(first, *rest, **options):
+            tensor = first[0].target if name == "align_losses" else first
+            dense = "dense" if tensor.is_contiguous() else "a view"
+            seen.add((name, dense, options.get("valid") is not None, options.get("deterministic")))
+            if name == "deform_attn" and isinstance(rest[0], torch.Tensor):
+                assert rest[0].prod(1).sum() != first.shape[1]  # wrong on purpose, for the kernels; not for plain torch
+                rest = ([(5, 7), (1, 1), (3, 2)], *rest[1:])
+                seen.add("sizes that are wrong")
+            return function(first, *rest, **options)
+
+        return watched
+
+    for name in ("align_loss", "align_losses", "deform_attn", "moments", "resize_bilinear"):
+        monkeypatch.setattr(kernels, name, watch(name, getattr(kernels, name)))
+    text = visit_module().SANITIZED.replace('"cuda"', '"cpu"').replace("torch.cuda.synchronize()", "")
+    exec(compile(text, "SANITIZED", "exec"), {})
+    wanted = {(name, dense, False, None) for name in ("align_loss", "resize_bilinear") for dense in ("dense", "a view")}
+    wanted |= {("moments", dense, masked, None) for dense in ("dense", "a view") for masked in (False, True)}
+    wanted |= {("deform_attn", "dense", False, fixed) for fixed in (False, True)}
+    assert seen == wanted | {("align_losses", "a view", False, None), "sizes that are wrong"}
+
+
 def test_ncu_that_is_not_permitted(tmp_path, profiling):
     refused = "==ERROR== ERR_NVGPUCTRPERM - no permission"
     (tmp_path / "bin" / "ncu").write_text(NCU.partition("cat >")[0] + f'echo "{refused}" > "$2"\nexit 1\n')
@@ -156,9 +191,7 @@ def test_ncu_that_is_not_permitted(tmp_path, profiling):
 
 
 def test_the_worst_row():
-    spec = importlib.util.spec_from_file_location("bench_gpu_visit", ROOT / "bench/gpu_visit.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = visit_module()
 
     def bench(group, row, percent, counted):
         return {"group": group, "extra_info": {"row": row, "percent_of_copy": percent, "counted_bytes": counted}}

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,9 +44,9 @@ def test_plain(row, device, measure, benchmark):
 """
 
 
-def run(folder, *options):
+def run(folder, *options, bench=BENCH):
     shutil.copy(ROOT / "bench/conftest.py", folder)
-    (folder / "test_known.py").write_text(BENCH)
+    (folder / "test_known.py").write_text(bench)
     command = [
         sys.executable,
         "-m",
@@ -83,6 +84,32 @@ def test_rows(tmp_path):
     # Fresh buffers, twice as much as the last-level cache holds.
     assert plain["ours"]["buffers"] == plain["ours"]["passes"]
     assert plain["ours"]["passes"] * (1 << 18) >= 2 * plain["ours"]["cache_bytes"]
+
+
+def test_a_module_may_walk_over_fewer_buffers_on_a_cpu(tmp_path):
+    bench = BENCH + "CPU_PASSES = 3\n"
+    run(tmp_path, "--benchmark-only", "--benchmark-json=out.json", "-k", "plain and cpu", bench=bench)
+    found = [row["extra_info"] for row in json.loads((tmp_path / "out.json").read_text())["benchmarks"]]
+    assert [(info["buffers"], info["passes"]) for info in found] == [(3, 3)] * 2
+
+
+def test_a_session_without_a_gpu_ends_by_itself(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    # As if the session had begun long ago.
+    bench = (
+        BENCH
+        + """
+import time
+@pytest.fixture(scope="session", autouse=True)
+def long_ago(request):
+    request.config.bench_began = time.monotonic() - 1000
+"""
+    )
+    out = run(tmp_path, "--benchmark-only", "-k", "plain and cpu", bench=bench)
+    assert "1 passed, 1 skipped" in out  # the fixture runs with the first
+    assert "the 270 s of --bench-seconds are over" in out
+    assert "2 passed" in run(tmp_path, "--benchmark-only", "--bench-seconds=5000", "-k", "plain and cpu", bench=bench)
 
 
 def test_time_limit_and_profile(tmp_path):

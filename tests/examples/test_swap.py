@@ -1,5 +1,6 @@
 """Each loss of examples/swap, as published and as ours: values, gradients, and what the swap saves."""
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -199,6 +200,20 @@ def test_unic_reads_no_value_on_the_host():
             module.ours(*student, *rest).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("side", [14, 72])  # 72²: more numbers in a channel than the kernels take for a token
+def test_sak_stays_in_the_kernels_at_any_size(side, monkeypatch):
+    align = importlib.import_module("kpu_fast.kernels.align")
+    chosen, choose_impl = [], align.choose_impl
+
+    def watched(impl, source, target, supported):
+        chosen.append((source.shape[-1], supported))
+        return choose_impl(impl, source, target, supported=supported)
+
+    monkeypatch.setattr(align, "choose_impl", watched)
+    sak.ours(*({"a": [torch.ones(2, 24, side, side)]} for _ in range(2)))
+    assert chosen == [(24, True)]
 
 
 class Count(TorchDispatchMode):

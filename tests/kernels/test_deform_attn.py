@@ -1,3 +1,4 @@
+import importlib
 import math
 
 import pytest
@@ -7,6 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kpu_fast.kernels import MultiScaleDeformableAttention, deform_attn, deform_attn_reference, ms_deform_attn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 torch.set_num_threads(1)
 
@@ -257,6 +261,26 @@ def test_wrong_sizes_on_the_gpu_stay_inside_value(sizes, device):
     assert value.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_wrong_sizes_on_the_gpu_write_only_into_the_gradient(fixed, device):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from kpu_fast.kernels.deform_attn_triton import launch_backward
+
+    value, locations, weights = (x.detach() for x in make(ODD, b=1, d=8, dtype=torch.float32, device=device))
+    locations = locations * 2 - 0.5
+    grad = torch.randn(1, 5, 2, 8, generator=torch.Generator().manual_seed(1)).to(device)
+    # Cells that barely do not exist: what is added to them lands in the samples around.
+    sizes = torch.tensor([(9, 9), (7, 5), (2, 2)], device=device)
+    around = torch.zeros((5, *value.shape[1:]), dtype=torch.int64 if fixed else torch.float32, device=device)
+    others = torch.empty_like(locations), torch.empty_like(weights)
+    largest = (grad.abs().max(), weights.abs().max()) if fixed else None
+    unit = 2.0**54 if fixed else 1.0
+    launch_backward(grad, value, sizes, [], locations, weights, largest, unit, around[1:2], *others)
+    assert around[1].abs().max() > 0
+    around[1] = 0
+    assert around.abs().max() == 0
+
+
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-3, 1e18, 1e30])
 def test_fixed_point_follows_the_size_of_the_gradient(scale, impl, device):
     value, locations, weights = make(ODD, d=8, dtype=torch.float32, device=device)
@@ -280,6 +304,17 @@ def test_fixed_point_cannot_overflow_where_every_sample_meets_in_one_cell(impl, 
     upstream = torch.full_like(out, -1.9999)
     found = torch.autograd.grad(out, value, upstream)[0].item()
     assert abs(found / (-(1.9999**2) * queries * points) - 1) < 1e-5
+
+
+def test_fixed_point_of_a_large_gradient_and_small_weights(impl, device):
+    """Before the weights' size comes in, the sum of the gradients alone would overflow float32."""
+    value = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
+    locations = torch.full((1, 130, 1, 1, 4, 2), 0.5, device=device)
+    for large, small in ((1e38, 1e-5), (1e-5, 1e38)):
+        weights = torch.full((1, 130, 1, 1, 4), small, device=device)
+        out = deform_attn(value, [(1, 1)], locations, weights, impl=impl, deterministic=True)
+        found = torch.autograd.grad(out, value, torch.full_like(out, large))[0].item()
+        assert abs(found / (520 * 1e33) - 1) < 1e-5
 
 
 def test_fixed_point_of_nothing_and_of_nan(device):
@@ -368,6 +403,33 @@ def test_opcheck(on_device, device):
         torch.library.opcheck(torch.ops.kpu_fast.deform_attn_backward, arguments, test_utils=tests)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_backward_holds_no_more_than_its_sums_and_the_gradient(deterministic, dtype, device, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    module = importlib.import_module("kpu_fast.kernels.deform_attn")
+    kernels = importlib.import_module("kpu_fast.kernels.deform_attn_triton")
+    for name in ("launch_backward", "launch_unfix"):
+        monkeypatch.setattr(kernels, name, lambda *_: None)
+    value, locations, weights = (x.detach() for x in make(ODD, d=8, dtype=dtype, fine=torch.float32, device=device))
+    grad, sizes = torch.zeros(2, 5, 16, device=device, dtype=dtype), [side for shape in ODD for side in shape]
+    bytes_per_element = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal bytes_per_element
+            out = function(*args, **(kwargs or {}))
+            bytes_per_element += sum(x.itemsize for x in tree_leaves(out) if x.shape == value.shape)
+            return out
+
+    with Count():
+        module._gradients._init_fn(
+            grad, value, None, sizes, locations, weights, deterministic, True, False, False
+        )  # of the operator, which would hide what it calls
+    result = dtype.itemsize if deterministic or dtype != torch.float32 else 0  # float32 sums are the result
+    assert bytes_per_element == (8 if deterministic else 4) + result
+
+
 @pytest.mark.parametrize("form", ["pairs", "tensor", "dynamic"])
 def test_fullgraph_compile(form, impl, device):
     if form == "tensor" and impl == "torch":
@@ -394,6 +456,52 @@ def test_second_derivative_is_refused(device):
     out = deform_attn(inputs[0], ODD, *inputs[1:], impl="triton")
     with pytest.raises(RuntimeError, match="cannot be differentiated"):
         torch.autograd.grad(out.sum(), inputs, create_graph=True)
+
+
+def test_torch_func(impl, device):
+    """vmap, grad and jvp take the reference, whatever the kernels could do."""
+    inputs = make(ODD, d=8, dtype=torch.float32, device=device)
+
+    def attend(value, locations, weights):
+        return deform_attn(value, ODD, locations, weights, impl=impl)
+
+    out, *expected = run(deform_attn_reference, inputs, ODD)
+    upstream = (torch.arange(out.numel(), device=device) % 11 / 4 - 1).reshape(out.shape)
+    plain = [x.detach() for x in inputs]
+    found = torch.func.grad(lambda *some: (attend(*some) * upstream).sum(), argnums=(0, 1, 2))(*plain)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(torch.func.vjp(attend, *plain)[1](upstream), tuple(expected))
+    twice = [torch.stack((x, x.flip(1))) for x in plain]
+    each = torch.stack([attend(*some) for some in zip(*twice, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(attend)(*twice), each)
+
+    direction = torch.randn(plain[2].shape, generator=torch.Generator().manual_seed(1)).to(device)
+    tangent = torch.func.jvp(lambda weights: attend(*plain[:2], weights), (plain[2],), (direction,))[1]
+    torch.testing.assert_close(tangent, attend(*plain[:2], direction))  # it is linear in the weights
+    with forward_ad.dual_level():
+        dual = attend(*plain[:2], forward_ad.make_dual(plain[2], direction))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, tangent)
+        for place in (0, 1):  # grid_sample has no forward mode; a tangent of nothing would pass for a constant
+            given = [forward_ad.make_dual(x, x) if i == place else x for i, x in enumerate(plain)]
+            with pytest.raises(NotImplementedError, match="grid_sampler_2d"):
+                attend(*given)
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")  # which torch gives where nothing is registered
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_batched_upstream_gradients(deterministic, impl, device):
+    if impl == "torch" and device == "cuda" and deterministic:
+        pytest.skip("grid_sample's own backward uses atomics on CUDA")
+    inputs = make([(3, 2)], b=1, q=3, d=3, dtype=torch.float32, device=device)
+    out = deform_attn(inputs[0], [(3, 2)], *inputs[1:], deterministic=deterministic, impl=impl)
+    upstreams = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    one_by_one = [torch.autograd.grad(out, inputs, upstream, retain_graph=True) for upstream in upstreams]
+    mapped = torch.func.vmap(lambda upstream: torch.autograd.grad(out, inputs, upstream, retain_graph=True))(upstreams)
+    batched = torch.autograd.grad(out, inputs, upstreams, is_grads_batched=True)
+    for some, a, b in zip(zip(*one_by_one, strict=True), mapped, batched, strict=True):
+        torch.testing.assert_close(a, torch.stack(some))
+        torch.testing.assert_close(b, torch.stack(some))
 
 
 def test_under_autocast(impl, device):
@@ -450,6 +558,7 @@ def test_reference_against_grid_sample_written_out():
         (lambda v, s, p, w: (v[:0], s, p[:0], w[:0]), ValueError, "value: expected at least one"),
         (lambda v, s, p, w: (v, s, p[:, :0], w[:, :0]), ValueError, "sampling_locations: expected at least one"),
         (lambda v, s, p, w: (v.int(), s, p, w), TypeError, "value: expected a floating-point dtype"),
+        (lambda v, s, p, w: (v.to(torch.float8_e4m3fn), s, p, w), TypeError, "value: expected .* of 16 bits or more"),
         (lambda v, s, p, w: (v, s, p.long(), w), TypeError, "sampling_locations: expected a floating-point"),
         (lambda v, s, p, w: (v, s, p, w.to("meta")), ValueError, "attention_weights: expected the device of value"),
     ],

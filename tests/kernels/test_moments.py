@@ -141,6 +141,14 @@ def test_nothing_valid_is_zero(impl, device):
         assert value.abs().max() == 0
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, at the overflow and at Inf − Inf
+@pytest.mark.parametrize("size", [2e36, 1e25])  # whose sum overflows, and whose square
+def test_what_overflows_is_seen(size, impl, device):
+    x = make((300, 2), device) * size
+    x[:, 0] = x[:, 0].abs()
+    assert not moments(x, impl=impl).var[0].isfinite()
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter, at Inf − Inf
 def test_nan_and_inf_come_through(impl, device):
     x = make((2, 30, 3), device)
@@ -277,6 +285,7 @@ def test_any_shape_in_any_order(shape, channels, order, dtype, masked, triton):
         ({"x": torch.zeros(0, 5)}, ValueError, "at least one token and one channel"),
         ({"x": torch.zeros(2, 3, 0)}, ValueError, "at least one token and one channel"),
         ({"x": torch.zeros(2, 3, dtype=torch.int32)}, TypeError, "x: expected a floating-point dtype"),
+        ({"x": torch.zeros(2, 3).to(torch.float8_e4m3fn)}, TypeError, "floating-point dtype of 16 bits or more"),
         ({"valid": torch.ones(4, 5, dtype=torch.bool)}, ValueError, "valid: expected shape (4,), found (4, 5)"),
         ({"valid": torch.ones(4)}, TypeError, "valid: expected torch.bool"),
         ({"valid": torch.ones(4, dtype=torch.bool, device="meta")}, ValueError, "valid: expected the device of x"),

@@ -1,6 +1,7 @@
 """use_deform_attn: the same outputs and gradients from transformers' models before and after."""
 
 import copy
+import functools
 import importlib.util
 import inspect
 
@@ -156,6 +157,80 @@ def test_half_precision():
         found = getattr(model.bfloat16()(**inputs), names[0])
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), exact, rtol=0.1, atol=0.1)
+
+
+def layer_of(model):
+    """An attention of a pixel decoder, its inputs for maps of 4 × 6, 2 × 3 and 1 × 2, and the name it has there."""
+    find = ((n, m) for n, m in model.named_modules() if "PixelDecoderEncoderMultiscaleDef" in type(m).__name__)
+    name, layer = next(find)
+    hidden = torch.randn(1, 32, 32, generator=torch.Generator().manual_seed(0))
+    points = torch.rand(1, 32, 3, 2, generator=torch.Generator().manual_seed(1))
+    sizes = {"spatial_shapes_list": [(4, 6), (2, 3), (1, 2)], "level_start_index": torch.tensor([0, 24, 30])}
+    inputs = {"hidden_states": hidden, "encoder_hidden_states": hidden, "position_embeddings": hidden}
+    return layer, inputs | sizes | {"reference_points": points}, name
+
+
+def test_torch_compile_of_what_calls_the_layer():
+    model = build("mask2former")[0]
+    use_deform_attn(model)
+    layer, inputs, _ = layer_of(model)
+
+    def caller(**inputs):
+        return layer(**inputs)[0] * 2
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(caller, backend="aot_eager", fullgraph=True)(**inputs)
+        torch.testing.assert_close(found, caller(**inputs))
+
+
+def test_training_hooks_and_modules_with_two_names_stay():
+    model = build("deformable_detr")[0].eval()
+    attention = next(m for m in model.modules() if type(m).__name__ == "MultiScaleDeformableAttention")
+    parent = next(m for m in model.modules() if attention in m.children())
+    parent.second_name = attention
+    seen = []
+    attention.register_forward_hook(lambda *_: seen.append(1))
+    assert use_deform_attn(model) == 3
+    assert parent.second_name is parent.attn
+    assert type(parent.attn) is MultiScaleDeformableAttention
+    assert not any(module.training for module in model.modules())
+    value, locations = torch.randn(1, 6, 1, 2), torch.rand(1, 1, 1, 1, 1, 2)
+    parent.attn(value, None, [(2, 3)], None, locations, torch.ones(1, 1, 1, 1, 1), 64)
+    assert seen == [1]
+
+
+def test_the_attention_itself():
+    path = importlib.import_module("transformers.models.deformable_detr.modeling_deformable_detr")
+    attention = path.MultiScaleDeformableAttention().eval()
+    assert use_deform_attn(attention) == 1
+    assert type(attention) is MultiScaleDeformableAttention
+    assert not attention.training
+
+
+@pytest.mark.parametrize("name", ["deformable_detr", "mask2former"])
+def test_a_forward_that_something_has_replaced_is_an_error(name):
+    model = build(name)[0]
+    attentions = [m for m in model.modules() if type(m).__name__ == "MultiScaleDeformableAttention"]
+    last = attentions[-1] if attentions else layer_of(model)[0]
+    last.forward = functools.partial(type(last).forward, last)  # as accelerate does
+    before = {type(module) for module in model.modules()}
+    with pytest.raises(ValueError, match=r"model\..* has a forward of its own"):
+        use_deform_attn(model)
+    assert {type(module) for module in model.modules()} == before
+
+
+def test_a_decorated_forward_is_an_error():
+    model = build("mask2former")[0]
+    layer, _, name = layer_of(model)
+
+    @functools.wraps(type(layer).forward)
+    def decorated(*args, **kwargs):
+        return type(layer).__mro__[1].forward(*args, **kwargs)
+
+    layer.__class__ = type("Decorated", (type(layer),), {"forward": decorated})
+    with pytest.raises(ValueError, match=f"{name}: the forward of Decorated is decorated"):
+        use_deform_attn(model)
 
 
 def test_a_model_without_any_is_an_error():
