@@ -1,6 +1,5 @@
 """Every loss term of a KPU step at once (eq. 1-4): one `align_losses`, one `align_loss` per term, and plain PyTorch."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -13,7 +12,6 @@ CLIP_X, CLIP_MAP = 512, (32, 14, 14, 768)
 GDINO_MAPS = ((100, 168, 192), (50, 84, 384), (25, 42, 768))  # height, width, channels
 GDINO_BATCH = {"cuda": 4, "cpu": 1}
 EXTRA_ROWS = {"separate": ["cpu", "cuda"]}
-SHAPES = ("clip 32 + gdino 4",)
 GRAPH_LIMIT = 1 << 30  # many launches for these bytes: how much of the time is theirs is the question
 
 
@@ -66,8 +64,8 @@ def ours(sides, weights):
     return kernels.align_losses(terms).sum()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_step_losses(shape, row, dtype, mode, device, measure, compiled, benchmark):
+def test_step_losses(row, dtype, mode, device, measure, compiled, benchmark):
+    shape = f"clip {CLIP_MAP[0]} + gdino {GDINO_BATCH[device]}"
     benchmark.group = f"step_losses {device} {str(dtype)[6:]} {mode} {shape}"
     terms = pairs(device)
     weights = [(cos_weight, l1_weight) for _, cos_weight, l1_weight, _ in terms]
