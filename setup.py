@@ -30,6 +30,8 @@ TRAIN = [
     "matplotlib",
 ]
 
+EXPORT = ["onnx>=1.16", "onnxscript", "onnxruntime"]
+
 setup(
     name="kpu_fast",
     version="0.1.0",
@@ -44,6 +46,16 @@ setup(
         "train": TRAIN,
         # Pre-release, Hopper and Blackwell only; FlashAttention 2 has no wheel and is built by hand (see README).
         "flash": ["flash-attn-4>=4.0.0b1; sys_platform == 'linux'"],
-        "dev": ["pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "scikit-image"],
+        "export": EXPORT,  # ONNX; a .pt2 needs nothing beyond torch
+        "dev": [
+            *EXPORT,
+            "pytest",
+            "pytest-benchmark",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "scikit-image",
+        ],
     },
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kpu_fast.models.adapter import STRIDES, Adapter
 from kpu_fast.models.attention import BackendError, activate_backend
 from kpu_fast.models.features import Features, FeatureSpec
+from kpu_fast.models.hf_files import auto_keys, code_files
 from kpu_fast.models.projector import FeatureHeads
 from kpu_fast.models.vit import ViT, resize_to_stride_16
 
@@ -52,8 +53,6 @@ class Student(nn.Module):
         super().__init__()
         runtime = {"attention": attention, "activation_checkpointing": activation_checkpointing}
         self.vit = ViT(**vit, **runtime)
-        self.vit.requires_grad_(not freeze_vit)
-        self.vit.embed.mask_token.requires_grad_(False)  # nothing reads it
         self.dim = self.vit.dim
         self._set_levels((STRIDES.index(16),) if adapter is None else tuple(range(len(STRIDES))))
         self.adapter = None
@@ -74,6 +73,12 @@ class Student(nn.Module):
             "head_hidden": head_hidden,
             "freeze_vit": freeze_vit,
         }
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Mark what is trained and what is not, as `freeze_vit` says; a new student has this done."""
+        self.vit.requires_grad_(not self.config["freeze_vit"])
+        self.vit.embed.mask_token.requires_grad_(False)  # nothing reads it
 
     def forward(self, images: Tensor) -> Features:
         if self.adapter is not None:
@@ -163,6 +168,7 @@ class Student(nn.Module):
     def save_pretrained(self, folder: str | Path, card: str = "") -> None:
         """Write config.json, model.safetensors (each tensor in its dtype) and README.md (`card`) into `folder`.
 
+        Two small files beside them let transformers' AutoModel and AutoImageProcessor read the folder, see `models.hf`.
         Every file is written beside its place, synced and then moved there, so a file is never half there.
         """
         from safetensors import SafetensorError
@@ -170,13 +176,17 @@ class Student(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         config = {"format": _FORMAT, "version": _VERSION, "student": self.config}
-        temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (_WEIGHTS, _CARD, _CONFIG)}
+        config.update(auto_keys(tensor.dtype for tensor in state.values()))
+        code = code_files(self.vit.config)
+        temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (_WEIGHTS, _CARD, *code, _CONFIG)}
         try:
-            state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
             save_file(state, temporary[_WEIGHTS], metadata={"format": "pt"})
-            temporary[_CARD].write_text(card, encoding="utf-8")
-            temporary[_CONFIG].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for name, text in {_CARD: card, **code, _CONFIG: json.dumps(config, indent=2) + "\n"}.items():
+                temporary[name].write_text(text, encoding="utf-8")
+            # safetensors makes a file that its owner alone may read.
+            temporary[_WEIGHTS].chmod(temporary[_CONFIG].stat().st_mode)
             for path in temporary.values():
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())

@@ -141,9 +141,9 @@ class Embeddings(nn.Module):
         patches = self.patch(normalise(images, self.patch.weight.dtype))  # (B, D, H/p, W/p)
         positions = self.positions_on(*patches.shape[-2:])
         patches = patches.flatten(2).transpose(1, 2) + positions[:, 1:]  # (B, N, D)
-        prefix = [(self.cls_token + positions[:, :1]).expand(len(images), -1, -1)]
+        prefix = [(self.cls_token + positions[:, :1]).expand(images.shape[0], -1, -1)]
         if self.register_tokens is not None:
-            prefix.append(self.register_tokens.expand(len(images), -1, -1))
+            prefix.append(self.register_tokens.expand(images.shape[0], -1, -1))
         return torch.cat([*prefix, patches], dim=1)  # (B, prefix + N, D)
 
 

@@ -74,6 +74,8 @@ def test_a_run_leaves_what_its_owner_expects(whole):
     assert features.x.shape == (1, 24)
     card = (whole / "student" / "README.md").read_text()
     assert "| clip/s2t |" in card
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "base_model" not in card  # the ViT is random
 
 
 @pytest.mark.parametrize("moment", ["after step 3", "after step 5", "while a checkpoint is written"])

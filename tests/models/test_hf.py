@@ -1,0 +1,173 @@
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kpu_fast.models import Student
+from kpu_fast.models.hf_files import auto_keys, front_matter, usual_size
+
+transformers = pytest.importorskip("transformers")
+from transformers import AutoImageProcessor, AutoModel  # noqa: E402
+
+VIT = {"patch_size": 4, "dim": 16, "depth": 1, "heads": 2, "registers": 1, "image_size": 16}
+ADAPTER = {"cross_attention": "flash", "interactions": 1, "inplanes": 8}
+HEADS = {
+    "clip": {"x_dim": 12, "map_dims": (20,), "strides": (14.0,)},
+    "detector": {"x_dim": None, "map_dims": (8, 16, 32), "strides": (8.0, 16.0, 32.0)},
+}
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(0)
+    student = Student(vit=VIT, adapter=ADAPTER, heads=HEADS, head_hidden=24)
+    for interaction in student.adapter.interactions:
+        torch.nn.init.normal_(interaction.injector.gamma)
+    return student.eval()
+
+
+@pytest.fixture
+def folder(student, tmp_path, monkeypatch):
+    """An export, with transformers' copies of its code in a place of this test's own."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    student.save_pretrained(tmp_path / "student", card=front_matter("facebook/dinov2-base") + "# A student\n")
+    return tmp_path / "student"
+
+
+def images(height=64, width=96, dtype=torch.float32):
+    return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def same_state(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@torch.no_grad()
+def test_auto_model_gives_the_students_features(student, folder):
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert same_state(model.student.state_dict(), student.state_dict())
+    assert not model.training
+    assert [p.requires_grad for p in model.student.parameters()] == [p.requires_grad for p in student.parameters()]
+    features, out = student(images()), model(images())
+    assert torch.equal(out.pooler_output, features.x)
+    assert torch.equal(out.last_hidden_state, features.maps[2].flatten(1, 2))  # stride 16
+    assert len(out.feature_maps) == 4
+    for found, expected in zip(out.feature_maps, features.maps, strict=True):
+        assert torch.equal(found, expected.permute(0, 3, 1, 2))
+
+
+@torch.no_grad()
+def test_a_teachers_name_gives_its_space(student, folder):
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    features = student(images())
+    clip, detector = student.project(features, "clip"), student.project(features, "detector")
+    out = model(images(), teacher="clip")
+    assert torch.equal(out.pooler_output, clip.x)
+    assert torch.equal(out.last_hidden_state, clip.maps[0].flatten(1, 2))
+    out = model(images(), teacher="detector")
+    assert out.pooler_output is None
+    assert torch.equal(out.last_hidden_state, detector.maps[1].flatten(1, 2))
+    with pytest.raises(KeyError, match="no head for teacher 'dino'"):
+        model(images(), teacher="dino")
+
+
+def test_where_kpu_fast_is_imported_no_code_of_the_folder_is_run(student, folder):
+    from kpu_fast.models.hf import KPUStudentModel
+
+    (folder / "modeling_kpu_fast.py").write_text("raise SystemExit")
+    model = AutoModel.from_pretrained(folder)
+    assert type(model) is KPUStudentModel
+    assert same_state(model.student.state_dict(), student.state_dict())
+
+
+@torch.no_grad()
+def test_dtypes(student, folder, tmp_path):
+    half = AutoModel.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=True)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    expected = student.bfloat16()(images(dtype=torch.bfloat16)).x
+    assert torch.equal(half(images(dtype=torch.bfloat16)).pooler_output, expected)
+    student.save_pretrained(tmp_path / "half")
+    assert AutoModel.from_pretrained(tmp_path / "half", trust_remote_code=True).dtype == torch.bfloat16
+    student.adapter.float()  # a frozen part in bf16 beside trained parts in fp32: computed in the wider of the two
+    student.save_pretrained(tmp_path / "mixed")
+    mixed = AutoModel.from_pretrained(tmp_path / "mixed", trust_remote_code=True)
+    assert same_state(mixed.student.state_dict(), student.float().state_dict())
+    assert {p.dtype for p in mixed.parameters()} == {torch.float32}
+
+
+def test_the_widest_of_two_halves_is_float32():
+    assert auto_keys([torch.bfloat16, torch.int64, torch.float16])["dtype"] == "float32"
+    assert auto_keys([torch.int64, torch.bfloat16])["dtype"] == "bfloat16"
+
+
+def test_what_the_model_saves_is_a_student_again(student, folder, tmp_path):
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    model.save_pretrained(tmp_path / "again", max_shard_size="50GB")  # as push_to_hub calls it
+    assert same_state(Student.from_pretrained(tmp_path / "again").state_dict(), student.state_dict())
+    again = AutoModel.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert same_state(again.state_dict(), model.state_dict())
+    model.save_pretrained(tmp_path / "other rank", is_main_process=False)
+    assert not (tmp_path / "other rank").exists()
+    with pytest.raises(TypeError, match="state_dict"):  # not ignored: these would not be the weights on disk
+        model.save_pretrained(tmp_path / "no", state_dict=model.state_dict())
+
+
+def test_a_new_model_keeps_the_students_own_start(folder):
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModel.from_config(config, trust_remote_code=True)
+    cross = model.student.adapter.interactions[0].injector
+    assert cross.gamma.count_nonzero() == 0
+    assert cross.cross.q.weight.std() > 0.2  # Xavier; transformers' own is 0.02
+    assert torch.equal(model.student.vit.blocks[0].ls1, torch.ones(16))
+    assert 0.5 < model.student.adapter.level_embed.std() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("vit.norm.weight"), r"1 tensors \(student.vit.norm.weight is missing\)"),
+        (lambda s: s.update(extra=torch.ones(2)), r"1 tensors \(extra is not expected\)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_errors(change, message, folder):
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        AutoModel.from_pretrained(folder, trust_remote_code=True)
+
+
+@torch.no_grad()
+def test_an_image_goes_through_the_processor_as_the_student_wants_it(student, folder):
+    image_module = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    found = processor(image_module.fromarray(pixels), return_tensors="pt").pixel_values
+    # 64 pixels a side is this student's own size, so nothing is resized: [0, 1], and not normalised.
+    torch.testing.assert_close(found, torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)
+    extract = transformers.pipeline("image-feature-extraction", model=str(folder), trust_remote_code=True)
+    vector = torch.tensor(extract(image_module.fromarray(pixels[:40]), pool=True))  # resized to 64 × 64
+    assert vector.shape == (1, 16)
+    torch.testing.assert_close(torch.tensor(extract(image_module.fromarray(pixels), pool=True)), student(found).x)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "size"), [(518, 14, 224), (128, 16, 128), (16, 4, 64), (112, 16, 96), (8, 8, 32)]
+)
+def test_the_usual_size_is_a_multiple_of_32(image_size, patch_size, size):
+    assert usual_size({"image_size": image_size, "patch_size": patch_size}) == size
+
+
+def test_the_hub_can_read_the_card(folder):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    assert card.data.base_model == "facebook/dinov2-base"
+    assert "kpu_fast" in card.data.tags
+    assert card.text.strip() == "# A student"
+    assert ModelCard(front_matter()).data.base_model is None
