@@ -43,7 +43,7 @@ class LabelledImages(Dataset):
         self._pixels: np.ndarray | None = None  # CIFAR's own archive is not a file per image
         self._files: list[tuple[str, int, int, str]] = []  # path, first byte, length (-1: to the end), name for people
         path, split = _split_of(self.source)
-        if _is_cifar(path):
+        if is_cifar(path):
             self._pixels, self.labels, self.classes = _read_cifar(path, split or "train")
         elif split:
             raise SourceError(f"source {self.source!r}: only CIFAR-10's own archive or folder has a {split!r} part")
@@ -82,8 +82,11 @@ class LabelledImages(Dataset):
         files = list_files(source)
         shards = [file for file in files if is_shard(file.path)]
         if not shards:
-            root = _folder_of(source, files)
-            self.classes = _class_folders(root)
+            folder = os.path.abspath(os.path.expanduser(source))
+            # Of a glob or a `package:` entry, the class folders are what lies below all that it finds.
+            root = folder if os.path.isdir(folder) else os.path.commonpath([_above_class(file.path) for file in files])
+            found = {Path(file.path).relative_to(root).parts[0] for file in files}
+            self.classes = _class_folders(root) if root == folder else tuple(sorted(found))
             for file in files:
                 parts = Path(file.path).relative_to(root).parts
                 if len(parts) < 2:
@@ -140,12 +143,8 @@ def _resize(images: Tensor, size: int) -> Tensor:
     return pixels.clamp_(0, 1).contiguous()
 
 
-def _folder_of(source: str, files: list) -> str:
-    path = os.path.abspath(os.path.expanduser(source))
-    if os.path.isdir(path):
-        return path
-    # A glob or `package:` entry: the class folders are those that all images have above them.
-    return os.path.commonpath([os.path.dirname(os.path.dirname(file.path)) for file in files])
+def _above_class(path: str) -> str:
+    return os.path.dirname(os.path.dirname(path))
 
 
 def _class_folders(root: str) -> tuple[str, ...]:
@@ -196,7 +195,8 @@ def _split_of(source: str) -> tuple[str, str | None]:
     return source, None
 
 
-def _is_cifar(path: str) -> bool:
+def is_cifar(path: str) -> bool:
+    """Whether `path` is CIFAR-10 as published: its archive, or the folder that it unpacks to."""
     path = os.path.expanduser(path)
     name = os.path.basename(path)
     if os.path.isdir(path):

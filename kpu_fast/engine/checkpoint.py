@@ -77,7 +77,7 @@ class Checkpoints:
         cut = [file.name for file in sorted((folder / STATE).glob("*.pt")) if not zipfile.is_zipfile(file)]
         try:
             problem = f"{cut[0]} is cut off" if cut else None
-            state = torch.load(folder / f"rank-{self.world.rank}.pt", weights_only=True)
+            state = torch.load(folder / f"rank-{self.world.rank}.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling can raise anything
             problem = _in_one_line(error)
         self._agree_on_load(problem, folder)

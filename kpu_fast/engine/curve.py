@@ -5,7 +5,10 @@ from pathlib import Path
 
 
 def save_curve(folder: Path, rows: list[dict]) -> Path:
-    """Draw the rows of a run's metrics.jsonl as folder/losses.png: one panel per term, one line per teacher."""
+    """Draw the rows of a run's metrics.jsonl as folder/losses.png: one panel per term, one line per teacher.
+
+    A line begins where its rows do: a run that resumed with another balance or other terms has none before.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -19,12 +22,8 @@ def save_curve(folder: Path, rows: list[dict]) -> Path:
     for axis, term in zip(axes[0], terms, strict=True):
         for key in keys:
             if key.endswith(f"/{term}"):
-                axis.plot(
-                    [row["step"] for row in rows],
-                    [row[key] for row in rows],
-                    label=key.rpartition("/")[0],
-                    linewidth=1.2,
-                )
+                steps, values = zip(*((row["step"], row[key]) for row in rows if key in row), strict=True)
+                axis.plot(steps, values, label=key.rpartition("/")[0], linewidth=1.2)
         axis.set_title(titles.get(term, term), fontsize=10)
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)

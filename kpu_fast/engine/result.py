@@ -28,8 +28,7 @@ def write_result(cfg: Config, folder: Path, world: World, objective: KPU, teache
     # ZeRO 3 holds a share of each parameter on every rank; elsewhere this gathers nothing.
     with zero.GatheredParameters(list(objective.student.parameters())):
         if world.rank == 0:
-            with objective.in_own_spaces() as student:
-                student.save_pretrained(folder / "student", card=_card(cfg, rows))
+            objective.in_own_spaces().save_pretrained(folder / "student", card=_card(cfg, rows))
     if world.rank != 0:
         return
     # From the export, not from memory: what is pictured is what the user gets.

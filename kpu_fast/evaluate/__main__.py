@@ -82,15 +82,19 @@ def _parser(tasks: dict) -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises EvaluateError for a number that no evaluation can use."""
-    from kpu_fast.evaluate.result import EvaluateError
+    """Raises EvaluateError for a number that no evaluation can use, and a file that cannot be written."""
+    from kpu_fast.evaluate.result import EvaluateError, check_writable
 
-    for option, least in (("batch_size", 1), ("workers", 0), ("limit", 1), ("size", 32)):
+    for option, least in (("batch_size", 1), ("workers", 0), ("limit", 1), ("size", 32), ("longest", 32)):
         value = getattr(args, option, None)
         if value is not None and value < least:
             raise EvaluateError(f"--{option.replace('_', '-')} {value}: expected at least {least}")
     if args.task != "detect" and getattr(args, "size", None) is not None and args.size % 32:
         raise EvaluateError(f"--size {args.size}: expected a multiple of 32, such as {round(args.size / 32) * 32}")
+    for option in ("json", "picture"):
+        path = getattr(args, option, None)
+        if path is not None:
+            check_writable(f"--{option}", path)
 
 
 def _device(name: str):

@@ -71,7 +71,7 @@ class CocoImages(Dataset):
         path, rows = self._images[i]
         try:
             pixels = np.asarray(Image.open(path).convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise SourceError(f"{path}: not an image that can be read ({error})") from error
         boxes, labels, area, crowd = zip(*rows, strict=True) if rows else ((), (), (), ())
         shaped = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)

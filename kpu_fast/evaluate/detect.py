@@ -14,7 +14,7 @@ from kpu_fast.evaluate.boxes import CocoImages, Mosaics, Truth, average_precisio
 from kpu_fast.evaluate.detector import STRIDE, Prompt, detect_boxes, make_prompt, with_student_backbone
 from kpu_fast.evaluate.encoder import Encoder, load_encoder
 from kpu_fast.evaluate.images import progress, read_images
-from kpu_fast.evaluate.result import EvaluateError
+from kpu_fast.evaluate.result import EvaluateError, replaced
 from kpu_fast.evaluate.zero_shot import class_names, load_tokenizer
 from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_net, read_json
 from kpu_fast.models.teachers import read_mean_std
@@ -25,11 +25,13 @@ SHORTEST, LONGEST, CANVAS, COUNT, SHOWN_ABOVE = 800, 1333, 192, 500, 0.3
 class Detector:
     """A GroundingDINO with its tokenizer and normalisation.
 
-    net: GroundingDinoForObjectDetection. mean, std: three numbers each, for images in [0, 1].
+    net: GroundingDinoForObjectDetection. mean, std: three numbers each, for images in [0, 1]. head: the teacher whose
+    head of a student it sees through, or None.
     """
 
     def __init__(self, net: nn.Module, tokenizer, mean: Sequence[float], std: Sequence[float]):
         self.net, self.tokenizer, self.mean, self.std = net, tokenizer, tuple(mean), tuple(std)
+        self.head: str | None = None
 
     def prompt(self, classes: Sequence[str]) -> Prompt:
         """`make_prompt` for this text tower. Raises EvaluateError for names that make none."""
@@ -63,6 +65,7 @@ def see_through(detector: Detector, encoder: Encoder, teacher_name: str | None =
     if space is None:
         raise EvaluateError(f"{encoder.name}: is a {encoder.kind}; --detector takes a student as its backbone")
     with_student_backbone(detector.net, encoder.net, space, mean=detector.mean, std=detector.std)
+    detector.head = space
     return detector
 
 
@@ -81,6 +84,7 @@ def detect(
     """COCO's AP of the boxes found for `classes` in `images`, whose items are (uint8 (H, W, 3), `Truth`).
 
     size: shorter side in pixels the images are resized to, the longer one at most `longest`; None: as they are.
+    Images of several sizes in one batch are padded, which a Swin backbone sees: AP then depends on `batch_size`.
     picture: a PNG of the first `pictured` images with boxes found (score above 0.3) and true ones (dashed).
     """
     prompt = detector.prompt(classes)
@@ -102,7 +106,9 @@ def detect(
     scores = average_precision(truths, results, classes)
     if picture:
         save_picture(picture, shown, classes)
-    return {**scores, "images": len(truths), "boxes": sum(len(t.labels) for t in truths)}
+    seen = {"images": len(truths), "boxes": sum(len(t.labels) for t in truths)}
+    sides = {"shortest": size, "longest": None if size is None else longest}
+    return {**scores, **seen, **sides, "head": detector.head}
 
 
 def _collate(samples: list, *, size: int | None, longest: int, mean, std) -> tuple:
@@ -162,11 +168,8 @@ def save_picture(path: Path, shown: list[tuple], classes: Sequence[str]) -> None
             axis.text(
                 *box[:2], f"{classes[label]} {score:.2f}", fontsize=8, va="bottom", backgroundcolor=(*colour[:3], 0.6)
             )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise EvaluateError(f"--picture: {path} cannot be written ({error.strerror})") from error
+    with replaced("--picture", path) as partial:
+        figure.savefig(partial, format="png")
 
 
 def _corner(box: list[float]) -> tuple[tuple[float, float], float, float]:
@@ -182,19 +185,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="COCO's JSON for the images of the folder")
     parser.add_argument("--detector", metavar="DIR", help="GroundingDINO; default: --model, with its own backbone")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line (default: the images')")
-    parser.add_argument("--canvas", type=int, default=CANVAS, help="side of a mosaic in pixels (default %(default)s)")
-    parser.add_argument("--mosaics", type=int, default=COUNT, help="how many (default %(default)s)")
+    # None: not given. An option that would do nothing is refused.
+    parser.add_argument("--canvas", type=int, help=f"side of a mosaic in pixels (default {CANVAS})")
+    parser.add_argument("--mosaics", type=int, help=f"how many (default {COUNT})")
     parser.add_argument(
-        "--longest",
-        type=int,
-        default=LONGEST,
-        help="most pixels of the longer side, where images are resized (default %(default)s)",
+        "--longest", type=int, help=f"most pixels of the longer side, where images are resized (default {LONGEST})"
     )
     parser.add_argument("--picture", type=Path, default=Path("detections.png"), help="default %(default)s")
 
 
 def run(args: argparse.Namespace) -> dict:
     """`detect` as the command line asks for it."""
+    _check(args)
     place = {"device": args.device, "dtype": args.dtype}
     if args.detector is None:
         detector = load_detector(args.model, **place, key="--model (there is no --detector)")
@@ -202,18 +204,33 @@ def run(args: argparse.Namespace) -> dict:
         encoder = load_encoder(args.model, **place)
         detector = see_through(load_detector(args.detector, **place), encoder, args.teacher_name)
     if args.annotations is not None:
-        images = CocoImages(args.annotations, Path(args.images), args.limit, args.seed)
+        images, canvas = CocoImages(args.annotations, Path(args.images), args.limit, args.seed), None
     else:
-        if args.canvas < STRIDE or args.canvas % STRIDE or args.mosaics < 1:
-            raise EvaluateError(
-                f"--canvas {args.canvas} --mosaics {args.mosaics}: expected a multiple of 32, and some mosaics"
-            )
-        images = Mosaics(
-            read_images("--images", args.images, args.limit, args.seed), args.mosaics, args.canvas, args.seed
-        )
+        labelled = read_images("--images", args.images, args.limit, args.seed)
+        canvas = _or(args.canvas, CANVAS)
+        images = Mosaics(labelled, _or(args.mosaics, COUNT), canvas, args.seed)
     size = args.size or (SHORTEST if args.annotations is not None else None)
-    common = dict(size=size, longest=args.longest, batch_size=args.batch_size, workers=args.workers)
-    return detect(detector, images, _classes(args, images), picture=args.picture, **common)
+    common = dict(size=size, longest=_or(args.longest, LONGEST), batch_size=args.batch_size, workers=args.workers)
+    return {**detect(detector, images, _classes(args, images), picture=args.picture, **common), "canvas": canvas}
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises EvaluateError for options that would do nothing here, and for mosaics that cannot be made."""
+    if args.teacher_name is not None and args.detector is None:
+        raise EvaluateError(f"--teacher-name {args.teacher_name}: there is no --detector to see through a student")
+    if args.annotations is not None:
+        for option in ("canvas", "mosaics"):
+            if getattr(args, option) is not None:
+                raise EvaluateError(f"--{option}: --annotations brings its own images, no mosaics; leave it out")
+    elif args.longest is not None and args.size is None:
+        raise EvaluateError("--longest: mosaics are not resized; leave it out, or give --size")
+    canvas, count = _or(args.canvas, CANVAS), _or(args.mosaics, COUNT)
+    if canvas < STRIDE or canvas % STRIDE or count < 1:
+        raise EvaluateError(f"--canvas {canvas} --mosaics {count}: expected a multiple of 32, and some mosaics")
 
 
 def _classes(args: argparse.Namespace, images: CocoImages | Mosaics) -> tuple[str, ...]:

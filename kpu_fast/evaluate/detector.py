@@ -12,6 +12,7 @@ from kpu_fast.models.student import Student
 from kpu_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
 STRIDE = 32  # the student's coarsest map: sides are multiples of it
+MOST = 300  # boxes of an image, as GroundingDINO is evaluated on COCO; COCO then takes 100 of each class
 
 
 class StudentBackbone(nn.Module):
@@ -125,7 +126,7 @@ def make_prompt(classes: Sequence[str], tokenizer, max_tokens: int) -> Prompt:
 
 
 def detect_boxes(
-    detector: nn.Module, pixel_values: Tensor, pixel_mask: Tensor, prompt: Prompt, sizes: Tensor, most: int = 100
+    detector: nn.Module, pixel_values: Tensor, pixel_mask: Tensor, prompt: Prompt, sizes: Tensor, most: int = MOST
 ) -> list[dict[str, Tensor]]:
     """The `most` best boxes of each image, on the CPU: {"boxes" (n, 4) xyxy, "scores" (n,), "labels" (n,)}.
 

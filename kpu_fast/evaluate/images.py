@@ -9,16 +9,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from kpu_fast.data.labelled import LabelledImages, to_batch
-from kpu_fast.data.sources import SourceError
+from kpu_fast.data.labelled import LabelledImages, is_cifar, to_batch
+from kpu_fast.data.sources import SourceError, list_files
 from kpu_fast.evaluate.result import EvaluateError
 
 
 def read_images(key: str, source: str, limit: int | None = None, seed: int = 0) -> Dataset:
     """`LabelledImages` of `source`, or `limit` of them drawn at random (the same ones for the same seed).
 
-    The set has `classes` (names, or None) and `labels`. Raises EvaluateError, naming `key`, for what cannot be read.
+    The set has `classes` (names, or None) and `labels`. Raises EvaluateError, naming `key`, for what cannot be read,
+    and for CIFAR-10's own archive or folder without `:train` or `:test` behind it.
     """
+    if is_cifar(source):
+        raise EvaluateError(f"{key}: {source} holds training and test images; give {source}:train or {source}:test")
     try:
         images = LabelledImages(source)
     except (OSError, ValueError) as error:
@@ -29,6 +32,26 @@ def read_images(key: str, source: str, limit: int | None = None, seed: int = 0) 
     part = Subset(images, drawn)
     part.classes, part.labels = images.classes, [images.labels[i] for i in drawn]
     return part
+
+
+def check_apart(train: str, test: str) -> None:
+    """Raises EvaluateError where a file of the source `train` is one of `test`. Copies of a file are not noticed."""
+    try:
+        both = _files(train) & _files(test)
+    except (OSError, ValueError) as error:
+        raise EvaluateError(f"--train-images, --test-images: {error}") from error
+    if both:
+        raise EvaluateError(
+            f"--test-images: shares {len(both)} files with --train-images, such as {min(both)}; test on images that "
+            "nothing was learnt from"
+        )
+
+
+def _files(source: str) -> set[str]:
+    path, _, part = source.rpartition(":")
+    if part in ("train", "test") and is_cifar(path):
+        return {f"{os.path.realpath(os.path.expanduser(path))}:{part}"}
+    return {os.path.realpath(file.path) for file in list_files(source)}
 
 
 def draw(count: int, limit: int | None, seed: int) -> list[int]:

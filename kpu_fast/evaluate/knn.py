@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kpu_fast.evaluate.encoder import Encoder, load_encoder, walk
-from kpu_fast.evaluate.images import batches, read_images
+from kpu_fast.evaluate.images import batches, check_apart, read_images
 from kpu_fast.evaluate.result import EvaluateError
 
 K, TEMPERATURE = 20, 0.07
@@ -34,11 +34,11 @@ def knn(
     """
     from torchmetrics.classification import MulticlassAccuracy
 
+    classes = count_classes(train, test)
     space = None if teacher_name is None else encoder.space(teacher_name)
     common = dict(size=size, features=features, batch_size=batch_size, workers=workers, space=space)
     known, labels = collect(encoder, train, description="knn: train", **common)
     known, labels = F.normalize(known, dim=1).to(encoder.device), labels.to(encoder.device)
-    classes = count_classes(train, test)
     top1 = MulticlassAccuracy(classes, average="micro")
     for vectors, truth in walk(
         encoder,
@@ -47,7 +47,8 @@ def knn(
         space,
     ):
         top1.update(vote(F.normalize(vectors, dim=1), known, labels, classes, k, temperature).cpu(), truth)
-    return {"top1": float(top1.compute()), "k": min(k, len(train)), "images": len(test), "train_images": len(train)}
+    seen = {"images": len(test), "train_images": len(train), "size": size, "head": space}
+    return {"top1": float(top1.compute()), "k": min(k, len(train)), **seen}
 
 
 def vote(queries: Tensor, known: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
@@ -126,7 +127,8 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def read_pair(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    """The images of --train-images and --test-images."""
+    """The images of --train-images and --test-images. Raises EvaluateError where they share a file."""
+    check_apart(args.train_images, args.test_images)
     sources = {"--train-images": args.train_images, "--test-images": args.test_images}
     return tuple(read_images(key, source, args.limit, args.seed) for key, source in sources.items())
 

@@ -59,6 +59,8 @@ def linear(
         "converged": iterations < max_iter,
         "images": len(test),
         "train_images": len(train),
+        "size": size,
+        "head": space,
     }
 
 

@@ -1,7 +1,6 @@
 """A picture of what a model sees: the first three principal components of its maps as red, green and blue."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from kpu_fast.data.sources import IMAGE_SUFFIXES
 from kpu_fast.engine.picture import Panel, fit_colours, save_feature_picture
 from kpu_fast.evaluate.encoder import Encoder, load_encoder
 from kpu_fast.evaluate.images import read_images
-from kpu_fast.evaluate.result import EvaluateError
+from kpu_fast.evaluate.result import EvaluateError, replaced
 
 _COLUMN_INCHES = 2.3
+_COUNT = 4
 
 
 def pca(
@@ -30,30 +30,33 @@ def pca(
 ) -> dict:
     """Write a PNG, a row per image of images (B, 3, H, W) in [0, 1]; returns each map's share of variance shown.
 
+    Maps are numbered from 0, finest first.
+
     Without `teacher`: the image, then each map of the encoder (in the space of `teacher_name`, if that is given). With
     `teacher`: its first map, the student's map in its space, both in the same colours, and the student's own map.
     Raises EvaluateError for NaN or Inf, and where the picture cannot be written.
     """
-    maps = encoder(images, None if teacher_name is None else encoder.space(teacher_name)).maps
-    parts = {f"{encoder.name}, {_grid(m)}": m for m in maps}
-    try:
-        if teacher is None:
-            _check(parts)
-            _save(picture, images, parts)
-        else:
-            target = teacher(images).maps
-            space = encoder.space(teacher_name, map_dims=tuple(m.shape[3] for m in target))
-            if space is None:
-                raise EvaluateError(f"{encoder.name}: is a {encoder.kind}; --teacher takes a student to compare with")
-            own, level = encoder(images).maps, encoder.net.level_for(encoder.net.head_specs[space].strides[0])
-            projected = encoder.net.project(encoder(images), space, [m.shape[1:3] for m in target]).maps
-            parts = {teacher.name: target[0], f"{encoder.name} as {space}": projected[0], encoder.name: own[level]}
-            _check(parts)
-            panel = Panel(space, images, None, target[0], projected[0], own[level])
-            save_feature_picture(picture, [panel], title=f"{_short(encoder)} beside {_short(teacher)}")
-    except OSError as error:
-        raise EvaluateError(f"--picture: {picture} cannot be written ({error.strerror})") from error
-    return {"shown": {name: _share(m) for name, m in parts.items()}, "images": len(images), "picture": str(picture)}
+    if teacher is None:
+        space = None if teacher_name is None else encoder.space(teacher_name)
+        maps = encoder(images, space).maps
+        parts = {f"{encoder.name}, map {i}, {m.shape[1]}×{m.shape[2]}": m for i, m in enumerate(maps)}
+        _check(parts)
+        _save(picture, images, parts)
+    else:
+        target = teacher(images).maps
+        space = encoder.space(teacher_name, map_dims=tuple(m.shape[3] for m in target))
+        if space is None:
+            raise EvaluateError(f"{encoder.name}: is a {encoder.kind}; --teacher takes a student to compare with")
+        features = encoder(images)
+        own = features.maps[encoder.net.level_for(encoder.net.head_specs[space].strides[0])]
+        projected = encoder.net.project(features, space, [m.shape[1:3] for m in target]).maps[0]
+        parts = {teacher.name: target[0], f"{encoder.name} as {space}": projected, encoder.name: own}
+        _check(parts)
+        panel = Panel(space, images, None, target[0], projected, own)
+        with replaced("--picture", picture) as partial:
+            save_feature_picture(partial, [panel], title=f"{_short(encoder)} beside {_short(teacher)}")
+    seen = {"images": len(images), "size": images.shape[-1], "head": space, "picture": str(picture)}
+    return {"shown": {name: _share(m) for name, m in parts.items()}, **seen}
 
 
 def _check(maps: dict[str, Tensor]) -> None:
@@ -64,10 +67,6 @@ def _check(maps: dict[str, Tensor]) -> None:
 
 def _short(encoder: Encoder) -> str:
     return "/".join(Path(encoder.name).parts[-2:])
-
-
-def _grid(m: Tensor) -> str:
-    return f"{m.shape[1]}×{m.shape[2]}"
 
 
 def _share(m: Tensor) -> float:
@@ -98,19 +97,14 @@ def _save(path: Path, images: Tensor, parts: dict[str, Tensor]) -> None:
             axis.set_axis_off()
             if i == 0:
                 axis.set_title(name.rpartition("/")[2], fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replaced("--picture", path) as partial:
         figure.savefig(partial, format="png")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `pca` beside those of every evaluation."""
     parser.add_argument("--images", required=True, nargs="+", metavar="SOURCE", help="image files, or labelled images")
-    parser.add_argument("--count", type=int, default=4, help="images drawn from labelled ones (default %(default)s)")
+    parser.add_argument("--count", type=int, help=f"images drawn from labelled ones (default {_COUNT})")
     parser.add_argument("--teacher", metavar="DIR", help="show a student beside this teacher, in the same colours")
     parser.add_argument("--picture", type=Path, default=Path("features.png"), help="default %(default)s")
 
@@ -118,23 +112,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     """`pca` as the command line asks for it."""
     place = {"device": args.device, "dtype": args.dtype}
-    if args.count < 1:
+    if args.count is not None and args.count < 1:
         raise EvaluateError(f"--count {args.count}: expected at least 1")
+    if args.count is not None and all(map(_is_file, args.images)):
+        raise EvaluateError("--count: image files are all shown; leave it out")
     encoder = load_encoder(args.model, **place)
     teacher = None if args.teacher is None else load_encoder(args.teacher, **place, key="--teacher")
-    images = to_batch(_read(args.images, args.count, args.seed), args.size or encoder.image_size)
+    images = to_batch(_read(args.images, args.count or _COUNT, args.seed), args.size or encoder.image_size)
     return pca(encoder, images, args.picture, teacher=teacher, teacher_name=args.teacher_name)
+
+
+def _is_file(source: str) -> bool:
+    return Path(source).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _read(sources: Sequence[str], count: int, seed: int) -> list[np.ndarray]:
     images = []
     for source in sources:
-        if Path(source).suffix.lower() not in IMAGE_SUFFIXES:
+        if not _is_file(source):
             drawn = read_images("--images", source, count, seed)
             images += [drawn[i][0] for i in range(len(drawn))]
             continue
         try:
             images.append(np.asarray(Image.open(source).convert("RGB")))
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise EvaluateError(f"--images: {source} is not an image that can be read ({error})") from error
     return images

@@ -1,10 +1,13 @@
 """What an evaluation hands over: numbers with the circumstances they were measured in, as JSON."""
 
 import argparse
+import contextlib
+import errno
 import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -44,15 +47,47 @@ def write_result(result: dict, path: Path | None) -> None:
     if path is None:
         print(text, flush=True)
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced("--json", path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def replaced(key: str, path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to; it takes the place of `path` in one step, and only if nothing went wrong.
+
+    Raises EvaluateError, naming `key`, where it cannot be written.
+    """
+    try:
+        with _beside(path) as partial:
+            yield partial
+            os.replace(partial, path)
     except OSError as error:
-        raise EvaluateError(f"--json: {path} cannot be written ({error.strerror})") from error
+        raise _unwritable(key, path, error) from error
+
+
+def check_writable(key: str, path: Path) -> None:
+    """Raises EvaluateError, naming `key`, where `path` cannot be written: before the work, not after it."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with _beside(path) as partial:
+            partial.touch()
+    except OSError as error:
+        raise _unwritable(key, path, error) from error
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _unwritable(key: str, path: Path, error: OSError) -> EvaluateError:
+    return EvaluateError(f"{key}: {path} cannot be written ({error.strerror or error})")
 
 
 def _in_words(device: torch.device) -> str:

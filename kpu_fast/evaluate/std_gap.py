@@ -65,7 +65,10 @@ def std_gap(
     for name, cfg in settings.teachers.items():
         stream = _open(name, cfg.data, images, device, seed)
         for _ in tqdm(range(batches), desc=f"std-gap: {name}", unit="batch", dynamic_ncols=True, delay=0.5):
-            batch = next(stream)
+            try:
+                batch = next(stream)
+            except (OSError, RuntimeError) as error:
+                raise EvaluateError(f"teachers.{name}.data: {error}") from error
             features = teachers[name](batch.images)
             _add(own, name, features.maps, batch.valid)
             if name not in module.h_t2s:
@@ -75,7 +78,9 @@ def std_gap(
             sizes = [tuple(side // stride for side in batch.images.shape[2:]) for stride in strides]
             _add(common, name, module.h_t2s[name](target, sizes).maps, batch.valid)
     seen = {name: batches * cfg.data.batch_size for name, cfg in settings.teachers.items()}
-    return {"own": _gap(own), "common": _gap(common) if common else None, "images": seen, "checkpoint": str(folder)}
+    sizes = {name: list(cfg.data.size) for name, cfg in settings.teachers.items()}
+    gaps = {"own": _gap(own), "common": _gap(common) if common else None}
+    return {**gaps, "images": seen, "size": sizes, "checkpoint": str(folder)}
 
 
 def deviation(parts: list[Moments]) -> float:
@@ -113,7 +118,9 @@ def _read_settings(run: Path) -> SimpleNamespace:
     path = run / "config.resolved.json"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))["config"]
-        student = SimpleNamespace(**{**tree["student"], "vit": SimpleNamespace(**tree["student"]["vit"])})
+        # "auto": the run's attention kernel may not be had here, and the student itself is not run.
+        vit = SimpleNamespace(**tree["student"]["vit"])
+        student = SimpleNamespace(**{**tree["student"], "vit": vit, "attention": "auto"})
         teachers = {name: SimpleNamespace(**teacher) for name, teacher in tree["teachers"].items()}
         for teacher in teachers.values():
             teacher.data = SimpleNamespace(**{**teacher.data, "size": tuple(teacher.data["size"])})

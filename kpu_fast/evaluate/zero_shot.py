@@ -1,6 +1,7 @@
 """Zero-shot classification: the class whose text CLIP's text tower puts closest to the image's x (arXiv 2103.00020)."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kpu_fast.data.labelled import read_class_names
+from kpu_fast.data.sources import SourceError
 from kpu_fast.evaluate.encoder import Encoder, load_encoder, walk
 from kpu_fast.evaluate.images import batches, read_images
 from kpu_fast.evaluate.result import EvaluateError
@@ -30,7 +33,7 @@ def zero_shot(
     """Top-1 accuracy of the class with the largest cosine to x, and top-5 where there are more than 5 classes.
 
     texts: (classes, C), what `embed_texts` gives, in the order of the images' class numbers. A student's x is taken
-    through its head for `teacher_name` (None: the only head whose x has C channels).
+    through its head for `teacher_name` (None: the only head whose x has C channels, which is "head" of the result).
     Raises EvaluateError where x is not in the texts' space.
     """
     from torchmetrics.classification import MulticlassAccuracy
@@ -41,6 +44,13 @@ def zero_shot(
             f"{encoder.name}: is a {encoder.kind}, whose x is not in CLIP's space; give a student or CLIP"
         )
     space = encoder.space(teacher_name, x_dim=channels)
+    if space is not None and teacher_name is None and "clip" not in space.lower():
+        # An export does not know what kind its teachers were of.
+        print(
+            f"warning: {encoder.name}: read through its head {space!r}, the only one with an x of {channels} channels; "
+            "if that teacher was no CLIP, these figures mean nothing. --teacher-name says which head is right",
+            file=sys.stderr,
+        )
     texts = F.normalize(texts.float(), dim=1).to(encoder.device)
     scores = {f"top{k}": MulticlassAccuracy(classes, top_k=k, average="micro") for k in (1, 5) if k == 1 or classes > 5}
     for vectors, labels in walk(
@@ -51,7 +61,8 @@ def zero_shot(
         similarities = (F.normalize(vectors, dim=1) @ texts.T).cpu()
         for score in scores.values():
             score.update(similarities, labels)
-    return {**{name: float(score.compute()) for name, score in scores.items()}, "images": len(images)}
+    seen = {"images": len(images), "size": size, "head": space}
+    return {**{name: float(score.compute()) for name, score in scores.items()}, **seen}
 
 
 @torch.inference_mode()
@@ -81,7 +92,7 @@ def embed_texts(
     except WeightsError as error:
         raise EvaluateError(str(error)) from error
     tokenizer = load_tokenizer("--clip", clip)
-    texts = [template.format(name) for name in classes for template in templates]
+    texts = [template.replace("{}", name) for name in classes for template in templates]
     embeddings = []
     for first in range(0, len(texts), batch_size):
         tokens = tokenizer(
@@ -112,14 +123,14 @@ def load_tokenizer(key: str, weights: str | Path):
 def class_names(images: Dataset, path: Path | None) -> tuple[str, ...]:
     """The classes' names by number: the lines of `path`, else what the images bring, with spaces for underscores.
 
-    Raises EvaluateError where there are none, or fewer than class numbers.
+    Raises EvaluateError where there are none, fewer than class numbers, empty ones, or the same one twice.
     """
     names = images.classes
     if path is not None:
         try:
-            names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-        except (OSError, ValueError) as error:
-            raise EvaluateError(f"--classes: {path} cannot be read ({error})") from error
+            names = read_class_names(path)
+        except SourceError as error:
+            raise EvaluateError(f"--classes: {error}") from error
     if not names:
         raise EvaluateError("--images: the classes have no names; give --classes FILE with one name per line")
     if max(images.labels) >= len(names):
@@ -146,6 +157,8 @@ def run(args: argparse.Namespace) -> dict:
     encoder = load_encoder(args.model, device=args.device, dtype=args.dtype)
     images = read_images("--images", args.images, args.limit, args.seed)
     names = class_names(images, args.classes)
-    texts = embed_texts(args.clip, names, args.templates or TEMPLATES, device=encoder.device)
+    templates = args.templates or TEMPLATES
+    texts = embed_texts(args.clip, names, templates, device=encoder.device)
     common = dict(batch_size=args.batch_size, workers=args.workers, teacher_name=args.teacher_name)
-    return zero_shot(encoder, texts, images, size=args.size or encoder.image_size, **common)
+    found = zero_shot(encoder, texts, images, size=args.size or encoder.image_size, **common)
+    return {**found, "templates": list(templates)}

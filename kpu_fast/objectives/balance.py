@@ -1,7 +1,7 @@
 """How much each teacher's loss counts: shares that sum to 1, constants of a step, never read by the host.
 
     equal         share_t = 1/T
-    FAMO          share_t = (z_t / D_t) / sum_s (z_s / D_s)       z = softmax(w), D = loss + 1e-8
+    FAMO          share_t = (z_t / D_t) / sum_s (z_s / D_s)       z = softmax(w), D = max(loss, 0) + 1e-8
                   after the step, on the same batch: w moves by Adam along J_softmax^T (log D - log D')
     TeacherDrop   share_t = kept_t / sum of kept                  the largest loss is kept, each other with 1 - p
 
@@ -58,8 +58,8 @@ class FAMO:
     """Fast Adaptive Multitask Optimization (arXiv 2306.03792): shares that let all losses fall at the same rate.
 
     In a step call `shares` before the backward, and `learn` after the optimiser's step with the losses that the same
-    batch has then. Both take this rank's losses, which must be positive, and work on the mean over ranks: every rank
-    holds the same state.
+    batch has then. Both take this rank's losses and work on the mean over ranks: every rank holds the same state. A
+    loss that rounding took below 0 counts as 0.
     """
 
     def __init__(self, teachers: int, device: torch.device | str):
@@ -70,7 +70,7 @@ class FAMO:
     @torch.no_grad()
     def shares(self, losses: Tensor) -> Tensor:
         """(T,) losses → (T,) shares that sum to 1."""
-        distance = _of_all_ranks(losses.double()).mean(1) + FAMO_EPS
+        distance = _distance(losses)
         self._log_before = distance.log()
         weighed = self.w.softmax(0) / distance
         return (weighed / weighed.sum()).to(losses.dtype)
@@ -78,7 +78,7 @@ class FAMO:
     @torch.no_grad()
     def learn(self, losses: Tensor) -> None:
         """Move w: a teacher whose loss fell more than the others' in this step gets less of the next ones."""
-        gained = self._log_before - (_of_all_ranks(losses.double()).mean(1) + FAMO_EPS).log()
+        gained = self._log_before - _distance(losses).log()
         z = self.w.softmax(0)
         self.w.grad = z * (gained - (z * gained).sum())  # the Jacobian of a softmax is diag(z) - z zᵀ
         self.adam.step()
@@ -99,6 +99,11 @@ def build_balance(kind: str, teachers: int, device: torch.device | str) -> Teach
     if kind == "famo":
         return FAMO(teachers, device)
     return TeacherDrop() if kind == "teacher_drop" else None
+
+
+def _distance(losses: Tensor) -> Tensor:
+    """D of FAMO: positive, also where 1 - cos of two equal features came out as -8e-8."""
+    return _of_all_ranks(losses.double()).mean(1).clamp_min(0) + FAMO_EPS
 
 
 def _of_all_ranks(losses: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ With `objective.standardize`, X_t stands for the teacher's standardised features
 `objective.balance`, 1/T gives way to shares that change from step to step (balance.py).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -96,27 +95,19 @@ class KPU(nn.Module):
         """The same terms as L_align of eq. 1, without their weights in L_KPU and without gradient."""
         return {key: value.detach() / self.weights[key.rpartition("/")[2]] for key, value in terms.items()}
 
-    @contextmanager
-    def in_own_spaces(self) -> Iterator[Student]:
-        """The student as others use it: within, `project` ends in each teacher's own space, not the standardised one.
+    def in_own_spaces(self) -> Student:
+        """The student as others use it: `project` ends in each teacher's own space, not in the standardised one.
 
-        The way back is one more Linear, so it goes into the weights of each head's last; leaving restores them exactly.
-        Under ZeRO 3 enter with the student's parameters gathered.
+        The way back is one more Linear, so it goes into the weights of each head's last. The student in training keeps
+        its own; all other weights are shared with it. Under ZeRO 3 call with the student's parameters gathered.
         """
-        kept = []
-        try:
-            with torch.no_grad():
-                for name, standardizer in self.standardize.items():
-                    for last, (weight, bias) in standardizer.undone(self.student.heads[name]).items():
-                        kept.append((last, last.weight.clone(), last.bias.clone()))
-                        last.weight.copy_(weight)
-                        last.bias.copy_(bias)
-            yield self.student
-        finally:
-            with torch.no_grad():
-                for last, weight, bias in kept:
-                    last.weight.copy_(weight)
-                    last.bias.copy_(bias)
+        with torch.device("meta"):
+            student = Student(**self.student.config)
+        student.load_state_dict(self.student.state_dict(), assign=True)
+        for name, standardizer in self.standardize.items():
+            for last, (weight, bias) in standardizer.undone(student.heads[name]).items():
+                last.weight, last.bias = nn.Parameter(weight), nn.Parameter(bias)
+        return student
 
     def _terms(
         self, source: Features, target: Features, valid: Sequence[Tensor | None], weight: float

@@ -36,7 +36,8 @@ def runs(tiny, environment, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     switches = [
         f"{COMMON},objective.balance={balance},objective.standardize={standardize},objective.standardize_batches=3,"
-        f"deepspeed.zero_optimization.stage={stage},precision={precision}"
+        f"deepspeed.zero_optimization.stage={stage},precision={precision},"
+        "deepspeed.zero_optimization.enable_sanity_checks=true"  # an export that wrote to gathered weights would end it
         for balance, standardize, stage, precision in RUNS.values()
     ]
     command = [*two_ranks("torchrun"), str(WORKER), str(tiny), str(folder), *switches]

@@ -1,5 +1,7 @@
 """Tiny models as transformers saves them, with tokenizers, a student whose heads fit them, and coloured images."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -93,3 +95,9 @@ def coloured(tmp_path_factory):
             noise = rng.integers(-60, 60, (40 + i, 64, 3))
             Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(root / name / f"{i:02}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def copied(coloured, tmp_path_factory):
+    """The same images in other files."""
+    return shutil.copytree(coloured, tmp_path_factory.mktemp("copied") / "images")

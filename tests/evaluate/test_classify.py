@@ -1,5 +1,7 @@
 """zero-shot, knn and linear: against transformers' CLIP, scikit-learn, and cases whose accuracy is known."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -12,12 +14,12 @@ pytest.importorskip("torchmetrics")
 from kpu_fast.data.labelled import LabelledImages, to_batch  # noqa: E402
 from kpu_fast.evaluate import knn as knn_file  # noqa: E402
 from kpu_fast.evaluate.encoder import Encoder, load_encoder  # noqa: E402
-from kpu_fast.evaluate.images import read_images  # noqa: E402
+from kpu_fast.evaluate.images import check_apart, read_images  # noqa: E402
 from kpu_fast.evaluate.knn import knn, vote  # noqa: E402
 from kpu_fast.evaluate.linear import linear  # noqa: E402
 from kpu_fast.evaluate.result import EvaluateError  # noqa: E402
 from kpu_fast.evaluate.zero_shot import class_names, embed_texts, zero_shot  # noqa: E402
-from kpu_fast.models import Features, Student, ViT  # noqa: E402
+from kpu_fast.models import Features, FeatureSpec, Student, ViT  # noqa: E402
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEXTS = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])  # green, red, sky_blue: the classes' order
@@ -65,7 +67,7 @@ def test_top1_is_the_share_of_images_whose_class_is_the_closest_text(images):
     for i in (0, 5, 13):
         labels[i] = (labels[i] + 1) % 3
     found = zero_shot(colours(), TEXTS, Relabelled(images, labels), **FEW)
-    assert found == {"top1": pytest.approx(33 / 36), "images": 36}
+    assert found == {"top1": pytest.approx(33 / 36), "images": 36, "size": 32, "head": None}
 
 
 def test_the_length_of_x_and_of_the_texts_does_not_count(images):
@@ -120,6 +122,35 @@ def test_a_student_is_read_through_the_head_whose_x_is_in_the_texts_space(zoo, s
     for name in (None, "clip"):
         found = zero_shot(encoder, texts, Relabelled(images, labels), size=64, batch_size=8, teacher_name=name)
         assert found["top1"] == pytest.approx(2 / 3)
+        assert (found["head"], found["size"]) == ("clip", 64)
+
+
+@pytest.mark.parametrize(
+    ("head", "asked", "warned"), [("dino", None, True), ("dino", "dino", False), ("ViT CLIP", None, False)]
+)
+def test_a_head_that_nobody_named_and_that_may_be_no_clips_is_warned_of(images, capsys, head, asked, warned):
+    vit = {"patch_size": 16, "dim": 32, "depth": 1, "heads": 2, "image_size": 32}
+    own = Student(vit=vit, adapter=None, heads={head: FeatureSpec(3, (8,), (16.0,))}, head_hidden=8)
+    found = zero_shot(Encoder("own", "student", own, 32), TEXTS, images, **FEW, teacher_name=asked)
+    assert found["head"] == head
+    assert ("warning: own: read through its head 'dino', the only one" in capsys.readouterr().err) == warned
+
+
+def test_braces_in_a_class_or_a_template_are_text(zoo):
+    found = embed_texts(zoo["clip"], ("{x}", "red"), ("a {} {x} photo",))
+    expected = embed_texts(zoo["clip"], ("a {x} {x} photo", "a red {x} photo"), ("{}",))
+    torch.testing.assert_close(found, expected)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+def test_class_names_are_lines_none_empty_and_none_twice(images, tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("green\nred\nsky_blue\n")
+    assert class_names(images, path) == ("green", "red", "sky blue")
+    for wrong in ("green\n\nsky_blue\nred\n", "green\nred\nred\n"):
+        path.write_text(wrong)
+        with pytest.raises(EvaluateError, match=r"--classes: .*none empty and none twice"):
+            class_names(images, path)
 
 
 def test_what_is_not_in_the_texts_space_is_an_error(zoo, student, images):
@@ -186,12 +217,24 @@ def test_teacher_name_takes_the_features_into_that_space(student, images):
         projected = own.project(own(pixels), "gdino")
     means = torch.cat([m.mean((1, 2)) for m in projected.maps], dim=1)
     torch.testing.assert_close(encoder.vectors(pixels, "map", "gdino"), means)
-    assert knn(encoder, images, images, size=32, features="map", teacher_name="gdino", k=1)["top1"] == 1.0
+    # Labels that are those of the nearest image in that space, for 2 of 3 images: no other features give that figure.
+    known = torch.utils.data.Subset(images, range(0, 36, 2))
+    asked = torch.utils.data.Subset(images, range(1, 36, 2))
+    space = [to_batch([half[i][0] for i in range(18)], 32) for half in (known, asked)]
+    vectors = [F.normalize(encoder.vectors(p, "map", "gdino"), dim=1) for p in space]
+    nearest = (vectors[1] @ vectors[0].T).argmax(1).tolist()
+    labels = [n if i % 3 else (n + 1) % 18 for i, n in enumerate(nearest)]
+    common = dict(size=32, features="map", k=1)
+    sets = Relabelled(known, range(18)), Relabelled(asked, labels)
+    found = knn(encoder, *sets, **common, teacher_name="gdino")
+    assert (found["top1"], found["head"], found["size"]) == (pytest.approx(2 / 3), "gdino", 32)
+    assert knn(encoder, *sets, **common)["top1"] < 0.6
     with pytest.raises(EvaluateError, match="has no x for an image as a whole; use --features map"):
         knn(encoder, images, images, size=32, teacher_name="gdino")
 
 
-def test_classes_must_be_the_same_on_both_sides_and_more_than_one(images):
+def test_classes_must_be_the_same_on_both_sides_and_more_than_one(images, monkeypatch):
+    monkeypatch.setattr(Colour, "forward", None)  # what does not fit is seen before anything is encoded
     with pytest.raises(EvaluateError, match="numbers would mean different things"):
         knn(colours(), images, Relabelled(images, images.labels, ("a", "b", "c")), **FEW)
     alike = Relabelled(images, [0] * 36)
@@ -236,6 +279,28 @@ def test_bf16_stays_close_to_fp32(zoo, student, images):
         assert rounded.dtype == torch.float32
         assert F.cosine_similarity(exact, rounded).min() > 0.99
         assert not torch.equal(exact, rounded)
+
+
+def cifar(folder):
+    """CIFAR-10 as it unpacks, with two images a batch."""
+    folder.mkdir()
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        rows = np.full((2, 3072), 200 if name == "test_batch" else 50, np.uint8)
+        (folder / name).write_bytes(pickle.dumps({b"data": rows, b"labels": [0, 1]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"cat", b"dog"]}))
+    return folder
+
+
+def test_cifars_parts_are_named_and_are_apart(tmp_path):
+    source = cifar(tmp_path / "cifar-10-batches-py")
+    with pytest.raises(EvaluateError, match=rf"^--images: {source} holds training and test images; give .*:test$"):
+        read_images("--images", str(source))
+    assert read_images("--images", f"{source}:test")[0][0].min() == 200
+    assert len(read_images("--images", f"{source}:train")) == 10
+    check_apart(f"{source}:train", f"{source}:test")
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(EvaluateError, match="shares 1 files"):
+        check_apart(f"{source}:test", f"{tmp_path / 'link'}:test")
 
 
 def test_a_limit_draws_the_same_images_of_every_class_again(coloured, images):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,11 @@ pytest.importorskip("pycocotools")
 import kpu_fast
 from kpu_fast.data.labelled import LabelledImages
 from kpu_fast.evaluate.__main__ import main
+from kpu_fast.evaluate.boxes import CocoImages
+from kpu_fast.evaluate.detect import detect, load_detector, see_through
 from kpu_fast.evaluate.encoder import load_encoder
 from kpu_fast.evaluate.knn import knn
+from kpu_fast.evaluate.zero_shot import class_names, embed_texts, zero_shot
 
 COMMON = ["--device", "cpu", "--workers", "0"]
 
@@ -66,19 +70,27 @@ def coco(folder, coloured):
 
 
 def test_the_same_command_gives_the_students_and_its_teachers_figure(zoo, student, coloured, evaluate):
+    images, templates = LabelledImages(coloured), ["a {}", "the photo of {}."]
+    texts = embed_texts(zoo["clip"], class_names(images, None), templates)
+    asked = [word for template in templates for word in ("--template", template)]
     for model in (student, zoo["clip"]):
-        found = evaluate("zero-shot", "--model", model, "--images", coloured, "--clip", zoo["clip"], *COMMON)
-        assert 0 <= found["top1"] <= 1
-        assert found["images"] == 36
+        command = ["zero-shot", "--model", model, "--images", coloured, "--clip", zoo["clip"], *COMMON]
+        found = evaluate(*command, *asked)
+        expected = zero_shot(load_encoder(model), texts, images, size=64)
+        assert {key: found[key] for key in expected} == expected
+        assert found["templates"] == templates
         assert found["settings"]["model"] == str(model)
+    # What was used where nothing was asked for.
+    found = evaluate(*command)
+    assert (found["templates"], found["size"], found["settings"]["size"]) == (["a photo of a {}."], 64, None)
     for key in ("date", "commit", "versions", "device"):
         assert found[key]
     assert found["versions"]["torch"] == torch.__version__
     assert found["task"] == "zero-shot"
 
 
-def test_the_command_gives_what_the_function_gives(student, coloured, evaluate):
-    sides = ["--train-images", coloured, "--test-images", coloured]
+def test_the_command_gives_what_the_function_gives(student, coloured, copied, evaluate):
+    sides = ["--train-images", coloured, "--test-images", copied]
     options = ["--k", 3, "--temperature", 0.5, "--features", "map", "--size", 32, "--limit", 20, "--batch-size", 7]
     found = evaluate("knn", "--model", student, *sides, *options, *COMMON)
     images = LabelledImages(coloured)
@@ -97,7 +109,12 @@ def test_detect_through_the_student_and_by_the_detector_itself(zoo, student, col
         picture = tmp_path / f"{len(more)}.png"
         found = evaluate("detect", "--model", model, *more, *where, "--picture", picture, "--size", 64, *COMMON)
         assert (found["images"], found["boxes"]) == (2, 2)
-        assert 0 <= found["ap"] <= found["ap50"] <= 1
+        images = CocoImages(where[3], coloured)
+        detector = load_detector(zoo["gdino"])
+        detector = see_through(detector, load_encoder(student)) if more else detector
+        expected = detect(detector, images, images.classes, size=64)
+        assert {key: found[key] for key in expected} == expected
+        assert (found["shortest"], found["longest"], found["head"]) == (64, 1333, "gdino" if more else None)
         assert np.asarray(Image.open(picture)).std() > 10
 
 
@@ -107,6 +124,7 @@ def test_detect_on_mosaics(zoo, student, coloured, tmp_path, evaluate):
     found = evaluate("detect", "--model", student, "--detector", zoo["gdino"], *options, *COMMON)
     assert found["images"] == 3
     assert found["boxes"] >= 3
+    assert (found["shortest"], found["longest"], found["canvas"]) == (None, None, 128)
 
 
 def test_pca_of_files_and_of_labelled_images(student, zoo, coloured, tmp_path, evaluate):
@@ -120,19 +138,19 @@ def test_pca_of_files_and_of_labelled_images(student, zoo, coloured, tmp_path, e
     assert found["images"] == 3
 
 
-def test_from_a_shell_the_result_is_the_only_thing_on_standard_output(student, coloured, tmp_path):
+def test_from_a_shell_the_result_is_the_only_thing_on_standard_output(student, coloured, copied, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "kpu_fast.evaluate", "knn", "--model", str(student)]
-    command += ["--train-images", str(coloured), "--test-images", str(coloured), "--size", "32", "--workers", "1"]
+    command += ["--train-images", str(coloured), "--test-images", str(copied), "--size", "32", "--workers", "1"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["top1"] == 1.0
 
 
-def test_wrong_questions_get_one_line_and_exit_code_2(zoo, student, coloured, tmp_path, refused):
+def test_wrong_questions_get_one_line_and_exit_code_2(zoo, student, coloured, copied, tmp_path, refused):
     zero_shot = ["zero-shot", "--model", student, "--clip", zoo["clip"], "--images", coloured]
-    sides = ["--train-images", coloured, "--test-images", coloured]
+    sides = ["--train-images", coloured, "--test-images", copied]
     empty, gdino = tmp_path / "empty", zoo["gdino"]
     empty.mkdir()
     names = tmp_path / "names.txt"
@@ -142,7 +160,7 @@ def test_wrong_questions_get_one_line_and_exit_code_2(zoo, student, coloured, tm
         f"--model: {tmp_path} has": ["knn", "--model", tmp_path, *sides],
         "--images: ": [*zero_shot[:-1], empty],
         "--classes: 2 names, but an image is of class 2": [*zero_shot, "--classes", names],
-        "--classes: /nowhere cannot be read": [*zero_shot, "--classes", "/nowhere"],
+        "--classes: /nowhere: not a text file that can be read": [*zero_shot, "--classes", "/nowhere"],
         "--template 'x': expected one {}": [*zero_shot, "--template", "x"],
         "--size 100: expected a multiple of 32, such as 96": [*zero_shot, "--size", 100],
         "--batch-size 0: expected at least 1": [*zero_shot, "--batch-size", 0],
@@ -168,18 +186,62 @@ def test_wrong_questions_get_one_line_and_exit_code_2(zoo, student, coloured, tm
     )
 
 
+def test_options_that_would_do_nothing_are_refused(zoo, coloured, tmp_path, refused):
+    detect = ["detect", "--model", zoo["gdino"]]
+    mosaics, annotated = [*detect, "--images", coloured], [*detect, *coco(tmp_path, coloured)]
+    for words, message in (
+        ([*mosaics, "--teacher-name", "gdino"], "--teacher-name gdino: there is no --detector"),
+        ([*annotated, "--mosaics", 500], "--mosaics: --annotations brings its own images"),
+        ([*annotated, "--canvas", 192], "--canvas: --annotations brings its own images"),
+        ([*mosaics, "--longest", 1333], "--longest: mosaics are not resized"),
+        ([*annotated, "--longest", 0], "--longest 0: expected at least 32"),
+        (["pca", "--model", zoo["clip"], "--images", "a.png", "b.jpg", "--count", 3], "--count: image files are all"),
+    ):
+        assert refused(*words).startswith(message)
+
+
+def test_what_cannot_be_written_is_said_before_the_work(student, coloured, copied, zoo, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("kpu_fast.evaluate.encoder.load_encoder", None)
+    monkeypatch.setattr("kpu_fast.evaluate.detect.load_detector", None)
+    file = tmp_path / "file"
+    file.write_text("")
+    detect = ["detect", "--model", zoo["gdino"], "--images", coloured]
+    for path in (file / "a.png", tmp_path):
+        assert refused(*detect, "--picture", path).startswith(f"--picture: {path} cannot be written")
+        assert refused(*detect, "--json", path).startswith(f"--json: {path} cannot be written")
+        line = refused("pca", "--model", student, "--images", coloured, "--picture", path)
+        assert line.startswith(f"--picture: {path} cannot be written")
+
+
+def test_images_to_learn_from_and_to_be_tested_on_share_no_file(student, coloured, tmp_path, refused):
+    (tmp_path / "link").symlink_to(coloured)
+    for task in ("knn", "linear"):
+        for other in (coloured, tmp_path / "link"):
+            line = refused(task, "--model", student, "--train-images", coloured, "--test-images", other, "--limit", 3)
+            assert line.startswith("--test-images: shares 36 files with --train-images, such as ")
+
+
+def test_an_image_of_too_many_pixels_is_named(zoo, student, coloured, tmp_path, refused, monkeypatch):
+    where = coco(tmp_path, coloured)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    image = coloured / "red" / "00.png"
+    assert refused("detect", "--model", zoo["gdino"], *where, *COMMON).startswith(f"{image}: not an image that can")
+    assert refused("pca", "--model", student, "--images", image).startswith(f"--images: {image} is not an image that")
+
+
 def test_an_image_that_does_not_decode_is_named_by_whichever_process_reads_it(student, coloured, tmp_path, refused):
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)
         (tmp_path / "images" / name / "1.png").write_bytes((coloured / "red" / "00.png").read_bytes())
     (tmp_path / "images" / "b" / "2.png").write_bytes(b"not a picture")
-    sides = ["--train-images", tmp_path / "images", "--test-images", tmp_path / "images"]
+    shutil.copytree(tmp_path / "images", tmp_path / "others")
+    sides = ["--train-images", tmp_path / "images", "--test-images", tmp_path / "others"]
     for workers in (0, 1):
         line = refused("knn", "--model", student, *sides, "--workers", workers, "--size", 32)
         assert line.startswith(f"{tmp_path / 'images' / 'b' / '2.png'}: not an image")
 
 
-def test_many_batches_from_workers_do_not_pile_up_open_files(zoo, student, coloured, tmp_path, evaluate):
+def test_many_batches_from_workers_do_not_pile_up_open_files(zoo, student, coloured, copied, tmp_path, evaluate):
     import resource
 
     tree = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "red"}]}
@@ -187,7 +249,7 @@ def test_many_batches_from_workers_do_not_pile_up_open_files(zoo, student, colou
         tree["images"].append({"id": i, "file_name": f"red/{i % 12:02}.png"})
         tree["annotations"].append({"id": i, "image_id": i, "category_id": 1, "bbox": [4, 4, 30, 30]})
     (tmp_path / "a.json").write_text(json.dumps(tree))
-    sides = ["--train-images", coloured, "--test-images", coloured]
+    sides = ["--train-images", coloured, "--test-images", copied]
     one = ["--batch-size", 1, "--workers", 1, "--size", 96]
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, limits[1]))

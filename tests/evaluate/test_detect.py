@@ -1,5 +1,6 @@
 """Detection: a student that gives the backbone's own maps changes nothing, boxes and AP have known values."""
 
+import errno
 import json
 
 import numpy as np
@@ -14,8 +15,8 @@ pytest.importorskip("pycocotools")
 from types import SimpleNamespace  # noqa: E402
 
 from kpu_fast.evaluate.boxes import CocoImages, Mosaics, Truth, average_precision  # noqa: E402
-from kpu_fast.evaluate.detect import Detector, detect, load_detector, see_through  # noqa: E402
-from kpu_fast.evaluate.detector import detect_boxes, make_prompt, with_student_backbone  # noqa: E402
+from kpu_fast.evaluate.detect import Detector, detect, load_detector, save_picture, see_through  # noqa: E402
+from kpu_fast.evaluate.detector import Prompt, detect_boxes, make_prompt, with_student_backbone  # noqa: E402
 from kpu_fast.evaluate.encoder import Encoder, load_encoder  # noqa: E402
 from kpu_fast.evaluate.result import EvaluateError  # noqa: E402
 from kpu_fast.models import FeatureSpec, Student  # noqa: E402
@@ -163,6 +164,16 @@ def test_boxes_are_the_best_pairs_of_query_and_class_in_pixels(zoo):
     assert found["labels"].tolist() == [0, 1, 1]
     first, second = [80.0, 30.0, 120.0, 70.0], [0.0, 0.0, 100.0, 100.0]
     torch.testing.assert_close(found["boxes"], torch.tensor([first, second, first]))
+
+
+def test_as_many_boxes_as_groundingdino_is_evaluated_with(zoo):
+    spans = torch.eye(20)
+    prompt = Prompt(*torch.zeros(3, 1, 20, dtype=torch.long), spans)
+    generator = torch.Generator().manual_seed(0)
+    out = SimpleNamespace(logits=torch.randn(1, 20, 20, generator=generator), pred_boxes=torch.rand(1, 20, 4))
+    (found,) = detect_boxes(lambda **_: out, torch.zeros(1, 3, 32, 32), None, prompt, torch.tensor([[100, 200]]))
+    expected = out.logits.flatten().sigmoid().sort(descending=True).values[:300]
+    torch.testing.assert_close(found["scores"], expected)
 
 
 # ---- average precision ----
@@ -315,6 +326,19 @@ def test_a_detector_that_is_right_has_ap_1_on_images_of_several_sizes(zoo, tmp_p
     assert np.asarray(Image.open(picture)).std() > 10
     # Each query counts for both classes, the right one now behind all wrong ones: precision 3/5 for red, 2/5 for blue.
     assert detect(wrong, images, images.classes, size=size, batch_size=3)["ap50"] == pytest.approx(0.5)
+
+
+def test_a_picture_that_cannot_be_finished_leaves_the_one_before(tmp_path, monkeypatch):
+    def fill_the_disk(self, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    picture = tmp_path / "found.png"
+    picture.write_bytes(b"before")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fill_the_disk)
+    with pytest.raises(EvaluateError, match=r"--picture: .* cannot be written \(No space left on device\)"):
+        save_picture(picture, [(np.zeros((32, 32, 3), np.uint8), truth(A), boxes(A))], ("a",))
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
 
 
 def test_mosaics_are_the_same_again_and_their_boxes_hold_the_images(coloured):

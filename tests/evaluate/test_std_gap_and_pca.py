@@ -194,6 +194,27 @@ def test_a_folder_that_is_no_run_or_has_no_such_checkpoint_is_an_error(run, tmp_
         std_gap(root, batches=1, images=str(tmp_path / "nowhere"))
 
 
+def test_a_run_with_another_attention_kernel_is_read_anywhere(tmp_path, run):
+    root = run[0]
+    tree = json.loads((root / "config.resolved.json").read_text())
+    tree["config"]["student"]["attention"] = "fa3" if not torch.cuda.is_available() else "fa2"
+    (tmp_path / "config.resolved.json").write_text(json.dumps(tree))
+    (tmp_path / "checkpoints").symlink_to(root / "checkpoints")
+    found = std_gap(tmp_path, batches=1, seed=SEED)
+    assert found["common"] == std_gap(root, batches=1, seed=SEED)["common"]
+    assert found["size"] == {"clip": [64, 64], "gdino": [64, 96]}
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError])
+def test_images_that_cannot_be_read_are_an_error(monkeypatch, run, error):
+    def fail(self):
+        raise error("1.jpg: gone")
+
+    monkeypatch.setattr(Stream, "__next__", fail)
+    with pytest.raises(EvaluateError, match=r"^teachers\.clip\.data: 1\.jpg: gone$"):
+        std_gap(run[0], batches=1)
+
+
 # ---- pca ----
 
 
@@ -242,7 +263,21 @@ def test_the_pictures_show_the_images_and_differ_between_models(zoo, student, co
 def test_a_student_alone_can_be_shown_in_a_teachers_space(student, tmp_path):
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     found = pca(load_encoder(student), images, tmp_path / "a.png", teacher_name="gdino")
-    assert [name.rpartition(", ")[2] for name in found["shown"]] == ["8×8", "4×4", "2×2"]
+    assert [name.partition(", ")[2] for name in found["shown"]] == ["map 0, 8×8", "map 1, 4×4", "map 2, 2×2"]
+    assert (found["head"], found["size"]) == ("gdino", 64)
+
+
+def test_maps_of_one_grid_are_all_shown_and_the_model_is_run_once(zoo, student, tmp_path):
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    plane = Plane(3)
+    two = nn.Module()
+    two.weight, two.forward = plane.basis, lambda images: Features(None, plane(images).maps * 2)
+    found = pca(Encoder("two", "backbone", two, 32), images, tmp_path / "a.png")
+    assert list(found["shown"]) == ["two, map 0, 8×8", "two, map 1, 8×8"]
+    encoder, runs = load_encoder(student), []
+    encoder.net.register_forward_hook(lambda *_: runs.append(1))
+    pca(encoder, images, tmp_path / "b.png", teacher=load_encoder(zoo["clip"]))
+    assert runs == [1]
 
 
 def test_maps_that_are_not_finite_are_an_error_and_leave_no_picture(tmp_path):

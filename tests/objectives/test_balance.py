@@ -194,6 +194,15 @@ def test_famo_gives_less_to_the_teacher_that_gained_most():
     assert large[2] < 0.02  # what counts is the relative change: a large loss weighs less
 
 
+def test_famo_takes_a_loss_that_rounding_took_below_0_as_0():
+    below, at = FAMO(2, "cpu"), FAMO(2, "cpu")
+    for famo, least in ((below, -8e-8), (at, 0.0)):
+        assert famo.shares(torch.tensor([least, 1.0])).tolist() == pytest.approx([1.0, 1e-8])
+        famo.learn(torch.tensor([0.1 * least, 0.5]))
+    assert torch.equal(below.w, at.w)
+    assert at.w.abs().max() > 0.01
+
+
 def test_teacher_drop_of_one_column_on_average():
     """The furthest teacher is kept; of two, the other half of the time: 1/2 * 1 + 1/2 * 1/2 of the total."""
     torch.manual_seed(0)

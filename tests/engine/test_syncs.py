@@ -1,0 +1,80 @@
+"""A training step hands its work to the GPU and reads nothing back."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from syncs import no_syncs
+from torch import nn
+
+from kpu_fast.config import ObjectiveConfig
+from kpu_fast.engine.loop import Parts, train_step
+from kpu_fast.models.features import Features, FeatureSpec
+from kpu_fast.models.student import Student
+from kpu_fast.objectives.balance import FAMO, build_balance
+from kpu_fast.objectives.kpu import KPU
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SPECS = {"clip": FeatureSpec(24, (16,), (16.0,)), "gdino": FeatureSpec(None, (8, 12), (16.0, 32.0))}
+
+
+class Engine(nn.Module):
+    """What the loop asks of DeepSpeed's engine, whose own waiting is its own affair."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+
+    def forward(self, *args):
+        return self.module(*args)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        self.optimizer.step()
+
+
+def parts(balance, standardize="none"):
+    torch.manual_seed(0)
+    vit = {"dim": 32, "depth": 2, "heads": 2, "patch_size": 16, "image_size": 64}
+    student = Student(vit=vit, adapter=None, heads=SPECS, head_hidden=16, freeze_vit=False)
+    module = KPU(student, SPECS, ObjectiveConfig(balance=balance, standardize=standardize)).to(DEVICE)
+
+    def teacher(spec):
+        x = None if spec.x_dim is None else torch.randn(2, spec.x_dim, device=DEVICE)
+        maps = (torch.randn(2, int(64 // s), int(96 // s), c, device=DEVICE) for c, s in zip(*spec[1:], strict=True))
+        features = Features(x, tuple(maps))
+        return lambda images: features
+
+    teachers = {name: teacher(spec) for name, spec in SPECS.items()}
+    return Parts({}, teachers, Engine(module), build_balance(balance, 2, DEVICE))
+
+
+def batches():
+    valid = torch.ones(2, 64, 96, dtype=torch.bool, device=DEVICE)
+    valid[1, 40:] = False
+    images = {name: torch.rand(2, 3, 64, 96, device=DEVICE) for name in SPECS}
+    return {name: SimpleNamespace(images=images[name], valid=valid if name == "gdino" else None) for name in SPECS}
+
+
+@pytest.mark.parametrize(
+    ("balance", "standardize"), [("equal", "none"), ("famo", "phi_s"), ("teacher_drop", "meanstd")]
+)
+def test_a_step_waits_for_nothing(balance, standardize):
+    made, given = parts(balance, standardize), batches()
+    _, before, _ = train_step(made, given)  # allocates the optimiser's state, compiles kernels
+    famo = made.balance if isinstance(made.balance, FAMO) else None
+    with no_syncs([famo.adam.state[famo.w]["step"]] if famo else []):  # Adam counts its steps on the CPU
+        _, after, shares = train_step(made, given)
+    assert (shares is None) == (balance == "equal")
+    assert not torch.equal(before, after)
+    if famo:
+        assert float(famo.w.detach().abs().max()) > 0
+
+
+@pytest.mark.parametrize("read", [lambda x: float(x.sum()), lambda x: x[x > 0], lambda x: bool((x > 0).any())])
+def test_a_read_would_be_seen(read):
+    with pytest.raises(RuntimeError, match=r"synchron|read by the host"), no_syncs():
+        read(torch.ones(3, device=DEVICE))
