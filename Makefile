@@ -19,8 +19,8 @@ $(STAMP): setup.py constraints.txt
 	@touch $(STAMP)
 
 demo: env
-	rm -rf runs/demo
-	$(BIN)/python kpu_fast/train.py --config configs/demo.json
+	rm -rf runs/random
+	$(BIN)/python kpu_fast/train.py --config configs/random.json
 
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile

@@ -193,7 +193,7 @@ class Visit:
         if missing:
             return {"exit": None, "note": f"left out, not installed: {', '.join(missing)}"}
         images = self._images()
-        config = "configs/h100_random.json" if self.gpu else "configs/demo.json"
+        config = "configs/h100_random.json" if self.gpu else "configs/random.json"
         steps = ["--steps", "20"] if self.gpu else ["--steps", "1", "--warmup", "1"]
         command = [sys.executable, str(ROOT / "bench/step.py"), "--config", str(ROOT / config), *steps]
         command += ["--set", f"source={images}", "--out", str(self.scratch / "step")]

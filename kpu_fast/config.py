@@ -305,7 +305,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); expected a JSON file such as configs/demo.json"
+            f"{path}: cannot be read ({error.strerror}); expected a JSON file such as configs/random.json"
         ) from None
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or nested without end
         raise ConfigError(f"{path}: not valid JSON ({error})") from None

@@ -1,6 +1,6 @@
 """Train a student.
 
-    deepspeed kpu_fast/train.py --config configs/demo.json [--set path.to.key=value ...] [--resume auto|DIR]
+    deepspeed kpu_fast/train.py --config configs/random.json [--set path.to.key=value ...] [--resume auto|DIR]
 
 The same file runs under `deepspeed`, `torchrun` and plain `python`, on GPUs and on a CPU.
 Exit codes: 0 finished, or stopped by SIGTERM/SIGINT after writing a checkpoint; 2 a config, data, model or output that
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="train.py", description="Train one vision student from several frozen teachers."
     )
-    parser.add_argument("--config", required=True, help="a JSON file such as configs/demo.json")
+    parser.add_argument("--config", required=True, help="a JSON file such as configs/random.json")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. optimizer.lr=1e-4"
     )

@@ -46,7 +46,7 @@ def test_ablation_of_balance_standardisation_and_teachers():
 
 def test_overrides_reach_nested_keys_and_wildcards():
     cfg = load_config(
-        ROOT / "configs" / "demo.json",
+        ROOT / "configs" / "random.json",
         [
             "optimizer.lr=1e-4",
             "teachers.*.data.batch_size=3",
@@ -62,18 +62,18 @@ def test_overrides_reach_nested_keys_and_wildcards():
 
 
 def test_a_teacher_set_to_null_is_left_out():
-    cfg = load_config(ROOT / "configs" / "demo.json", ["teachers.dinov2=null", "teachers.gdino=null"])
+    cfg = load_config(ROOT / "configs" / "random.json", ["teachers.dinov2=null", "teachers.gdino=null"])
     assert list(cfg.teachers) == ["clip"]
     with pytest.raises(ConfigError, match="teachers: found"):
-        load_config(ROOT / "configs" / "demo.json", ["teachers.*=null"])
+        load_config(ROOT / "configs" / "random.json", ["teachers.*=null"])
 
 
 @pytest.mark.parametrize("balance", ["famo", "teacher_drop"])
 def test_balance_needs_two_teachers(balance):
-    demo, balanced = ROOT / "configs" / "demo.json", f"objective.balance={balance}"
-    assert load_config(demo, [balanced, "teachers.dinov2=null"]).objective.balance == balance
+    random, balanced = ROOT / "configs" / "random.json", f"objective.balance={balance}"
+    assert load_config(random, [balanced, "teachers.dinov2=null"]).objective.balance == balance
     with pytest.raises(ConfigError, match=f'objective.balance: found "{balance}" with one teacher'):
-        load_config(demo, [balanced, "teachers.dinov2=null", "teachers.gdino=null"])
+        load_config(random, [balanced, "teachers.dinov2=null", "teachers.gdino=null"])
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -89,7 +89,7 @@ def test_deepspeed_block_goes_through_untouched():
         "wall_clock_breakdown": True,
         "steps_per_print": 7,
     }
-    cfg = load_config(ROOT / "configs" / "demo.json", [f"deepspeed={json.dumps(block)}"])
+    cfg = load_config(ROOT / "configs" / "random.json", [f"deepspeed={json.dumps(block)}"])
     assert block.items() <= cfg.deepspeed_config().items()
 
 
@@ -147,7 +147,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("override", "message"), MISTAKES, ids=[m[0] for m in MISTAKES])
 def test_mistakes_are_named(override, message):
     with pytest.raises(ConfigError) as caught:
-        load_config(ROOT / "configs" / "demo.json", [override])
+        load_config(ROOT / "configs" / "random.json", [override])
     assert message in str(caught.value)
 
 
@@ -171,9 +171,10 @@ def test_files_that_are_no_config(tmp_path, text, message):
 
 
 def test_extends_merges_objects_and_replaces_the_rest(tmp_path):
-    child = {"extends": str(ROOT / "configs" / "demo.json"), "name": "child", "optimizer": {"lr": 0.5}, "source": ["x"]}
+    base = str(ROOT / "configs" / "random.json")
+    child = {"extends": base, "name": "child", "optimizer": {"lr": 0.5}, "source": ["x"]}
     (tmp_path / "child.json").write_text(json.dumps(child))
-    cfg, base = load_config(tmp_path / "child.json"), load_config(ROOT / "configs" / "demo.json")
+    cfg, base = load_config(tmp_path / "child.json"), load_config(base)
     assert (cfg.name, cfg.optimizer.lr, cfg.optimizer.warmup_steps) == ("child", 0.5, base.optimizer.warmup_steps)
     assert cfg.teachers["clip"].data.source == ["x"]
 
@@ -181,7 +182,7 @@ def test_extends_merges_objects_and_replaces_the_rest(tmp_path):
 def test_command_answers_in_one_line_before_any_model_library_loads(tmp_path):
     script = (
         "import sys, runpy\n"
-        f"sys.argv = ['train.py', '--config', {str(ROOT / 'configs' / 'demo.json')!r}, '--set', 'stepz=3']\n"
+        f"sys.argv = ['train.py', '--config', {str(ROOT / 'configs' / 'random.json')!r}, '--set', 'stepz=3']\n"
         f"sys.path.insert(0, {str(ROOT / 'kpu_fast')!r})\n"
         "try:\n"
         f"    runpy.run_path({str(ROOT / 'kpu_fast' / 'train.py')!r}, run_name='__main__')\n"
