@@ -1,4 +1,5 @@
-# make demo     train a small student on a CPU: real photographs, no downloads of weights, minutes
+# make demo     train a small student from the zoo's teachers on a CPU and evaluate both: minutes, no downloads
+# make reproduce  the paper's ablation with the zoo's teachers: hours on a CPU; IMAGES and TEST_IMAGES for more than the sample
 # make test     every test
 # make lint     ruff
 # make bench    benchmarks (GPU rows are skipped without a GPU)
@@ -8,7 +9,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: env demo test lint bench
+.PHONY: env demo reproduce test lint bench
 
 env: $(STAMP)
 
@@ -19,8 +20,11 @@ $(STAMP): setup.py constraints.txt
 	@touch $(STAMP)
 
 demo: env
-	rm -rf runs/random
-	$(BIN)/python kpu_fast/train.py --config configs/random.json
+	rm -rf runs/demo
+	$(BIN)/python -m kpu_fast.reproduce --runs kpu --seeds 1 --steps 200 --mosaics 800 --train-limit 1000 --test-limit 500 --out runs/demo
+
+reproduce: env
+	$(BIN)/python -m kpu_fast.reproduce $(if $(IMAGES),--images '$(IMAGES)') $(if $(TEST_IMAGES),--test-images '$(TEST_IMAGES)') --report docs/reproduction.md
 
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile

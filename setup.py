@@ -25,6 +25,7 @@ TRAIN = [
     "tensorboard",
     "pillow",
     "scikit-learn",
+    "scipy",
     "torchmetrics",
     "pycocotools",
     "matplotlib",

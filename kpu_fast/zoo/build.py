@@ -1,0 +1,174 @@
+"""Train the teachers one after the other, measure them, and put each into its folder when it is whole."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kpu_fast.data.labelled import LabelledImages
+from kpu_fast.zoo.card import device_name, write_card
+from kpu_fast.zoo.clip import save_clip, train_clip, zero_shot_accuracy
+from kpu_fast.zoo.dinov2 import knn_accuracy, save_dinov2, train_dinov2
+from kpu_fast.zoo.fit import ZooError
+from kpu_fast.zoo.gdino import detection_figures, save_gdino, train_gdino
+from kpu_fast.zoo.pixels import STORED, Pixels, read
+from kpu_fast.zoo.recipes import Zoo
+from kpu_fast.zoo.sample import write_samples
+
+NAMES = ("clip", "gdino", "dinov2")
+_BANK = 10_000  # training images among which kNN looks: the whole set would take as long as some training
+_WORK = ".training"
+
+
+def build_zoo(
+    images: LabelledImages,
+    test_images: LabelledImages,
+    out: Path,
+    *,
+    classes: tuple[str, ...] | None = None,
+    only: tuple[str, ...] = NAMES,
+    minutes: float | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    seed: int = 0,
+    zoo: Zoo | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, dict]:
+    """Train `only` on `images`, measure on `test_images`; returns the figures by teacher.
+
+    out/NAME appears when it is whole; until then the work is in out/.training, from where an interrupted run goes on.
+    A teacher that out already holds is left alone. classes: the names by number, for sources that have none.
+    minutes: budget of each teacher, in place of the recipe's steps. Raises ZooError, or SourceError for an image.
+    """
+    zoo = zoo or Zoo()
+    classes = _check(images, test_images, classes)
+    with _alone(out):
+        todo = [name for name in only if not _finished(out / name, say)]
+        if not (out / "images").exists():
+            write_samples(out / "images", images, test_images, classes)
+        if not todo:
+            return {}
+        train, test = read(images, classes), read(test_images, classes)
+        figures = {}
+        for name in todo:
+            recipe = getattr(zoo, name)
+            facts = {
+                "train": {"source": _shown(images.source), "images": len(train)},
+                "test": {"source": _shown(test_images.source), "images": len(test)},
+                "classes": list(classes),
+                "pixels": STORED,
+                "seed": seed,
+                "device": device_name(device),
+                "recipe": asdict(recipe),
+            }
+            figures[name] = _make(name, recipe, train, test, out, facts, device, seed, minutes)
+            say(f"{out / name}: " + ", ".join(f"{key} {row['value']:.4f}" for key, row in figures[name].items()))
+        return figures
+
+
+def _make(name, recipe, train: Pixels, test: Pixels, out: Path, facts: dict, device, seed, minutes) -> dict:
+    work = out / _WORK / name
+    agreed = {"recipe": facts["recipe"], "images": len(train), "classes": facts["classes"]}
+    common = {"device": device, "seed": seed, "facts": agreed, "minutes": minutes}
+    new = out / _WORK / f"{name}.new"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    if name == "clip":
+        model, tokenizer, told = train_clip(train, recipe, work, **common)
+        save_clip(model, tokenizer, new)
+        saved = _reload("CLIPModel", new, device)
+        accuracy = zero_shot_accuracy(saved, tokenizer, test)
+        figures = {"zero-shot top-1": {"value": accuracy, "on": f"{len(test):,} test images"}}
+    elif name == "gdino":
+        model, tokenizer, told = train_gdino(train, recipe, work, **common)
+        save_gdino(model, tokenizer, new, recipe)
+        saved = _reload("GroundingDinoForObjectDetection", new, device)
+        on = f"{recipe.test_mosaics:,} mosaics of test images, {recipe.canvas}×{recipe.canvas} pixels"
+        figures = {key: {"value": v, "on": on} for key, v in detection_figures(saved, tokenizer, test, recipe).items()}
+    else:
+        model, told = train_dinov2(train, recipe, work, **common)
+        save_dinov2(model, new)
+        saved = _reload("Dinov2WithRegistersModel", new, device)
+        bank = Pixels(train.images[:_BANK], train.labels[:_BANK], train.classes)
+        accuracy = knn_accuracy(saved, bank, test)
+        on = f"{len(test):,} test images, 20 nearest of {len(bank):,} training images"
+        figures = {"kNN top-1": {"value": accuracy, "on": on}}
+    facts["parameters"] = sum(p.numel() for p in saved.parameters())
+    write_card(new, name, facts, told, figures)
+    _join_metrics(work, new / "metrics.jsonl")
+    for file in new.iterdir():
+        file.chmod(0o644)  # safetensors makes its files readable for their owner alone
+    os.replace(new, out / name)
+    return figures
+
+
+def _reload(kind: str, folder: Path, device: torch.device) -> nn.Module:
+    import transformers
+
+    model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.to(device).eval()
+
+
+def _join_metrics(work: Path, target: Path) -> None:
+    files = sorted(work.rglob("metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    target.write_text("".join(path.read_text() for path in files))
+
+
+def _check(images: LabelledImages, test_images: LabelledImages, classes) -> tuple[str, ...]:
+    if os.path.abspath(images.source) == os.path.abspath(test_images.source):
+        raise ZooError(f"--test-images {test_images.source!r} are the training images; give others")
+    classes = classes or images.classes or test_images.classes
+    if not classes:
+        raise ZooError(
+            f"{images.source!r} does not name its classes; put a classes.txt (one name per line) beside the shards, or "
+            "give --classes"
+        )
+    for option, source in (("--images", images), ("--test-images", test_images)):
+        if source.classes and tuple(source.classes) != tuple(classes):
+            raise ZooError(f"{option} {source.source!r} has the classes {source.classes}, not {classes}")
+        if max(source.labels) >= len(classes):
+            raise ZooError(
+                f"{option} {source.source!r} has an image of class {max(source.labels)}, but {len(classes)} names"
+            )
+    found = len(set(images.labels))
+    if found < 2:
+        raise ZooError(
+            f"--images {images.source!r} are all of one class: there is nothing to tell apart; give at least 2"
+        )
+    return tuple(classes)
+
+
+def _finished(folder: Path, say) -> bool:
+    if not folder.exists():
+        return False
+    if (folder / "training.json").is_file() and (folder / "model.safetensors").is_file():
+        say(f"{folder}: is there already and is left as it is; remove it to train it again")
+        return True
+    raise ZooError(f"{folder}: is in the way: it was not made by this command; remove it or give another --out")
+
+
+@contextmanager
+def _alone(out: Path):
+    if out.exists() and not out.is_dir():
+        raise ZooError(f"--out {out}: is a file, expected a folder")
+    try:
+        (out / _WORK).mkdir(parents=True, exist_ok=True)
+        lock = (out / _WORK / "lock").open("w")
+    except OSError as error:
+        raise ZooError(f"--out {out}: cannot be written ({error})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ZooError(f"--out {out}: another run is writing there; wait for it or give another --out") from error
+        yield
+
+
+def _shown(source: str) -> str:
+    """The last two parts of a path: a card is no place for the folders of a machine."""
+    return "/".join(source.rstrip("/").split("/")[-2:])

@@ -1,0 +1,228 @@
+"""A tiny zoo trained end to end: its folders load where they are meant to, its cards say what was measured."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kpu_fast.data.labelled import LabelledImages, to_batch
+from kpu_fast.models.teachers import build_teacher
+from kpu_fast.models.vit import ViT
+from kpu_fast.zoo import build
+from kpu_fast.zoo.__main__ import main
+from kpu_fast.zoo.build import build_zoo
+from kpu_fast.zoo.fit import ZooError
+from kpu_fast.zoo.sample import balanced
+
+NAMES = ("clip", "gdino", "dinov2")
+
+
+@pytest.fixture(scope="module")
+def made(shapes, tiny, tmp_path_factory):
+    """(folder, what build_zoo returned, what it said)"""
+    out = tmp_path_factory.mktemp("made") / "zoo"
+    said = []
+    torch.set_num_threads(1)
+    figures = build_zoo(
+        LabelledImages(shapes / "train"), LabelledImages(shapes / "test"), out, zoo=tiny, say=said.append
+    )
+    return out, figures, said
+
+
+def teacher(folder, kind, size):
+    cfg = SimpleNamespace(kind=kind, weights=str(folder), arch={}, levels=None)
+    return build_teacher("t", cfg, device="cpu", dtype=torch.float32, image_size=(size, size))
+
+
+def test_the_production_loaders_take_the_folders(made, shapes, monkeypatch):
+    out, *_ = made
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    images = to_batch([LabelledImages(shapes / "test")[i][0] for i in (0, 10, 20)], 64)
+    clip = teacher(out / "clip", "clip", 64)
+    assert clip.spec.x_dim == 24
+    found = clip(images)
+    assert found.x.isfinite().all()
+    assert (found.x[0] - found.x[1]).abs().max() > 1e-3
+    gdino = teacher(out / "gdino", "grounding_dino", 64)
+    assert gdino.spec.strides == (8, 16, 32)
+    assert gdino.spec.map_dims == (32, 64, 128)
+    assert all(m.isfinite().all() for m in gdino(images).maps)
+    # The sentinel's own code and transformers' agree on it.
+    vit = ViT.from_hf(out / "dinov2")
+    reference = teacher(out / "dinov2", "dinov2", 64)(images)
+    with torch.no_grad():
+        cls, patches = vit(images)
+    assert (cls - reference.x).abs().max() < 1e-4
+    assert (patches - reference.maps[0]).abs().max() < 1e-4
+
+
+def test_weights_are_bf16_and_text_needs_no_network(made, monkeypatch):
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer, CLIPModel
+
+    out, *_ = made
+    for name in NAMES:
+        state = load_file(out / name / "model.safetensors")
+        assert {t.dtype for t in state.values() if t.is_floating_point()} == {torch.bfloat16}
+        assert (out / name / "model.safetensors").stat().st_mode & 0o444 == 0o444
+    tokenizer = AutoTokenizer.from_pretrained(out / "clip", local_files_only=True)
+    tokens = tokenizer(["a photo of a box", "Größe"], padding=True, return_tensors="pt")
+    model = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32, local_files_only=True)
+    with torch.no_grad():
+        text = model.get_text_features(**tokens).pooler_output
+    assert text.shape == (2, 24)
+    assert (text[0] - text[1]).abs().max() > 1e-3
+    assert tokenizer("box")["input_ids"] == tokenizer(["box"], padding=True)["input_ids"][0]
+    for name in ("clip", "gdino"):
+        saved = json.loads((out / name / "tokenizer.json").read_text())
+        assert saved["padding"] is None
+        assert saved["truncation"] is None
+    words = AutoTokenizer.from_pretrained(out / "gdino", local_files_only=True)("box. stick.")["input_ids"]
+    assert words.count(1012) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cards_say_what_was_measured(made, tiny, name):
+    out, figures, said = made
+    card, record = (out / name / "README.md").read_text(), json.loads((out / name / "training.json").read_text())
+    assert record["figures"] == figures[name]
+    for key, row in figures[name].items():
+        assert f"| {key} | {row['value']:.4f} | {row['on']} |" in card
+    phases = record["phases"]
+    rows = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+    assert [phase["loss"] for phase in phases.values()] == [row["loss"] for row in rows if row["step"] == 3]
+    steps = "3 steps, 24 images seen" if name != "gdino" else "3 steps, 6 mosaics seen"
+    assert steps in card
+    assert "72 from `" in card
+    assert "3: box, red ball, stick" in card
+    assert "CIFAR" not in card  # these images are not its
+    assert str(out.parent) not in card + json.dumps(record)  # nor are a machine's folders anyone's business
+    assert record["recipe"] == json.loads(json.dumps(build.asdict(getattr(tiny, name))))
+    assert any(str(out / name) in line for line in said)
+
+
+def test_the_reported_figures_are_those_of_the_saved_weights(made, shapes):
+    """Zero-shot once more, by transformers alone."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    from kpu_fast.models.teachers import CLIP_MEAN_STD
+    from kpu_fast.zoo.clip import TEMPLATES
+
+    out, figures, _ = made
+    model = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(out / "clip", local_files_only=True)
+    test = LabelledImages(shapes / "test")
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in CLIP_MEAN_STD)
+    with torch.no_grad():
+        pixels = (to_batch([test[i][0] for i in range(len(test))], 64) - mean) / std
+        image = model.get_image_features(pixel_values=pixels).pooler_output
+        text = 0
+        for template in TEMPLATES:
+            tokens = tokenizer([template.format(c) for c in test.classes], padding=True, return_tensors="pt")
+            text += torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output, dim=1)
+    found = (image @ torch.nn.functional.normalize(text, dim=1).T).argmax(1)
+    accuracy = (found == torch.tensor(test.labels)).float().mean().item()
+    assert accuracy == pytest.approx(figures["clip"]["zero-shot top-1"]["value"], abs=1e-6)
+
+
+def test_cifar10_gets_a_word_on_its_licence(made, tmp_path):
+    from kpu_fast.zoo.card import _CIFAR10, write_card
+
+    record = json.loads((made[0] / "clip" / "training.json").read_text()) | {"classes": list(_CIFAR10)}
+    write_card(tmp_path, "clip", record, record["phases"], record["figures"])
+    assert "names no\nlicence" in (tmp_path / "README.md").read_text()
+
+
+def test_samples_are_balanced_and_as_found(made, shapes):
+    out, *_ = made
+    train, source = LabelledImages(out / "images" / "train.tar"), LabelledImages(shapes / "train")
+    assert train.classes == source.classes == ("box", "red ball", "stick")
+    assert train.labels == source.labels
+    assert [train.encoded(i) for i in range(72)] == [source.encoded(i) for i in range(72)]
+    assert len(LabelledImages(out / "images" / "test.tar")) == 30
+    labels = [0] * 5 + [1, 2] * 2 + [1]
+    assert balanced(labels, 6) == [0, 1, 5, 6, 7, 8]
+    assert balanced(labels, 100) == list(range(10))
+    with tarfile.open(out / "images" / "train.tar") as tar:
+        assert tar.getnames()[:4] == ["000000.png", "000000.cls", "000001.png", "000001.cls"]
+
+
+def test_what_is_finished_stays_and_what_is_foreign_is_not_touched(made, shapes, tiny, tmp_path):
+    out, *_ = made
+    train, test = LabelledImages(shapes / "train"), LabelledImages(shapes / "test")
+    before = (out / "clip" / "model.safetensors").read_bytes()
+    said = []
+    assert build_zoo(train, test, out, zoo=tiny, say=said.append) == {}
+    assert len(said) == 3
+    assert all("left as it is" in line for line in said)
+    assert (out / "clip" / "model.safetensors").read_bytes() == before
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "mine.txt").write_text("x")
+    with pytest.raises(ZooError, match="clip: is in the way"):
+        build_zoo(train, test, tmp_path, zoo=tiny)
+    assert (tmp_path / "clip" / "mine.txt").read_text() == "x"
+    with build._alone(out), pytest.raises(ZooError, match="another run is writing"):
+        build_zoo(train, test, out, zoo=tiny)
+
+
+def test_an_interrupted_zoo_goes_on(made, shapes, tiny, tmp_path, monkeypatch):
+    """Ctrl-C between training and measuring: nothing half made is in sight, and the same command ends as without."""
+    out, *_ = made
+    images = LabelledImages(shapes / "train"), LabelledImages(shapes / "test")
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "zero_shot_accuracy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_zoo(*images, tmp_path, zoo=tiny, only=("clip",))
+    assert not (tmp_path / "clip").exists()
+    monkeypatch.undo()
+    build_zoo(*images, tmp_path, zoo=tiny, only=("clip",), say=lambda line: None)
+    torch_bytes = [(folder / "clip" / "model.safetensors").read_bytes() for folder in (out, tmp_path)]
+    assert torch_bytes[0] == torch_bytes[1]
+
+
+def test_bad_input_is_named_and_exits_with_2(shapes, tmp_path, capsys):
+    def said(*arguments):
+        assert main([*map(str, arguments), "--out", str(tmp_path / "zoo")]) == 2
+        text = capsys.readouterr().err
+        assert text.count("\n") == 1
+        return text
+
+    train, test = shapes / "train", shapes / "test"
+    assert "no such file" in said("--images", tmp_path / "none", "--test-images", test)
+    assert "are the training images" in said("--images", train, "--test-images", train)
+    one = tmp_path / "one"
+    (one / "box").mkdir(parents=True)
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(one / "box" / "0.png")
+    assert "has the classes" in said("--images", one, "--test-images", test)
+    assert "all of one class" in said("--images", one, "--test-images", f"{one}/*/*.png")
+    shard = tmp_path / "s.tar"
+    with tarfile.open(shard, "w") as tar:
+        tar.add(one / "box" / "0.png", "0.png")
+        (tmp_path / "0.cls").write_text("7")
+        tar.add(tmp_path / "0.cls", "0.cls")
+    assert "does not name its classes" in said("--images", shard, "--test-images", f"{shard}*")
+    (tmp_path / "names").write_text("a\nb\n")
+    assert "class 7" in said("--images", shard, "--test-images", f"{shard}*", "--classes", tmp_path / "names")
+    assert "not a text file" in said("--images", train, "--test-images", test, "--classes", tmp_path / "none")
+    assert "--minutes" in said("--images", train, "--test-images", test, "--minutes", 0)
+    assert "--device" in said("--images", train, "--test-images", test, "--device", "cuda:99")
+    (tmp_path / "zoo").write_text("a file")
+    assert "is a file" in said("--images", train, "--test-images", test)
+
+
+def test_help_needs_no_torch():
+    """It is what a new user asks first; it must come at once."""
+    code = "import sys; from kpu_fast.zoo.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--test-images" in done.stdout

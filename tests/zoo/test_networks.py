@@ -1,0 +1,273 @@
+"""The parts that make the teachers: losses against plain formulas, the start of the attention, tokenizers, mosaics."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from kpu_fast.zoo import clip, dinov2, gdino
+from kpu_fast.zoo.mosaic import make_mosaic
+from kpu_fast.zoo.pixels import Pixels, generator
+
+CLASSES = ("red ball", "box", "stick")
+CPU = torch.device("cpu")
+
+
+def test_contrastive_is_clips_loss_when_every_caption_has_one_image():
+    logits = torch.randn(5, 5, dtype=torch.float64)
+    parts = clip.contrastive(logits, torch.arange(5))
+    target = torch.eye(5, dtype=torch.float64) * 0.95 + 0.01
+    to_text = -(target * logits.log_softmax(1)).sum(1).mean()
+    to_image = F.cross_entropy(logits.T, torch.arange(5))
+    assert parts["to_text"].item() == pytest.approx(to_text.item(), rel=1e-12)
+    assert parts["to_image"].item() == pytest.approx(to_image.item(), rel=1e-12)
+    assert parts["loss"].item() == pytest.approx((to_text + to_image).item() / 2, rel=1e-12)
+
+
+def test_contrastive_takes_all_images_of_a_class_for_right_and_skips_absent_classes():
+    logits = torch.randn(4, 3, dtype=torch.float64)
+    labels = torch.tensor([0, 2, 2, 0])
+    by_image = logits.log_softmax(0)
+    expected = -(by_image[[0, 3], 0].mean() + by_image[[1, 2], 2].mean()) / 2
+    assert clip.contrastive(logits, labels)["to_image"].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_find_pairs_is_nt_xent():
+    rows = torch.randn(8, 6, dtype=torch.float64)
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    terms = []
+    for i in range(8):
+        scores = [math.exp(float(unit[i] @ unit[j]) / 0.2) for j in range(8)]
+        terms.append(-math.log(scores[(i + 4) % 8] / (sum(scores) - scores[i])))
+    assert dinov2.find_pairs(rows, 0.2).item() == pytest.approx(sum(terms) / 8, rel=1e-12)
+    # Views that agree and differ from all others cost next to nothing.
+    assert dinov2.find_pairs(torch.eye(4).repeat(2, 1), 0.05) < 1e-6
+
+
+def test_views_are_repeatable_and_differ(tiny):
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8))
+    first, second = dinov2.distort(images, generator(1)), dinov2.distort(images, generator(2))
+    assert first.shape == images.shape
+    assert first.dtype == torch.uint8
+    assert torch.equal(first, dinov2.distort(images, generator(1)))
+    assert not torch.equal(first, second)
+    # A plain image stays plain whatever part is taken: only its colour may change.
+    plain = dinov2.distort(torch.full((20, 32, 32, 3), 120, dtype=torch.uint8), generator(3))
+    assert (plain.amax((1, 2)) == plain.amin((1, 2))).all()
+
+
+def test_knn_votes_as_many_neighbours_say(tiny):
+    class Constant(torch.nn.Module):
+        """Its cls is the mean colour of the image."""
+
+        def __init__(self):
+            super().__init__()
+            self.layernorm = torch.nn.LayerNorm(3)
+            self.config = type("C", (), {"image_size": 32})
+
+        def forward(self, pixel_values):
+            return type("O", (), {"pooler_output": pixel_values.mean((2, 3))})
+
+    colours = torch.tensor([[250, 0, 0], [0, 250, 0], [0, 0, 250]], dtype=torch.uint8)
+    labels = torch.arange(90) % 3
+    images = colours[labels][:, None, None].expand(-1, 32, 32, -1)
+    bank = Pixels(images, labels, CLASSES)
+    assert dinov2.knn_accuracy(Constant(), bank, bank) == 1.0
+    wrong = Pixels(images, (labels + (torch.arange(90) >= 60)) % 3, CLASSES)  # a third has another class
+    assert dinov2.knn_accuracy(Constant(), bank, wrong) == pytest.approx(60 / 90)
+
+
+def attention_of(model, tokens, layers, heads):
+    """Each layer's attention (heads, tokens, tokens) on its first input."""
+    for norm, attention in layers:
+        x = norm(tokens)
+        q, k = (p(x).unflatten(-1, (heads, -1)).transpose(0, 1) for p in (attention.q_proj, attention.k_proj))
+        yield (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
+
+
+@pytest.mark.parametrize("kind", ["clip", "dinov2"])
+def test_heads_begin_by_looking_at_one_neighbour_each(kind):
+    """On a grid of the recipes' size: nearly all patches look most at the neighbour their head is for."""
+    from kpu_fast.zoo.recipes import ClipRecipe, Dinov2Recipe
+
+    torch.manual_seed(0)
+    if kind == "clip":
+        recipe = ClipRecipe()
+        model = clip._network(recipe, clip.make_tokenizer(CLASSES), CPU).vision_model
+        embed = lambda x: model.pre_layrnorm(model.embeddings(x))  # noqa: E731
+        layers, prefix = [(layer.layer_norm1, layer.self_attn) for layer in model.encoder.layers], 1
+    else:
+        recipe = Dinov2Recipe()
+        model = dinov2._network(recipe, CPU)
+        embed = model.embeddings
+        layers, prefix = [(layer.norm1, layer.attention) for layer in model.encoder.layer], 1 + recipe.registers
+    images = F.interpolate(torch.randn(1, 3, 16, 16), (128, 128), mode="bicubic")
+    seen = set()
+    with torch.no_grad():
+        tokens = embed(images)[0]
+        for number, weights in enumerate(attention_of(model, tokens, layers, recipe.heads)):
+            for head, w in enumerate(weights):
+                patches = w[prefix:, prefix:]
+                moves = []
+                for r in range(1, 7):
+                    for c in range(1, 7):
+                        best = int(patches[r * 8 + c].argmax())
+                        moves.append((best // 8 - r, best % 8 - c))
+                most = max(set(moves), key=moves.count)
+                assert moves.count(most) >= 30, (number, head, most)
+                assert max(map(abs, most)) == 1
+                seen.add(most)
+                # cls has no position: it begins by looking everywhere
+                assert w[0, prefix:].max() < 0.25
+    assert len(seen) == 8
+
+
+def test_clip_tokenizer_takes_any_text(tmp_path):
+    tokenizer = clip.make_tokenizer(CLASSES)
+    assert len(tokenizer) < 700
+    ids = tokenizer("a photo of a stick")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids)[1:-1] == ["a</w>", "photo</w>", "of</w>", "a</w>", "stick</w>"]
+    for text in ("Größe ☃ 日本 🦊!?", "it's 3.5%", "a box, red"):
+        ids = tokenizer(text)["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids.count(tokenizer.eos_token_id) == 1  # which is the unknown token as well: nothing was unknown
+        plain = tokenizer.decode(ids, skip_special_tokens=True)
+        assert plain.replace(" ", "") == text.lower().replace(" ", "")
+    long = tokenizer("box " * 100, truncation=True)["input_ids"]
+    assert len(long) == 32
+    assert long[-1] == tokenizer.eos_token_id
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    clip.save_clip(clip._network(_small_clip(), tokenizer, CPU), tokenizer, tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert again("a red ball on Größe")["input_ids"] == tokenizer("a red ball on Größe")["input_ids"]
+
+
+def _small_clip():
+    from kpu_fast.zoo.recipes import ClipRecipe
+
+    return ClipRecipe(image_size=32, dim=32, depth=1, heads=2, mlp=32, text_dim=32, text_depth=1, projection=16)
+
+
+def test_gdino_tokenizer_keeps_berts_numbers_and_words_whole():
+    tokenizer = gdino.make_tokenizer(CLASSES)
+    ids = tokenizer(gdino.prompt(CLASSES))["input_ids"]
+    words = tokenizer.convert_ids_to_tokens(ids)
+    assert words == ["[CLS]", "red", "ball", ".", "box", ".", "stick", ".", "[SEP]"]
+    assert (ids[0], ids[-1], ids[3], tokenizer("?")["input_ids"][1], tokenizer.pad_token_id) == (
+        101,
+        102,
+        1012,
+        1029,
+        0,
+    )
+    assert tokenizer.tokenize("a Box, hats")[:3] == ["a", "box", ","]
+    assert tokenizer.unk_token not in tokenizer.tokenize("any words of letters 123")
+    places = gdino._word_of_class(torch.tensor(ids), 3)
+    assert [place.tolist() for place in places] == [[1, 2], [4], [6]]
+
+
+def images_of(count):
+    random = np.random.default_rng(0)
+    return [(random.integers(0, 256, (32 - i % 3, 32, 3), dtype=np.uint8), i % 4) for i in range(count)]
+
+
+def test_mosaics_are_their_objects_on_a_ground():
+    images = images_of(12)
+    counts = set()
+    for index in range(60):
+        picture, boxes, labels = make_mosaic(images, 3, index, 96)
+        assert picture.shape == (96, 96, 3)
+        assert (picture.dtype, boxes.dtype, labels.dtype) == (np.uint8, np.float32, np.int64)
+        assert len(boxes) == len(labels) >= 1
+        assert boxes.min() >= 0
+        assert boxes.max() <= 96
+        counts.add(len(boxes))
+        for (left, top, right, bottom), label in zip(boxes.astype(int), labels, strict=True):
+            assert 19 <= max(right - left, bottom - top) <= 48
+            inside = picture[top:bottom, left:right]
+            same = [
+                np.array_equal(Image.fromarray(pixels).resize((right - left, bottom - top), Image.BICUBIC), inside)
+                for pixels, of in images
+                if of == label
+            ]
+            assert any(same)  # also: no other object lies over it
+        again = make_mosaic(images, 3, index, 96)
+        assert all(np.array_equal(a, b) for a, b in zip((picture, boxes, labels), again, strict=True))
+    assert counts == {1, 2, 3, 4}
+    assert not np.array_equal(make_mosaic(images, 3, 0, 96)[0], make_mosaic(images, 4, 0, 96)[0])
+
+
+@pytest.fixture(scope="module")
+def detector():
+    from kpu_fast.zoo.recipes import GdinoRecipe
+
+    recipe = GdinoRecipe(canvas=64, embed_dim=16, depths=(1, 1, 1, 1), dim=32, queries=8, text_dim=32)
+    tokenizer = gdino.make_tokenizer(CLASSES)
+    torch.manual_seed(0)
+    model = gdino._network(recipe, len(tokenizer), CPU)
+    text = {key: v.expand(2, -1) for key, v in tokenizer(gdino.prompt(CLASSES), return_tensors="pt").items()}
+    labels = [
+        {"class_labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.3]])},
+        {"class_labels": torch.tensor([0, 1]), "boxes": torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.3, 0.4]])},
+    ]
+    return model, text, labels, recipe, tokenizer
+
+
+def test_detector_begins_unsure_and_its_proposals_are_trained(detector):
+    model, text, labels, *_ = detector
+    found = model(pixel_values=torch.randn(2, 3, 64, 64), labels=labels, **text)
+    words = found.logits[..., : text["input_ids"].shape[1]].sigmoid()
+    assert 0.005 < words.mean() < 0.05
+    parts = gdino.detection_loss(found, labels, text, model.config)
+    model.zero_grad()
+    parts["proposals"].backward(retain_graph=True)
+    # transformers' own loss gives this head no gradient at all
+    assert model.model.encoder_output_bbox_embed.layers[-1].bias.grad.abs().sum() > 0
+    assert model.bbox_embed[0].layers[-1].bias.grad is None
+    parts["loss"].backward()
+    assert model.bbox_embed[0].layers[-1].bias.grad.abs().sum() > 0
+    decoder = sum(
+        {"ce": 2, "bbox": 5, "giou": 2}[kind] * found.loss_dict[f"loss_{kind}{layer}"]
+        for kind in ("ce", "bbox", "giou")
+        for layer in ("", "_0")
+    )
+    assert parts["loss"].item() == pytest.approx((decoder + parts["proposals"]).item(), rel=1e-6)
+
+
+def test_detection_figures_of_a_detector_that_is_right(detector):
+    """A network that answers with the truth has AP 1; with every box moved aside, 0."""
+    *_, recipe, tokenizer = detector
+    random = np.random.default_rng(1)
+    images = torch.from_numpy(random.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8))
+    pixels = Pixels(images, torch.arange(9) % 3, CLASSES)
+    mosaics = [make_mosaic(pixels, gdino._TEST_SEED, i, 64) for i in range(recipe.test_mosaics)]
+    places = [[1, 2], [4], [6]]
+    asked = []
+
+    class Knows(torch.nn.Module):
+        def __init__(self, shift):
+            super().__init__()
+            self.weight, self.shift = torch.nn.Parameter(torch.zeros(1)), shift
+
+        def forward(self, pixel_values, input_ids, **_):
+            logits = torch.full((len(input_ids), 8, 64), -torch.inf)
+            logits[..., : input_ids.shape[1]] = -9
+            boxes = torch.zeros(len(input_ids), 8, 4) + 0.01
+            for i in range(len(input_ids)):
+                _, truth, labels = mosaics[len(asked)]
+                asked.append(i)
+                boxes[i, : len(truth)] = gdino._centre_size(torch.from_numpy(truth) / 64) + self.shift
+                for q, label in enumerate(labels):
+                    logits[i, q, places[label]] = 9
+            return type("Found", (), {"logits": logits, "pred_boxes": boxes})
+
+    figures = gdino.detection_figures(Knows(0.0), tokenizer, pixels, recipe, batch=100)
+    assert figures == {"AP": 1.0, "AP50": 1.0, "AP75": 1.0}
+    asked.clear()
+    figures = gdino.detection_figures(Knows(0.9), tokenizer, pixels, recipe, batch=100)
+    assert max(figures.values()) == 0.0
