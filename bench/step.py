@@ -20,6 +20,7 @@ from kpu_fast.engine.distributed import World, init_distributed
 from kpu_fast.engine.loop import build, forward, open_streams, train_step
 from kpu_fast.engine.result import peak_memory
 from kpu_fast.engine.run_folder import circumstances
+from kpu_fast.train import leave
 
 PARTS = ("data", "teachers", "student and losses", "backward", "optimizer")
 
@@ -126,4 +127,4 @@ def _wait(world: World) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

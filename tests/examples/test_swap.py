@@ -158,7 +158,7 @@ def test_statistics_are_the_published_ones(shape):
 
 def test_statistics_over_two_ranks(tmp_path):
     worker = """
-import sys, importlib.util, torch
+import os, sys, importlib.util, torch
 from torch import distributed
 rank, folder, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 spec = importlib.util.spec_from_file_location("unic", folder + "/unic.py")
@@ -170,6 +170,7 @@ for mine, theirs in zip(unic.our_statistics(x), unic.published_statistics(x)):
     torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=1e-6)
 assert unic.our_statistics(x)[1].min() > 4  # of both ranks: alone, a rank has a std of 1
 distributed.destroy_process_group()
+os._exit(0)  # as train.py ends, for the same reason
 """
     ranks = [
         subprocess.Popen(

@@ -13,6 +13,7 @@ from kpu_fast.config import load_config
 from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints
 from kpu_fast.engine.distributed import init_distributed
 from kpu_fast.engine.loop import build
+from kpu_fast.train import leave
 
 
 def main(config: str, folder: str) -> None:
@@ -37,3 +38,4 @@ def main(config: str, folder: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

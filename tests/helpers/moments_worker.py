@@ -3,6 +3,7 @@
 moments_worker.py RANK RENDEZVOUS OUT
 """
 
+import os
 import sys
 
 import torch
@@ -32,3 +33,4 @@ def main(rank: str, rendezvous: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    os._exit(0)  # as train.py ends, for the same reason

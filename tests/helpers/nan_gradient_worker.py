@@ -9,6 +9,7 @@ from kpu_fast.config import load_config
 from kpu_fast.engine.loop import train
 from kpu_fast.engine.monitor import Diverged
 from kpu_fast.objectives.kpu import KPU
+from kpu_fast.train import leave
 
 
 def main(config: str, output: str) -> None:
@@ -31,3 +32,4 @@ def main(config: str, output: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

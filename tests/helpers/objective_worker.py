@@ -11,6 +11,7 @@ from torch import distributed
 from kpu_fast.models.features import Features, FeatureSpec
 from kpu_fast.objectives.balance import FAMO, TeacherDrop
 from kpu_fast.objectives.standardize import FeatureStandardizer
+from kpu_fast.train import leave
 
 KINDS = ("meanstd", "phi_s")
 BATCHES, STEPS = 6, 5
@@ -56,3 +57,4 @@ def main(rank: str, rendezvous: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

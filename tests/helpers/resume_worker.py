@@ -12,6 +12,7 @@ import torch.distributed as dist
 from kpu_fast.config import load_config
 from kpu_fast.engine import result
 from kpu_fast.engine.loop import train
+from kpu_fast.train import leave
 
 
 def main(config: str, folder: str, *runs: str) -> None:
@@ -30,3 +31,4 @@ def main(config: str, folder: str, *runs: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

@@ -11,6 +11,7 @@ import torch
 
 from kpu_fast.config import Config, load_config
 from kpu_fast.data.pipeline import Batch
+from kpu_fast.train import leave
 
 STEPS = 5
 
@@ -54,3 +55,4 @@ def main(config: str, stage: str, out: str, *switches: str) -> None:
 
 if __name__ == "__main__":
     main(*[argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])
+    leave(0)
