@@ -41,11 +41,13 @@ def align_losses(terms: Sequence[AlignTerm], *, impl: str = "auto") -> Tensor:
     """
     if not terms:
         raise ValueError("align_losses: expected at least one term, found none")
+    together = []
     for number, term in enumerate(terms):
         try:
             check_options(term[2:5], None, "token", "mean", impl)
             check_tensors(term.source, term.target, None, term.target_mean, term.target_std, term.valid)
-            is_transformed() or takes_triton(impl, term.source, term.target)
+            if not is_transformed() and takes_triton(impl, term.source, term.target) and _can_share(term):
+                together.append(number)
         except (ValueError, TypeError, RuntimeError) as error:
             raise type(error)(f"term {number}: {error}") from None
         if term.source.device != terms[0].source.device:
@@ -53,7 +55,6 @@ def align_losses(terms: Sequence[AlignTerm], *, impl: str = "auto") -> Tensor:
                 f"term {number}: expected the device of the first, {terms[0].source.device}, "
                 f"found {term.source.device}; move it first"
             )
-    together = [i for i, term in enumerate(terms) if _can_share(term, impl)]
     if len(together) < 2:
         return torch.stack([_alone(term, impl) for term in terms])
     losses = _grouped([terms[i] for i in together])
@@ -69,11 +70,9 @@ def _alone(term: AlignTerm, impl: str) -> Tensor:
     return align_loss(source, target, target_mean=mean, target_std=std, **options)
 
 
-def _can_share(term: AlignTerm, impl: str) -> bool:
+def _can_share(term: AlignTerm) -> bool:
     sides = term.source, term.target
-    if is_transformed() or not takes_triton(impl, *sides) or not gradient_in_forward(*sides, "token", "mean"):
-        return False
-    return all(token_strides(x) for x in sides)
+    return gradient_in_forward(*sides, "token", "mean") and all(token_strides(x) for x in sides)
 
 
 def _grouped(terms: Sequence[AlignTerm]) -> Tensor:

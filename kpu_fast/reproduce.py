@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from kpu_fast.evaluate.result import EvaluateError
+from kpu_fast.evaluate.result import EvaluateError, replaced
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG, ZOO = ROOT / "configs/zoo.json", ROOT / "zoo"
@@ -212,9 +212,8 @@ def _kept(path: Path, make: Callable[[], dict]) -> dict:
     if not path.exists():
         scores = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(scores, indent=1), encoding="utf-8")
-        os.replace(partial, path)
+        with replaced("--out", path) as partial:
+            partial.write_text(json.dumps(scores, indent=1), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -223,7 +222,7 @@ def _kept(path: Path, make: Callable[[], dict]) -> dict:
 
 def read_results(folder: Path) -> dict[str, list[dict]]:
     """run → the figures of its seeds, in the order of RUNS."""
-    found = {run: [path for path in sorted(folder.glob(f"{run}-*.json"))] for run in RUNS}
+    found = {run: sorted(folder.glob(f"{run}-*.json")) for run in RUNS}
     return {run: [json.loads(path.read_text()) for path in paths] for run, paths in found.items() if paths}
 
 

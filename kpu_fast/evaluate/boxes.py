@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from kpu_fast.data.sources import SourceError
 from kpu_fast.evaluate.images import draw
 from kpu_fast.evaluate.result import EvaluateError
+from kpu_fast.zoo.mosaic import make_mosaic
 
 _STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100")
 
@@ -89,8 +90,6 @@ class Mosaics(Dataset):
         return self.count
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, Truth]:
-        from kpu_fast.zoo.mosaic import make_mosaic
-
         pixels, boxes, labels = make_mosaic(self.images, self.seed, i, self.canvas)
         boxes, labels = torch.as_tensor(boxes, dtype=torch.float32), torch.as_tensor(labels).long()
         area = (boxes[:, 2:] - boxes[:, :2]).prod(1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kpu_fast.evaluate.result import EvaluateError
 from kpu_fast.models.features import Features
+from kpu_fast.models.hf_files import usual_size
 from kpu_fast.models.hub import WeightsError, find_folder, read_json
 from kpu_fast.models.student import Student
 from kpu_fast.models.teachers import build_teacher
@@ -96,13 +97,13 @@ def load_encoder(
         if _is_student(config):
             net: nn.Module = Student.from_pretrained(folder)
             net = net.to(device=device, dtype=dtype)
-            kind, size = "student", _vit_size(net)
+            kind, size = "student", usual_size(net.vit.config)
         elif config.get("model_type") in _SENTINELS:
             vit = ViT.from_hf(folder)
             net = Student(vit=vit.config, adapter=None)
             net.vit.load_state_dict(vit.state_dict())
             net = net.to(device=device, dtype=dtype)
-            kind, size = "sentinel", _vit_size(net)
+            kind, size = "sentinel", usual_size(net.vit.config)
         else:
             kind, size = _TEACHERS.get(config.get("model_type"), "backbone"), _LARGEST
             if kind == "clip":
@@ -135,12 +136,6 @@ def walk(encoder: Encoder, batches, features: str, space: str | None) -> Iterato
 
 def _is_student(config: dict) -> bool:
     return config.get("format") == _STUDENT or "student" in config
-
-
-def _vit_size(student: Student) -> int:
-    """The image size whose stride-16 grid is the one the ViT's positions were learnt on."""
-    config = student.vit.config
-    return config["image_size"] // config["patch_size"] * 16
 
 
 def _names(heads) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def write_card(folder: Path, name: str, facts: dict, told: dict, figures: dict) 
     phases = told if "steps" not in told else {"training": told}
     circumstances = {
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
+        "transformers": version("transformers"),
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
@@ -123,9 +124,3 @@ def device_name(device: torch.device) -> str:
         lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         model = lines[0].split(":", 1)[1].strip() + ", " if lines else ""
     return f"{model}{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} (CPU)"
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)

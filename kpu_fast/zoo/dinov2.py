@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kpu_fast.data.labelled import to_batch
+from kpu_fast.evaluate.knn import TEMPERATURE, K, vote
 from kpu_fast.models.teachers import IMAGENET_MEAN_STD
 from kpu_fast.zoo.clip import attention, centre_crop, write_processor
 from kpu_fast.zoo.fit import fit
@@ -17,7 +18,6 @@ from kpu_fast.zoo.recipes import Dinov2Recipe
 
 _GREY = (0.299, 0.587, 0.114)
 _AREA = 0.25, 1.0  # of a view, as a share of the image
-_NEIGHBOURS = 20
 
 
 class _Views(nn.Module):
@@ -111,9 +111,8 @@ def distort(images: Tensor, random: torch.Generator) -> Tensor:
 def knn_accuracy(vit: nn.Module, bank: Pixels, test: Pixels, *, batch: int = 250) -> float:
     """Share of `test` whose 20 nearest images of `bank` (cosine of cls) vote for their class, weighted as in DINO."""
     known, asked = _cls(vit, bank, batch), _cls(vit, test, batch)
-    likeness, nearest = (asked @ known.T).topk(min(_NEIGHBOURS, len(known)))
-    votes = F.one_hot(bank.labels[nearest], len(bank.classes)) * (likeness / 0.07).exp().unsqueeze(-1)
-    return (votes.sum(1).argmax(1) == test.labels).float().mean().item()
+    votes = vote(asked, known, bank.labels, len(bank.classes), K, TEMPERATURE)
+    return (votes.argmax(1) == test.labels).float().mean().item()
 
 
 def _cls(vit: nn.Module, pixels: Pixels, batch: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kpu_fast.data.labelled import LabelledImages, to_batch
+from kpu_fast.evaluate.boxes import Mosaics, average_precision
 from kpu_fast.models.teachers import IMAGENET_MEAN_STD
 from kpu_fast.zoo.clip import attention, save_tokenizer, write_processor
 from kpu_fast.zoo.fit import fit
@@ -133,26 +134,22 @@ def detection_figures(
     model: nn.Module, tokenizer, pixels: Pixels | LabelledImages, recipe: GdinoRecipe, *, batch: int = 25
 ) -> dict:
     """COCO's AP, AP50 and AP75 on `recipe.test_mosaics` mosaics of `pixels`."""
-    from kpu_fast.evaluate.boxes import Truth, average_precision
-
     device = next(model.parameters()).device
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in IMAGENET_MEAN_STD)
+    mosaics = Mosaics(pixels, recipe.test_mosaics, recipe.canvas, _TEST_SEED)
     truths, results = [], []
     text = tokenizer(prompt(pixels.classes), return_tensors="pt").to(device)
     words = _word_of_class(text["input_ids"][0], len(pixels.classes))
-    for first in range(0, recipe.test_mosaics, batch):
-        count = min(batch, recipe.test_mosaics - first)
-        mosaics = [make_mosaic(pixels, _TEST_SEED, first + i, recipe.canvas) for i in range(count)]
-        images = torch.from_numpy(np.stack([picture for picture, _, _ in mosaics])).to(device)
+    for first in range(0, len(mosaics), batch):
+        pictures, some = zip(*(mosaics[i] for i in range(first, min(first + batch, len(mosaics)))), strict=True)
+        count = len(pictures)
+        images = torch.from_numpy(np.stack(pictures)).to(device)
         images = (to_batch(images, recipe.canvas) - mean) / std
         found = model(pixel_values=images, **{key: value.expand(count, -1) for key, value in text.items()})
         scores = torch.stack([found.logits[..., at].amax(-1) for at in words], -1).sigmoid().cpu()  # (B, Q, classes)
         corners = _corners(found.pred_boxes.cpu() * recipe.canvas)
         results += [_best(corners[i], scores[i]) for i in range(count)]
-        for _, boxes, labels in mosaics:
-            boxes = torch.from_numpy(boxes)
-            area, crowd = (boxes[:, 2:] - boxes[:, :2]).prod(1), torch.zeros(len(boxes), dtype=torch.bool)
-            truths.append(Truth(boxes, torch.from_numpy(labels), area, crowd))
+        truths += some
     values = average_precision(truths, results, pixels.classes)
     return {name: values[key] for name, key in (("AP", "ap"), ("AP50", "ap50"), ("AP75", "ap75"))}
 
