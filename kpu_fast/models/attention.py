@@ -30,6 +30,7 @@ class BackendError(RuntimeError):
 
 
 _HALF = (torch.float16, torch.bfloat16)
+_SCORES = 2**24  # elements of q·kᵀ that `_products` may keep for backward: 32 MiB in bf16
 
 
 def check_backend(name: str) -> None:
@@ -97,7 +98,8 @@ def describe(name: str) -> str:
     if name in ("auto", "sdpa"):
         flash = current_flash_attention_impl()
         note = f", with {flash} as its flash kernel" if flash else ""
-        return f"{name}: F.scaled_dot_product_attention, the kernel chosen per call by {where}{note}"
+        plain = "" if name == "sdpa" or torch.cuda.is_available() else "; plain products for bf16 gradients"
+        return f"{name}: F.scaled_dot_product_attention, the kernel chosen per call by {where}{note}{plain}"
     what = {
         "cudnn": "F.scaled_dot_product_attention held to cuDNN",
         "fa2": "flash_attn.flash_attn_func",
@@ -111,11 +113,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
     """softmax(q·kᵀ / √d)·v over all keys.
 
     q: (B, heads, N, d); k, v: (B, heads, M, d), any strides. Returns (B, heads, N, d) in q's dtype.
-    backend: one of BACKENDS. "auto" and "sdpa" let torch choose among its kernels; the others run that kernel or raise.
+    backend: one of BACKENDS. "sdpa" lets torch choose among its kernels, and so does "auto", but for bf16 gradients on
+    a CPU; the others run that kernel or raise.
     Raises ValueError for an unknown backend or a dtype it cannot take, BackendError where it cannot run.
     """
     if not torch.compiler.is_compiling():  # under torch.compile the model has activated it when it was built
         activate_backend(backend)
+    if backend == "auto" and _products_are_faster(q, k, v):
+        return _products(q, k, v)
     if backend in ("auto", "sdpa"):
         return F.scaled_dot_product_attention(q, k, v)
     if q.dtype not in _HALF:
@@ -129,6 +134,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
     # Held to one kernel: torch raises where it cannot take the input, instead of running another.
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if backend == "cudnn" else SDPBackend.FLASH_ATTENTION):
         return F.scaled_dot_product_attention(q, k, v)
+
+
+def _products_are_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """bf16 on a CPU with a gradient to come, and scores that fit into memory.
+
+    Forward and backward by two plain products, against torch 2.13's fused kernel on one CPU thread: 6.1 times as fast
+    for 4 heads of 67 × 67, B = 32; 1.9 times for 12 of 201 × 201, B = 8; 1.7 times for 12 of 2205 × 441; 1.1 times for
+    12 of 1024 × 4000. Forward alone, and float32, gain little or lose. Its rounding error is twice the fused kernel's.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return False
+    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return wanted and q.shape[:-1].numel() * k.shape[-2] <= _SCORES
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v
 
 
 def _importable(module: str) -> bool:

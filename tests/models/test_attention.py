@@ -54,6 +54,35 @@ def test_equals_softmax_in_float64(backend, dtype, tolerance):
     torch.testing.assert_close(out.double(), softmax_attention(q, k, v), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+def test_bf16_gradients_equal_those_of_softmax_in_float64(backend):
+    tensors = [x.requires_grad_() for x in qkv(torch.bfloat16)]
+    upstream = torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(1))
+    out = attention(*tensors, backend=backend)
+    found = torch.autograd.grad(out, tensors, upstream.bfloat16())
+    torch.testing.assert_close(out.double(), softmax_attention(*tensors), rtol=2e-2, atol=2e-2)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    expected = torch.autograd.grad(softmax_attention(*exact), exact, upstream.double())
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a.double() - b).norm() < 2e-2 * b.norm()
+
+
+def test_plain_products_only_where_they_were_measured_to_be_faster(monkeypatch):
+    q, k, v = qkv(torch.bfloat16)
+    wanted = [x.clone().requires_grad_() for x in (q, k, v)]
+    choose = module._products_are_faster
+    assert choose(q, wanted[1], v)
+    assert choose(q, k, wanted[2])
+    assert not choose(q, k, v)  # forward alone
+    with torch.no_grad():
+        assert not choose(*wanted)
+    assert not choose(*[x.detach().float().requires_grad_() for x in wanted])
+    assert not choose(*[x.detach().to("meta").requires_grad_() for x in wanted])
+    monkeypatch.setattr(module, "_SCORES", q.shape[:-1].numel() * k.shape[-2] - 1)
+    assert not choose(*wanted)  # they would not fit
+
+
 def test_an_unknown_backend_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="'flash' is unknown; choose one of auto, sdpa, cudnn, fa2, fa3, fa4"):
         check_backend("flash")
