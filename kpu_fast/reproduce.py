@@ -183,22 +183,24 @@ def _scores(model: Path, name: str, args: argparse.Namespace) -> dict:
     from kpu_fast.evaluate.detect import detect, load_detector, see_through
     from kpu_fast.evaluate.encoder import load_encoder
     from kpu_fast.evaluate.images import read_images
-    from kpu_fast.evaluate.knn import knn
-    from kpu_fast.evaluate.linear import linear
+    from kpu_fast.evaluate.knn import collect, count_classes, nearest
+    from kpu_fast.evaluate.linear import regress
     from kpu_fast.evaluate.zero_shot import class_names, embed_texts, zero_shot
     from kpu_fast.zoo.clip import TEMPLATES
 
     known = read_images("--images", args.images, args.train_limit)
     unseen = read_images("--test-images", args.test_images, args.test_limit)
-    names = class_names(unseen, None)
+    names = class_names(unseen, None if unseen.classes else ZOO / "images/classes.txt")
     found = {}
     if name != "gdino":  # whose teacher has no x
         encoder = load_encoder(model, device=args.device)
-        for column, score in (("knn", knn), ("linear", linear)):
-            found[column] = score(encoder, known, unseen, size=encoder.image_size)["top1"]
+        classes, size = count_classes(known, unseen), encoder.image_size
+        learnt, asked = (collect(encoder, images, size=size, description="x") for images in (known, unseen))
+        found["knn"] = nearest(learnt, asked, classes, device=args.device)
+        found["linear"], _ = regress(learnt, asked, classes)
         if name not in ("dinov2", "gdino_only"):
             texts = embed_texts(ZOO / "clip", names, TEMPLATES, device=args.device)
-            found["zero_shot"] = zero_shot(encoder, texts, unseen, size=encoder.image_size)["top1"]
+            found["zero_shot"] = zero_shot(encoder, texts, unseen, size=size)["top1"]
     if name not in ("dinov2", "clip", "clip_only"):
         detector = load_detector(ZOO / "gdino", device=args.device)
         if name != "gdino":

@@ -12,7 +12,8 @@ from kpu_fast.evaluate.images import batches, check_apart, read_images
 from kpu_fast.evaluate.result import EvaluateError
 
 K, TEMPERATURE = 20, 0.07
-_CHUNK = 1 << 16  # training images compared at once: what bounds the memory beside the features themselves
+# Training and test images compared at once: what bounds the memory beside the features themselves.
+_CHUNK, _QUERIES = 1 << 16, 256
 
 
 def knn(
@@ -32,23 +33,34 @@ def knn(
 
     features: "x", or "map" for the mean over the cells of each map. teacher_name: in whose space (None: the encoder's).
     """
-    from torchmetrics.classification import MulticlassAccuracy
-
     classes = count_classes(train, test)
     space = None if teacher_name is None else encoder.space(teacher_name)
     common = dict(size=size, features=features, batch_size=batch_size, workers=workers, space=space)
-    known, labels = collect(encoder, train, description="knn: train", **common)
-    known, labels = F.normalize(known, dim=1).to(encoder.device), labels.to(encoder.device)
-    top1 = MulticlassAccuracy(classes, average="micro")
-    for vectors, truth in walk(
-        encoder,
-        batches(test, size, batch_size=batch_size, workers=workers, description="knn: test"),
-        features,
-        space,
-    ):
-        top1.update(vote(F.normalize(vectors, dim=1), known, labels, classes, k, temperature).cpu(), truth)
+    known = collect(encoder, train, description="knn: train", **common)
+    asked = collect(encoder, test, description="knn: test", **common)
+    top1 = nearest(known, asked, classes, k=k, temperature=temperature, device=encoder.device)
     seen = {"images": len(test), "train_images": len(train), "size": size, "head": space}
-    return {"top1": float(top1.compute()), "k": min(k, len(train)), **seen}
+    return {"top1": top1, "k": min(k, len(train)), **seen}
+
+
+def nearest(
+    known: tuple[Tensor, Tensor],
+    asked: tuple[Tensor, Tensor],
+    classes: int,
+    *,
+    k: int = K,
+    temperature: float = TEMPERATURE,
+    device="cpu",
+) -> float:
+    """Top-1 accuracy on `asked` by the votes of `known`; both as `collect` gives them."""
+    from torchmetrics.classification import MulticlassAccuracy
+
+    vectors, labels = F.normalize(known[0], dim=1).to(device), known[1].to(device)
+    top1 = MulticlassAccuracy(classes, average="micro")
+    for some, truth in zip(asked[0].split(_QUERIES), asked[1].split(_QUERIES), strict=True):
+        queries = F.normalize(some, dim=1).to(device)
+        top1.update(vote(queries, vectors, labels, classes, k, temperature).cpu(), truth)
+    return float(top1.compute())
 
 
 def vote(queries: Tensor, known: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
@@ -68,11 +80,11 @@ def collect(
     images: Dataset,
     *,
     size: int,
-    features: str,
-    batch_size: int,
-    workers: int,
-    space: str | None,
     description: str,
+    features: str = "x",
+    batch_size: int = 64,
+    workers: int = 0,
+    space: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features (N, C) float32 and labels (N,) of all images, on the CPU."""
     parts = [

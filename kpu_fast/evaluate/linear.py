@@ -3,8 +3,10 @@
 import argparse
 import sys
 import warnings
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from kpu_fast.evaluate.encoder import Encoder, load_encoder
@@ -32,29 +34,17 @@ def linear(
     Features are standardised channel by channel on `train` first. c: inverse strength of the L2 penalty. features,
     teacher_name: as `knn`'s. The result tells whether the fit converged within `max_iter` iterations.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from torchmetrics.classification import MulticlassAccuracy
-
     classes = count_classes(train, test)
-    if len(set(train.labels)) < 2:
-        raise EvaluateError("--train-images: images of one class only; there is nothing to fit")
+    _check_several(train.labels)  # before the hours that encoding may take
     space = None if teacher_name is None else encoder.space(teacher_name)
     common = dict(size=size, features=features, batch_size=batch_size, workers=workers, space=space)
-    x, y = collect(encoder, train, description="linear: train", **common)
-    x_test, y_test = collect(encoder, test, description="linear: test", **common)
-    print(f"linear: fitting {len(x)} images, {x.shape[1]} channels, {classes} classes", file=sys.stderr, flush=True)
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=max_iter))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the result says so
-        probe.fit(x.numpy(), y.numpy())
-    iterations = int(probe[-1].n_iter_.max())
-    top1 = MulticlassAccuracy(classes, average="micro")
-    top1.update(torch.from_numpy(probe.predict(x_test.numpy())), y_test)
+    known = collect(encoder, train, description="linear: train", **common)
+    asked = collect(encoder, test, description="linear: test", **common)
+    channels = known[0].shape[1]
+    print(f"linear: fitting {len(train)} images, {channels} channels, {classes} classes", file=sys.stderr, flush=True)
+    top1, iterations = regress(known, asked, classes, c=c, max_iter=max_iter)
     return {
-        "top1": float(top1.compute()),
+        "top1": top1,
         "iterations": iterations,
         "converged": iterations < max_iter,
         "images": len(test),
@@ -62,6 +52,40 @@ def linear(
         "size": size,
         "head": space,
     }
+
+
+def regress(
+    known: tuple[Tensor, Tensor],
+    asked: tuple[Tensor, Tensor],
+    classes: int,
+    *,
+    c: float = C,
+    max_iter: int = MAX_ITER,
+) -> tuple[float, int]:
+    """Top-1 accuracy on `asked` of a regression fitted on `known`, both as `knn.collect` gives them; iterations of it.
+
+    Raises EvaluateError where `known` is of one class only.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from torchmetrics.classification import MulticlassAccuracy
+
+    (x, y), (x_test, y_test) = known, asked
+    _check_several(y.tolist())
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=max_iter))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the result says so
+        probe.fit(x.numpy(), y.numpy())
+    top1 = MulticlassAccuracy(classes, average="micro")
+    top1.update(torch.from_numpy(probe.predict(x_test.numpy())), y_test)
+    return float(top1.compute()), int(probe[-1].n_iter_.max())
+
+
+def _check_several(labels: Sequence[int]) -> None:
+    if len(set(labels)) < 2:
+        raise EvaluateError("--train-images: images of one class only; there is nothing to fit")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
