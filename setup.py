@@ -12,6 +12,7 @@ PACKAGES = [
     "kpu_fast.data",
     "kpu_fast.engine",
     "kpu_fast.evaluate",
+    "kpu_fast.reproduce",
     "kpu_fast.zoo",
 ]
 

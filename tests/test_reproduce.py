@@ -1,12 +1,26 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from kpu_fast import reproduce
 from kpu_fast.config import load_config
+from kpu_fast.evaluate.result import EvaluateError
+from kpu_fast.reproduce import __main__ as command
+from kpu_fast.reproduce import ablation, report, scores, settings
+from kpu_fast.reproduce.train import TrainingFailed, make_mosaics, train
 
 SCORES = {"zero_shot": 0.5, "knn": 0.6, "linear": 0.7, "ap": 0.2}
-PAGE = f"# Page\n\nabove\n{reproduce.MARKS[0]}\nold\n{reproduce.MARKS[1]}\nbelow\n"
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG, ZOO = ROOT / "configs/zoo.json", ROOT / "zoo"
+PAGE = f"# Page\n\nabove\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nbelow\n"
 
 
 def test_the_table_is_mean_and_deviation_over_seeds():
@@ -22,34 +36,32 @@ def test_the_table_is_mean_and_deviation_over_seeds():
         ],
         "clip_only": [{"zero_shot": 0.5, "knn": 0.6, "linear": 0.7}],
     }
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in reproduce.table(references, results).split("\n")
-    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.table(references, results).split("\n")]
     assert len({len(row) for row in rows}) == 1
     assert rows[2] == ["teacher: CLIP", "75.0", "80.0", "90.0", "–", "", "", "", ""]
     assert rows[3][4] == "40.0"
     # ap: 20 and 30; the mean of the columns: 50 and 52.5
-    kpu = ["50.0 ± 0.0", "60.0 ± 0.0", "70.0 ± 0.0", "25.0 ± 7.1", "51.2 ± 1.8", "11.0×", "3.0×", "2"]
-    assert rows[5] == [reproduce.LABELS["kpu"], *kpu]
-    assert rows[6] == [reproduce.LABELS["clip_only"], "50.0", "60.0", "70.0", "–", "–", "–", "–", "1"]
+    kpu = ["50.0 ± 0.0", "60.0 ± 0.0", "70.0 ± 0.0", "25.0 ± 7.1", "51.2 ± 1.8", "11.0× ± 1.4", "3.0× ± 1.4", "2"]
+    assert rows[5] == [ablation.LABELS["kpu"], *kpu]
+    assert rows[6] == [ablation.LABELS["clip_only"], "50.0", "60.0", "70.0", "–", "–", "–", "–", "1"]
 
 
 def test_only_what_is_between_the_marks_changes(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(PAGE)
-    reproduce.write_report(page, "new")
+    report.write_report(page, "new")
     assert page.read_text() == PAGE.replace("old", "new")
 
 
-@pytest.mark.parametrize("run", reproduce.RUNS)
+@pytest.mark.parametrize("run", ablation.RUNS)
 def test_every_run_is_a_config(run):
-    cfg = load_config(reproduce.CONFIG, list(reproduce.RUNS[run]))
+    cfg = load_config(CONFIG, list(ablation.RUNS[run]))
     paper = {"base_a": (None, False, False), "base_b": (True, False, False), "base_c": (True, True, False)}
     adapter, t2s, rec = paper.get(run, (True, True, True))
     assert (cfg.student.adapter is not None or None, cfg.objective.t2s, cfg.objective.rec) == (adapter, t2s, rec)
     assert cfg.student.freeze_vit == (run != "base_a")
     assert set(cfg.teachers) == ({run.removesuffix("_only")} if run.endswith("_only") else {"clip", "gdino"})
-    assert set(reproduce.LABELS) == set(reproduce.RUNS)
+    assert set(ablation.LABELS) == set(ablation.RUNS)
 
 
 def test_mosaics_are_made_once_and_go_on(tmp_path):
@@ -57,37 +69,153 @@ def test_mosaics_are_made_once_and_go_on(tmp_path):
         (tmp_path / "images" / name).mkdir(parents=True)
         pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / name / "0.png")
-    folder = reproduce.make_mosaics(str(tmp_path / "images"), tmp_path / "mosaics", 3)
+    folder = make_mosaics(str(tmp_path / "images"), tmp_path / "mosaics", 3)
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert len(first) == 3
     (folder / "000001.png").unlink()
-    reproduce.make_mosaics(str(tmp_path / "images"), folder, 3)
+    make_mosaics(str(tmp_path / "images"), folder, 3)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
 
 
 def test_results_that_are_there_are_read_and_not_made_again(tmp_path):
     made = []
     for _ in range(2):
-        found = reproduce._kept(tmp_path / "results/kpu-0.json", lambda: made.append(1) or SCORES)
-        assert found == SCORES
+        found = scores.kept(tmp_path / "results/kpu-0.json", lambda: made.append(1) or SCORES, "cpu")
+        assert found.items() >= SCORES.items()
+        assert {"date", "device", "versions", "commit"} <= set(found)
     assert made == [1]
-    assert reproduce.read_results(tmp_path / "results") == {"kpu": [SCORES]}
+    assert report.read_results(tmp_path / "results") == {"kpu": [found]}
+    (tmp_path / "results/kpu-0.json").write_text("")
+    with pytest.raises(EvaluateError, match=r"kpu-0\.json: damaged"):
+        scores.kept(tmp_path / "results/kpu-0.json", lambda: SCORES, "cpu")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--seeds", "0"], "--seeds 0"), (["--report", "{tmp}/none.md"], "expected a page with the lines")],
+    [
+        (["--seeds", "0"], "--seeds 0: expected at least 1"),
+        (["--steps", "0"], "--steps 0: expected at least 1"),
+        (["--report", "{tmp}/none.md"], "expected a page with the lines"),
+        (["--zoo", "{tmp}"], "no clip/model.safetensors; python -m kpu_fast.zoo trains one"),
+        (["--device", "abacus"], "--device abacus: "),
+        (["--test-images", str(ZOO / "images/tr*.tar")], "shares 1 files"),
+        (["--images", "{tmp}/nothing"], "nothing"),
+        (["--images", "{tmp}/cifar-10-python.tar.gz:train"], "training reads image files"),
+        (["--images", "{tmp}/unicorns"], "--images: the zoo's teachers were never told of dragon, unicorn"),
+        (["--config", "{tmp}/none.json"], "none.json"),
+        (["--out", "{tmp}"], "holds files but no settings.json"),
+    ],
 )
-def test_what_cannot_be_used_is_named(options, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(reproduce, "ZOO", tmp_path)
-    for name in reproduce.REFERENCES:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
-    assert reproduce.main([option.format(tmp=tmp_path) for option in options]) == 2
+def test_what_cannot_be_used_is_named_before_the_work(options, message, tmp_path, capsys):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"")
+    for name in ("dragon", "unicorn"):
+        (tmp_path / "unicorns" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "unicorns" / name / "0.png")
+    out = [] if "--out" in options else ["--out", str(tmp_path / "out")]
+    assert command.main([*out, *(option.format(tmp=tmp_path) for option in options)]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
-def test_without_a_zoo(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(reproduce, "ZOO", tmp_path)
-    assert reproduce.main([]) == 2
-    assert "python -m kpu_fast.zoo trains them" in capsys.readouterr().err
+def test_figures_of_other_settings_are_not_mixed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "make_mosaics", lambda *_: tmp_path)
+    monkeypatch.setattr(command, "train", lambda *_: tmp_path)
+    monkeypatch.setattr(scores, "score_reference", lambda *_: SCORES)
+    monkeypatch.setattr(scores, "score_run", lambda *_: SCORES)
+    images = shutil.copy(ZOO / "images/train.tar", tmp_path)
+    same = ["--out", str(tmp_path / "out"), "--runs", "kpu", "--images", str(images)]
+
+    def refused(*options):
+        assert command.main([*same, *options]) == 2
+        return capsys.readouterr().err
+
+    assert command.main([*same, "--seeds", "1"]) == 0
+    assert command.main([*same, "--seeds", "2"]) == 0  # more seeds of the same
+    assert "was made with another --steps; choose another folder" in refused("--steps", "7")
+    config = json.loads(CONFIG.read_text()) | {"steps": 70}
+    (tmp_path / "other.json").write_text(json.dumps(config))
+    assert "made with another --config; choose" in refused("--config", str(tmp_path / "other.json"))
+    os.utime(images, (0, 0))
+    assert "made with another files of --images; choose" in refused()
+    (tmp_path / "out/settings.json").write_text("{")
+    assert "settings.json: damaged" in refused()
+
+
+def test_classes_without_names_are_the_zoos(tmp_path):
+    class Images:
+        classes, labels = None, [0, 9]
+
+    assert settings.class_names(Images, ZOO)[9] == "truck"
+    Images.labels = [10]
+    with pytest.raises(EvaluateError, match="an image is of class 10, the zoo has 10 classes"):
+        settings.class_names(Images, ZOO)
+    Images.classes = ("fire_truck",) * 11
+    assert settings.class_names(Images, ZOO)[0] == "fire truck"
+
+
+def test_a_training_that_leaves_no_student_is_told(tmp_path, monkeypatch):
+    args = command._parser().parse_args(["--out", str(tmp_path), "--zoo", str(ZOO)])
+    for code, message in ((3, "kpu-0: the training ended with exit code 3"), (0, "kpu-0: the training was stopped")):
+        script = tmp_path / "train.py"
+        script.write_text(f"raise SystemExit({code})")
+        monkeypatch.setattr("kpu_fast.reproduce.train.TRAIN", script)
+        with pytest.raises(TrainingFailed, match=message):
+            train("kpu", 0, args)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_what_ends_the_command_ends_the_training(number, code, tmp_path):
+    """The child stands for a training: it takes its time to write a checkpoint when it is told to stop."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_):\n    time.sleep(1); pathlib.Path('saved').touch(); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, stop)\npathlib.Path('began').touch()\ntime.sleep(60)\n"
+    )
+    parent = tmp_path / "parent.py"
+    parent.write_text(
+        "import pathlib, sys\n"
+        "from kpu_fast.reproduce import __main__ as command, scores, train\n"
+        f"train.TRAIN = pathlib.Path({str(script)!r})\n"
+        "command.make_mosaics = scores.score_reference = lambda *_: {}\n"
+        "sys.exit(command.main(['--out', 'out']))\n"
+    )
+    process = subprocess.Popen([sys.executable, str(parent)], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "began").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(30) == code
+    assert "interrupted; the same command goes on" in process.stderr.read()
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.timeout(600)
+def test_from_images_to_the_table(tmp_path, monkeypatch):
+    """In another folder than the repository's, with relative paths; then again, which does nothing anew."""
+    pytest.importorskip("pycocotools")
+    pytest.importorskip("deepspeed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scores, "MOSAICS_TEST", 3)
+    monkeypatch.setattr(scores, "GAP_BATCHES", 1)
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.tar").symlink_to(ZOO / f"images/{part}.tar")
+    (tmp_path / "page.md").write_text(PAGE)
+    asked = ["--images", "train.tar", "--test-images", "test.tar", "--runs", "base_a", "kpu", "--seeds", "1"]
+    asked += ["--out", "my runs", "--steps", "1", "--mosaics", "4", "--train-limit", "60", "--test-limit", "20"]
+    asked += ["--report", "page.md"]
+    assert command.main(asked) == 0
+    page = (tmp_path / "page.md").read_text()
+    rows = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in page.splitlines() if row.startswith("| ")}
+    for run in ("base_a", "kpu"):
+        found = report.read_results(tmp_path / "my runs/results")[run][0]
+        assert set(found) >= set(ablation.COLUMNS)
+        assert rows[ablation.LABELS[run]][0].strip() == f"{100 * found['zero_shot']:.1f}"
+    assert "1 steps of 32 images of clip and 4 images of gdino; kNN and linear learn from 60 images; 20 test" in page
+    assert (tmp_path / "img/reproduction.png").is_file()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "my runs").rglob("*")}
+    assert command.main(asked) == 0
+    assert (tmp_path / "page.md").read_text() == page
+    assert {path: path.stat().st_mtime_ns for path in before} == before

@@ -1,0 +1,93 @@
+"""Train, evaluate, write.
+
+    python -m kpu_fast.reproduce --images SOURCE --test-images SOURCE [--runs kpu base_a ...] [--seeds 3]
+
+Every run and every evaluation leaves its own file below --out; what is there is not done again, so an interrupted
+command goes on where it was. The test images are read by the evaluation only.
+Exit codes: 0 done; 2 an option, images or a folder that cannot be used; 1 a training failed (its own message says why);
+130 or 143 interrupted.
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from kpu_fast.evaluate.result import EvaluateError
+from kpu_fast.reproduce import ablation, report, scores
+from kpu_fast.reproduce.settings import check, settle
+from kpu_fast.reproduce.train import TrainingFailed, make_mosaics, train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception, so that a training in progress is stopped on the way out."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, evaluate, write; returns the exit code."""
+    args = _parser().parse_args(argv)
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        check(args)
+        settings = settle(args)
+        make_mosaics(args.images, args.out / "mosaics", args.mosaics)
+        references = {name: scores.score_reference(name, args) for name in ablation.REFERENCES}
+        for seed in range(args.seeds):
+            for run in args.runs:
+                scores.score_run(run, train(run, seed, args), args)
+        text = report.table(references, report.read_results(args.out / "results"))
+        print(text)
+        if args.report:
+            report.write_report(args.report, f"{text}\n\n{_conditions(args, settings, references)}")
+            report.save_curves(args.report.parent / "img/reproduction.png", args.out)
+    except (EvaluateError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except TrainingFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, _Terminated) as stop:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _terminate(*_) -> None:
+    raise _Terminated
+
+
+def _conditions(args: argparse.Namespace, settings: dict, references: dict[str, dict]) -> str:
+    from kpu_fast.config import load_config
+    from kpu_fast.reproduce.train import overrides
+
+    cfg = load_config(args.config, overrides("kpu", 0, args))
+    batches = {name: teacher.data.batch_size for name, teacher in cfg.teachers.items()}
+    return report.conditions(settings, cfg.steps, batches, scores.MOSAICS_TEST, references["clip"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kpu_fast.reproduce", description="The paper's ablation, small.")
+    add = parser.add_argument
+    zoo = ROOT / "zoo"
+    add("--images", default=str(zoo / "images/train.tar"), help="labelled images to train on (labels: kNN and linear)")
+    add("--test-images", default=str(zoo / "images/test.tar"), help="labelled images that nothing is trained on")
+    add("--runs", nargs="+", choices=ablation.RUNS, default=list(ablation.RUNS), help="default: all")
+    add("--seeds", type=int, default=3, help="trainings of each run (default %(default)s)")
+    add("--steps", type=int, help="of each training (default: the configuration's)")
+    add("--mosaics", type=int, default=4000, help="images for GroundingDINO to teach on (default %(default)s)")
+    add("--train-limit", type=int, default=5000, help="images that kNN and linear learn from (default %(default)s)")
+    add("--test-limit", type=int, default=2000, help="images to test on (default %(default)s)")
+    add("--zoo", type=Path, default=zoo, metavar="DIR", help="the teachers (default: the repository's)")
+    add("--config", type=Path, default=ROOT / "configs/zoo.json", help="of the trainings (default: configs/zoo.json)")
+    add("--out", type=Path, default=Path("runs/reproduce"), help="default %(default)s")
+    add("--report", type=Path, metavar="PAGE", help="also write the table between the marker lines of this page")
+    add("--device", default="cpu", help="of the evaluations (default %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

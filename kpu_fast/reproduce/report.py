@@ -1,0 +1,91 @@
+"""The table and the curves."""
+
+import json
+import statistics
+from pathlib import Path
+
+from kpu_fast.evaluate.result import replaced
+from kpu_fast.reproduce.ablation import COLUMNS, GAPS, LABELS, REFERENCES, RUNS
+
+MARKS = "<!-- table: written by kpu_fast/reproduce -->", "<!-- table: end -->"
+
+
+def read_results(folder: Path) -> dict[str, list[dict]]:
+    """run → the figures of its seeds, in the order of RUNS."""
+    found = {run: sorted(folder.glob(f"{run}-*.json")) for run in RUNS}
+    return {run: [json.loads(path.read_text()) for path in paths] for run, paths in found.items() if paths}
+
+
+def table(references: dict[str, dict], results: dict[str, list[dict]]) -> str:
+    """Markdown: a row per teacher and per run, percent, mean ± standard deviation over seeds."""
+    heads = [*COLUMNS.values(), "mean", *(f"std gap, {space}" for space in GAPS.values()), "seeds"]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, label in REFERENCES.items():
+        cells = [_percent([references[name].get(column)]) for column in COLUMNS]
+        lines.append(f"| {label} | " + " | ".join([*cells, "", *("" for _ in GAPS), ""]) + " |")
+    for run, seeds in results.items():
+        cells = [_percent([scores.get(column) for scores in seeds]) for column in COLUMNS]
+        whole = all(scores.get(column) is not None for scores in seeds for column in COLUMNS)
+        means = [statistics.mean(s[c] for c in COLUMNS) for s in seeds] if whole else [None]
+        gaps = [_spread([s["gap"][space] for s in seeds if "gap" in s], "×") for space in GAPS]
+        lines.append(f"| {LABELS[run]} | " + " | ".join([*cells, _percent(means), *gaps, str(len(seeds))]) + " |")
+    return "\n".join(lines)
+
+
+def conditions(settings: dict, steps: int, batches: dict[str, int], mosaics: int, result: dict) -> str:
+    """One line that says under which conditions the table came about."""
+    images = " and ".join(f"{count} images of {teacher}" for teacher, count in batches.items())
+    torch = result["versions"]["torch"]
+    return (
+        f"{steps} steps of {images}; kNN and linear learn from {settings['--train-limit']} images; "
+        f"{settings['--test-limit']} test images, {mosaics} mosaics of them. {result['device']}, torch {torch}, "
+        f"{result['date'][:10]}."
+    )
+
+
+def _percent(values: list[float | None]) -> str:
+    return _spread([100 * value for value in values if value is not None], "")
+
+
+def _spread(values: list[float], unit: str) -> str:
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{unit}{spread}"
+
+
+def write_report(page: Path, text: str) -> None:
+    """Put the text between the marker lines of the page."""
+    before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    with replaced("--report", page) as partial:
+        partial.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def save_curves(path: Path, runs: Path) -> None:
+    """Draw each run's s2t losses over the steps, mean over seeds: one panel per teacher, one line per run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from kpu_fast.engine.monitor import read_metrics
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    for axis, teacher in zip(axes, ("clip", "gdino"), strict=True):
+        for run in RUNS:
+            seeds = [read_metrics(folder) for folder in sorted(runs.glob(f"{run}-[0-9]*"))]
+            seeds = [rows for rows in seeds if rows and f"{teacher}/s2t" in rows[-1]]
+            if not seeds:
+                continue
+            steps = [row["step"] for row in seeds[0]]
+            losses = [statistics.mean(row[f"{teacher}/s2t"] for row in at) for at in zip(*seeds, strict=False)]
+            axis.plot(steps[: len(losses)], losses, label=run, linewidth=1.1)
+        axis.set_title(f"{teacher}: L_s2t", fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

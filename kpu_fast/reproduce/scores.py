@@ -1,0 +1,81 @@
+"""The figures of one teacher or student; each is measured once and kept as a file."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from kpu_fast.evaluate.result import EvaluateError, replaced, with_circumstances
+from kpu_fast.reproduce.ablation import CANVAS, GAPS
+from kpu_fast.reproduce.settings import class_names
+
+MOSAICS_TEST, MOSAICS_SEED = 300, 10**6  # that no training mosaic has
+GAP_BATCHES = 10
+
+
+def score_reference(name: str, args: argparse.Namespace) -> dict:
+    """The figures of a teacher, or of the sentinel before any training."""
+    return kept(args.out / "results" / f"{name}.json", lambda: _scores(args.zoo / name, name, args), args.device)
+
+
+def score_run(run: str, folder: Path, args: argparse.Namespace) -> dict:
+    """The figures of the student in the folder of its run."""
+
+    def scores() -> dict:
+        from kpu_fast.evaluate.std_gap import std_gap
+
+        found = _scores(folder / "student", run, args)
+        if run not in ("base_a", "base_b", "clip_only", "gdino_only"):  # two teachers, and a common space
+            gap = std_gap(folder, batches=GAP_BATCHES, device=args.device)
+            found["gap"] = {space: gap[space]["gap"] for space in GAPS}
+        return found
+
+    return kept(args.out / "results" / f"{folder.name}.json", scores, args.device)
+
+
+def kept(path: Path, make: Callable[[], dict], device) -> dict:
+    """What `make` returns, with its circumstances; from `path` where it is there. Fractions, not percent."""
+    import torch
+
+    if not path.exists():
+        scores = with_circumstances("reproduce", make(), {}, torch.device(device))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced("--out", path) as partial:
+            partial.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EvaluateError(f"{path}: damaged ({error}); remove it to measure again") from error
+
+
+def _scores(model: Path, name: str, args: argparse.Namespace) -> dict:
+    """Every column that `name` has."""
+    from kpu_fast.evaluate.boxes import Mosaics
+    from kpu_fast.evaluate.detect import detect, load_detector, see_through
+    from kpu_fast.evaluate.encoder import load_encoder
+    from kpu_fast.evaluate.images import read_images
+    from kpu_fast.evaluate.knn import collect, count_classes, nearest
+    from kpu_fast.evaluate.linear import regress
+    from kpu_fast.evaluate.zero_shot import embed_texts, zero_shot
+    from kpu_fast.zoo.clip import TEMPLATES
+
+    known = read_images("--images", args.images, args.train_limit)
+    unseen = read_images("--test-images", args.test_images, args.test_limit)
+    names = class_names(unseen, args.zoo)
+    found = {}
+    if name != "gdino":  # whose teacher has no x
+        encoder = load_encoder(model, device=args.device)
+        classes, size = count_classes(known, unseen), encoder.image_size
+        learnt, asked = (collect(encoder, images, size=size, description="x") for images in (known, unseen))
+        found["knn"] = nearest(learnt, asked, classes, device=args.device)
+        found["linear"], _ = regress(learnt, asked, classes)
+        if name not in ("dinov2", "gdino_only"):
+            texts = embed_texts(args.zoo / "clip", names, TEMPLATES, device=args.device)
+            found["zero_shot"] = zero_shot(encoder, texts, unseen, size=size)["top1"]
+    if name not in ("dinov2", "clip", "clip_only"):
+        detector = load_detector(args.zoo / "gdino", device=args.device)
+        if name != "gdino":
+            detector = see_through(detector, encoder, "gdino")
+        mosaics = Mosaics(unseen, MOSAICS_TEST, CANVAS, MOSAICS_SEED)
+        found["ap"] = detect(detector, mosaics, names)["ap"]
+    return found

@@ -1,0 +1,86 @@
+"""The students: mosaics for GroundingDINO to teach on, and one run of kpu_fast/train.py for each."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from kpu_fast.evaluate.result import EvaluateError
+from kpu_fast.reproduce.ablation import CANVAS, RUNS
+
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+
+
+class TrainingFailed(RuntimeError):
+    """A training ended without a student; its own message says why."""
+
+
+def make_mosaics(source: str, folder: Path, count: int) -> Path:
+    """`count` mosaics of the source's images as PNGs in `folder`; unlabelled images for GroundingDINO to teach on."""
+    from PIL import Image
+    from tqdm import tqdm
+
+    from kpu_fast.data.sources import SourceError
+    from kpu_fast.evaluate.images import read_images
+    from kpu_fast.zoo.mosaic import make_mosaic
+
+    images = read_images("--images", source)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in tqdm(range(count), desc="mosaics", unit="img", delay=0.5):
+        path = folder / f"{i:06d}.png"
+        if path.exists():
+            continue
+        try:
+            pixels, _, _ = make_mosaic(images, 0, i, CANVAS)
+        except SourceError as error:
+            raise EvaluateError(f"--images: {error}") from error
+        partial = folder / f".{os.getpid()}.partial"
+        Image.fromarray(pixels).save(partial, format="png")
+        os.replace(partial, path)
+    return folder
+
+
+def overrides(run: str, seed: int, args: argparse.Namespace) -> list[str]:
+    """What `run` sets over the training configuration; every path is absolute, wherever the command runs."""
+    values = {
+        "name": f"{run}-{seed}",
+        "output": str(args.out),
+        "seed": seed,
+        "source": args.images,
+        "student.vit.weights": str(args.zoo / "dinov2"),
+    }
+    if "teachers.clip=null" not in RUNS[run]:
+        values["teachers.clip.weights"] = str(args.zoo / "clip")
+    if "teachers.gdino=null" not in RUNS[run]:
+        values["teachers.gdino.weights"] = str(args.zoo / "gdino")
+        values["teachers.gdino.data.source"] = str(args.out / "mosaics")
+    if args.steps is not None:
+        values |= {"steps": args.steps, "optimizer.warmup_steps": min(20, args.steps)}
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()] + list(RUNS[run])
+
+
+def train(run: str, seed: int, args: argparse.Namespace) -> Path:
+    """Train one student unless its export is there; returns the folder of its run.
+
+    Raises TrainingFailed. What ends this command ends the training with it, at its next step, with a checkpoint.
+    """
+    folder = args.out / f"{run}-{seed}"
+    if (folder / "student/config.json").is_file():
+        return folder
+    print(f"--- {folder.name}", flush=True)
+    command = [sys.executable, str(TRAIN), "--config", str(args.config), "--resume", "auto"]
+    child = subprocess.Popen([*command, "--set", *overrides(run, seed, args)])
+    try:
+        code = child.wait()
+    except BaseException:
+        child.send_signal(signal.SIGTERM)
+        child.wait()
+        raise
+    if code != 0:
+        raise TrainingFailed(f"{folder.name}: the training ended with exit code {code}")
+    if not (folder / "student/config.json").is_file():
+        raise TrainingFailed(f"{folder.name}: the training was stopped; the same command goes on")
+    return folder
