@@ -44,6 +44,7 @@ class ParityError(RuntimeError):
 class NamedOutputs(nn.Module):
     """images (B, 3, H, W) in [0, 1] → {"x": (B, C), "map8": (B, H/8, W/8, C), …}: maps are named by their stride.
 
+    Where maps share a stride they are "map14_0", "map14_1", … in their order.
     head: None for the student's own features, or the teacher in whose space; x is left out where that has none.
     The student is taken over: with a head, what only the others need is dropped from it.
     """
@@ -58,7 +59,7 @@ class NamedOutputs(nn.Module):
             student.heads.clear()
         self.student, self.head = student.float().eval().requires_grad_(False), head
         spec = student.spec if head is None else student.head_specs[head]
-        self.names = ["x"] * (spec.x_dim is not None) + [f"map{stride:g}" for stride in spec.strides]
+        self.names = ["x"] * (spec.x_dim is not None) + _map_names(spec.strides)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = self.student(images)
@@ -66,6 +67,11 @@ class NamedOutputs(nn.Module):
             features = self.student.project(features, self.head)
         values = [value for value in (features.x, *features.maps) if value is not None]
         return dict(zip(self.names, values, strict=True))
+
+
+def _map_names(strides: tuple[float, ...]) -> list[str]:
+    names = [f"map{stride:g}" for stride in strides]
+    return [f"{name}_{names[:i].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 @torch.no_grad()

@@ -116,6 +116,20 @@ def test_the_command_replaces_a_file_and_says_what_it_wrote(bare, capsys):
     assert sorted(path.name for path in bare.parent.iterdir()) == ["student", "student.pt2"]
 
 
+@torch.no_grad()
+def test_maps_that_share_a_stride_are_all_there(tmp_path):
+    heads = {"vit": {"x_dim": 12, "map_dims": (8, 6, 4), "strides": (14.0, 16.0, 14.0)}}
+    torch.manual_seed(0)
+    student = Student(vit=VIT, adapter=None, heads=heads, head_hidden=24).eval()
+    student.save_pretrained(tmp_path / "student")
+    assert run(tmp_path / "student", "--head", "vit", "--batch", "1") == 0
+    found = torch.export.load(tmp_path / "student.pt2").module()(images(1, 64, 64))
+    assert list(found) == ["x", "map14_0", "map16", "map14_1"]
+    expected = student.project(student(images(1, 64, 64)), "vit")
+    for value, wanted in zip(found.values(), (expected.x, *expected.maps), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "out", "message"),
     [

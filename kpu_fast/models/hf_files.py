@@ -40,6 +40,7 @@ def code_files(vit: dict) -> dict[str, str]:
     size = usual_size(vit)
     processor = {
         "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": True,  # greyscale, palettes and transparency too
         "do_resize": True,
         "size": {"height": size, "width": size},
         "resample": 3,  # bicubic

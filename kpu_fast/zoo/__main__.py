@@ -2,10 +2,12 @@
 
     python -m kpu_fast.zoo --images 'cifar10/train-*.tar' --test-images 'cifar10/test-*.tar' --out zoo
 
-Exit codes: 0 all are there; 2 something given cannot be used; 130 interrupted (the same command goes on).
+Exit codes: 0 all are there; 2 something given cannot be used, or a file not read or written; 130 interrupted (the same
+command goes on).
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -32,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     missing = [name for name in NEEDED.split() if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"not installed: {', '.join(missing)}; pip install -c constraints.txt -e '.[train]'")
-    if args.minutes is not None and not args.minutes > 0:
-        return _fail(f"--minutes {args.minutes}: expected more than 0")
+    if args.minutes is not None and not (args.minutes > 0 and math.isfinite(args.minutes)):
+        return _fail(f"--minutes {args.minutes}: expected a number above 0")
     if args.seed < 0 or (args.threads is not None and args.threads < 1):
         return _fail("--seed must be at least 0, --threads at least 1")
 
@@ -64,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     except (SourceError, ZooError) as error:
         return _fail(error)
+    except OSError as error:  # a full disk, an image that is gone
+        return _fail(f"{args.out} is not finished ({error}); when that is put right, the same command goes on")
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -71,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(error) -> int:
-    print(f"zoo: {error}", file=sys.stderr)
+    print(f"zoo: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
 

@@ -5,20 +5,22 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from kpu_fast.data.labelled import LabelledImages
+from kpu_fast.data.labelled import LabelledImages, is_cifar
+from kpu_fast.evaluate.images import check_apart, draw
+from kpu_fast.evaluate.result import EvaluateError
 from kpu_fast.zoo.card import device_name, write_card
-from kpu_fast.zoo.clip import save_clip, train_clip, zero_shot_accuracy
+from kpu_fast.zoo.clip import check_captions, save_clip, train_clip, zero_shot_accuracy
 from kpu_fast.zoo.dinov2 import knn_accuracy, save_dinov2, train_dinov2
 from kpu_fast.zoo.fit import ZooError
-from kpu_fast.zoo.gdino import detection_figures, save_gdino, train_gdino
+from kpu_fast.zoo.gdino import check_prompt, detection_figures, save_gdino, train_gdino
 from kpu_fast.zoo.pixels import STORED, Pixels, read
-from kpu_fast.zoo.recipes import Zoo
+from kpu_fast.zoo.recipes import GdinoRecipe, Zoo
 from kpu_fast.zoo.sample import write_samples
 
 NAMES = ("clip", "gdino", "dinov2")
@@ -43,20 +45,25 @@ def build_zoo(
 
     out/NAME appears when it is whole; until then the work is in out/.training, from where an interrupted run goes on.
     A teacher that out already holds is left alone. classes: the names by number, for sources that have none.
-    minutes: budget of each teacher, in place of the recipe's steps. Raises ZooError, or SourceError for an image.
+    Underscores in names become spaces. minutes: budget of each teacher, in place of the recipe's steps. Raises
+    ZooError, SourceError for an image, or OSError for a file that cannot be read or written.
     """
     zoo = zoo or Zoo()
-    classes = _check(images, test_images, classes)
+    classes = _check(images, test_images, classes, only)
     with _alone(out):
         todo = [name for name in only if not _finished(out / name, say)]
-        if not (out / "images").exists():
-            write_samples(out / "images", images, test_images, classes)
-        if not todo:
+        samples = out / "images"
+        if not todo and samples.exists():
             return {}
         train, test = read(images, classes), read(test_images, classes)
+        if not samples.exists():  # after reading: by now every image has been decoded once
+            new = out / _WORK / "images.new"
+            shutil.rmtree(new, ignore_errors=True)
+            write_samples(new, images, test_images, classes)
+            os.replace(new, samples)
         figures = {}
         for name in todo:
-            recipe = getattr(zoo, name)
+            recipe = _within(getattr(zoo, name), len(train))
             facts = {
                 "train": {"source": _shown(images.source), "images": len(train)},
                 "test": {"source": _shown(test_images.source), "images": len(test)},
@@ -73,7 +80,7 @@ def build_zoo(
 
 def _make(name, recipe, train: Pixels, test: Pixels, out: Path, facts: dict, device, seed, minutes) -> dict:
     work = out / _WORK / name
-    agreed = {"recipe": facts["recipe"], "images": len(train), "classes": facts["classes"]}
+    agreed = {"recipe": facts["recipe"], "images": train.digest(), "classes": facts["classes"]}
     common = {"device": device, "seed": seed, "facts": agreed, "minutes": minutes}
     new = out / _WORK / f"{name}.new"
     shutil.rmtree(new, ignore_errors=True)
@@ -94,9 +101,10 @@ def _make(name, recipe, train: Pixels, test: Pixels, out: Path, facts: dict, dev
         model, told = train_dinov2(train, recipe, work, **common)
         save_dinov2(model, new)
         saved = _reload("Dinov2WithRegistersModel", new, device)
-        bank = Pixels(train.images[:_BANK], train.labels[:_BANK], train.classes)
+        bank = _bank(train, seed)
         accuracy = knn_accuracy(saved, bank, test)
-        on = f"{len(test):,} test images, 20 nearest of {len(bank):,} training images"
+        drawn = " drawn at random" if len(bank) < len(train) else ""
+        on = f"{len(test):,} test images, 20 nearest of {len(bank):,} training images{drawn}"
         figures = {"kNN top-1": {"value": accuracy, "on": on}}
     facts["parameters"] = sum(p.numel() for p in saved.parameters())
     write_card(new, name, facts, told, figures)
@@ -119,17 +127,34 @@ def _join_metrics(work: Path, target: Path) -> None:
     target.write_text("".join(path.read_text() for path in files))
 
 
-def _check(images: LabelledImages, test_images: LabelledImages, classes) -> tuple[str, ...]:
-    if os.path.abspath(images.source) == os.path.abspath(test_images.source):
-        raise ZooError(f"--test-images {test_images.source!r} are the training images; give others")
-    classes = classes or images.classes or test_images.classes
+def _within(recipe, images: int):
+    """`recipe` with batches no larger than the set of images: they are what it really does and the card tells."""
+    part = "classify" if isinstance(recipe, GdinoRecipe) else "fit"  # of mosaics there are any number
+    fit = getattr(recipe, part)
+    return replace(recipe, **{part: replace(fit, batch=min(fit.batch, images))})
+
+
+def _bank(train: Pixels, seed: int) -> Pixels:
+    rows = draw(len(train), _BANK, seed)
+    return Pixels(train.images[rows], train.labels[rows], train.classes)
+
+
+def _check(images: LabelledImages, test_images: LabelledImages, classes, only) -> tuple[str, ...]:
+    """The classes' names. Raises ZooError for whatever would be of no use, or fail, after hours of training."""
+    try:
+        check_apart(*(f"{s}:train" if is_cifar(s) else s for s in (images.source, test_images.source)))
+    except EvaluateError as error:
+        raise ZooError(str(error).replace("--train-images", "--images")) from error
+    classes = _spaced(classes or images.classes or test_images.classes)
     if not classes:
         raise ZooError(
             f"{images.source!r} does not name its classes; put a classes.txt (one name per line) beside the shards, or "
             "give --classes"
         )
+    if not all(classes) or len(set(classes)) < len(classes):
+        raise ZooError(f"the classes {classes}: expected names, none empty and none twice ('_' counts as a space)")
     for option, source in (("--images", images), ("--test-images", test_images)):
-        if source.classes and tuple(source.classes) != tuple(classes):
+        if source.classes and _spaced(source.classes) != classes:
             raise ZooError(f"{option} {source.source!r} has the classes {source.classes}, not {classes}")
         if max(source.labels) >= len(classes):
             raise ZooError(
@@ -140,7 +165,15 @@ def _check(images: LabelledImages, test_images: LabelledImages, classes) -> tupl
         raise ZooError(
             f"--images {images.source!r} are all of one class: there is nothing to tell apart; give at least 2"
         )
-    return tuple(classes)
+    for name, check in (("clip", check_captions), ("gdino", check_prompt)):
+        if name in only:
+            check(classes)
+    return classes
+
+
+def _spaced(names) -> tuple[str, ...]:
+    """Names as evaluation asks for them: class folders are often called red_ball."""
+    return tuple(name.replace("_", " ").strip() for name in names or ())
 
 
 def _finished(folder: Path, say) -> bool:

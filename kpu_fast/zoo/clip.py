@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kpu_fast.data.labelled import to_batch
 from kpu_fast.models.teachers import CLIP_MEAN_STD
-from kpu_fast.zoo.fit import fit
+from kpu_fast.zoo.fit import ZooError, fit
 from kpu_fast.zoo.locality import start_local
 from kpu_fast.zoo.pixels import Pixels, crop_and_flip, generator, rows_of_step
 from kpu_fast.zoo.recipes import ClipRecipe
@@ -111,6 +111,19 @@ def zero_shot_accuracy(model: nn.Module, tokenizer, pixels: Pixels, *, batch: in
 
 
 _PADDED = {"padding": "max_length", "max_length": _TEXT_LENGTH, "truncation": True, "return_tensors": "pt"}
+
+
+def check_captions(classes: tuple[str, ...]) -> None:
+    """Raises ZooError for a class whose captions are too long, or are those of another."""
+    tokenizer = make_tokenizer(classes).backend_tokenizer  # transformers' own would warn of long texts by itself
+    seen: dict[tuple[int, ...], str] = {}
+    for name in classes:
+        length = max(len(tokenizer.encode(t.format(name)).ids) for t in TEMPLATES)
+        if length > _TEXT_LENGTH:
+            raise ZooError(f"class {name!r}: captions of {length} tokens, and clip takes {_TEXT_LENGTH}; shorten it")
+        other = seen.setdefault(tuple(tokenizer.encode(name).ids), name)
+        if other != name:
+            raise ZooError(f"classes {other!r} and {name!r} are one to clip's tokenizer; rename one")
 
 
 def make_tokenizer(classes: tuple[str, ...]):

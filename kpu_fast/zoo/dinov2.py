@@ -48,7 +48,8 @@ def train_dinov2(pixels: Pixels, recipe: Dinov2Recipe, folder: Path, *, device, 
         rows = rows_of_step(step, recipe.fit.batch, len(pixels), seed)
         images = pixels.images[rows]
         views = torch.cat([distort(images, random), distort(images, random)]).to(device)
-        cls, patches = net((to_batch(views, recipe.image_size) - mean) / std)
+        size = recipe.image_size if (step + 1) % recipe.whole_every == 0 else recipe.small_size
+        cls, patches = net((to_batch(views, size) - mean) / std)
         parts = {"cls": find_pairs(cls, recipe.temperature), "patches": find_pairs(patches, recipe.temperature)}
         return {"loss": parts["cls"] + parts["patches"], **parts}
 

@@ -200,7 +200,7 @@ def _load(path: Path, facts: dict, name: str) -> dict | None:
     different = [key for key, value in facts.items() if saved["facts"].get(key) != value]
     if different:
         raise ZooError(
-            f"{path}: {name} was begun with another {' and '.join(different)}; run the same command to go on, or "
+            f"{path}: {name} was begun with different {' and '.join(different)}; run the same command to go on, or "
             f"remove {path.parent} to begin again"
         )
     return saved

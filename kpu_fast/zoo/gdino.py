@@ -12,7 +12,7 @@ from kpu_fast.data.labelled import LabelledImages, to_batch
 from kpu_fast.evaluate.boxes import Mosaics, average_precision
 from kpu_fast.models.teachers import IMAGENET_MEAN_STD
 from kpu_fast.zoo.clip import attention, save_tokenizer, write_processor
-from kpu_fast.zoo.fit import fit
+from kpu_fast.zoo.fit import ZooError, fit
 from kpu_fast.zoo.mosaic import make_mosaic
 from kpu_fast.zoo.pixels import Pixels, crop_and_flip, generator, rows_of_step
 from kpu_fast.zoo.recipes import GdinoRecipe
@@ -20,7 +20,7 @@ from kpu_fast.zoo.recipes import GdinoRecipe
 # transformers' GroundingDINO finds the ends of phrases by BERT's numbers of these tokens, whatever the vocabulary.
 _FIXED_IDS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
 _CLASSIFY_SIZE = 64  # pixels: about what an object has on a canvas
-_TEXT_LENGTH = 64
+_TEXT_LENGTH = 64  # tokens, at least: as many as the prompt has where those are more
 _CE_WEIGHT = 2.0  # what transformers' loss gives the classes' term
 _TEST_SEED = 1  # of the mosaics that are reported on
 
@@ -32,7 +32,7 @@ def train_gdino(pixels: Pixels, recipe: GdinoRecipe, folder: Path, *, device, se
     """
     tokenizer = make_tokenizer(pixels.classes)
     torch.manual_seed(seed)
-    model = _network(recipe, len(tokenizer), device)
+    model = _network(recipe, tokenizer, device)
     swin = model.model.backbone.conv_encoder.model
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in IMAGENET_MEAN_STD)
     classifier = _Classifier(swin, len(pixels.classes))
@@ -182,11 +182,35 @@ def _corners(boxes: Tensor) -> Tensor:
     return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
 
 
+def check_prompt(classes: tuple[str, ...]) -> None:
+    """Raises ZooError for a class that cannot be told from the others in a prompt."""
+    tokenizer = make_tokenizer(classes)
+    seen: dict[tuple[str, ...], str] = {}
+    for name in classes:
+        if "." in name or "?" in name:
+            raise ZooError(f"class {name!r}: gdino separates names by '.' and '?', so a name has neither; rename it")
+        tokens = tuple(tokenizer.tokenize(name.lower()))
+        if not tokens or tokenizer.unk_token in tokens:
+            raise ZooError(f"class {name!r}: gdino's tokenizer has no token for a part of it; rename it")
+        other = seen.setdefault(tokens, name)
+        if other != name:
+            raise ZooError(
+                f"classes {other!r} and {name!r} are one to gdino's tokenizer, which drops accents and capitals; "
+                "rename one"
+            )
+
+
 def make_tokenizer(classes: tuple[str, ...]):
-    """A BertTokenizer of the classes' words, of ASCII's letters and signs, and of BERT's numbers for special tokens."""
+    """A BertTokenizer of the classes' words, of ASCII's letters and signs, and of BERT's numbers for special tokens.
+
+    Its model_max_length is what a prompt of all classes needs, at least 64.
+    """
+    from tokenizers import normalizers, pre_tokenizers
     from transformers import BertTokenizer
 
-    words = sorted({word for name in classes for word in name.lower().replace("-", " - ").split()})
+    normalise, split = normalizers.BertNormalizer(lowercase=True).normalize_str, pre_tokenizers.BertPreTokenizer()
+    # As BERT cuts them: a word with an accent, or with a sign in it, would never be looked up otherwise.
+    words = sorted({word for name in classes for word, _ in split.pre_tokenize_str(normalise(name))})
     signs = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
     letters = [sign for sign in signs if sign.isalnum()]
     wanted = [*words, *signs, *[f"##{letter}" for letter in letters]]
@@ -195,10 +219,12 @@ def make_tokenizer(classes: tuple[str, ...]):
     fixed = {i: token for token, i in _FIXED_IDS.items()}
     rest = iter(wanted)
     vocabulary = {fixed[i] if i in fixed else next(rest, f"[unused{i}]"): i for i in range(size)}
-    return BertTokenizer(vocab=vocabulary, do_lower_case=True, model_max_length=_TEXT_LENGTH)
+    tokenizer = BertTokenizer(vocab=vocabulary, do_lower_case=True)
+    tokenizer.model_max_length = max(_TEXT_LENGTH, len(tokenizer(prompt(classes))["input_ids"]))
+    return tokenizer
 
 
-def _network(recipe: GdinoRecipe, words: int, device: torch.device) -> nn.Module:
+def _network(recipe: GdinoRecipe, tokenizer, device: torch.device) -> nn.Module:
     from transformers import BertConfig, GroundingDinoConfig, GroundingDinoForObjectDetection, SwinConfig
 
     swin = SwinConfig(
@@ -212,12 +238,12 @@ def _network(recipe: GdinoRecipe, words: int, device: torch.device) -> nn.Module
         out_indices=[2, 3, 4],
     )
     text = BertConfig(
-        vocab_size=words,
+        vocab_size=len(tokenizer),
         hidden_size=recipe.text_dim,
         num_hidden_layers=recipe.text_depth,
         num_attention_heads=2,
         intermediate_size=2 * recipe.text_dim,
-        max_position_embeddings=_TEXT_LENGTH,
+        max_position_embeddings=tokenizer.model_max_length,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
@@ -235,7 +261,7 @@ def _network(recipe: GdinoRecipe, words: int, device: torch.device) -> nn.Module
         num_feature_levels=3,
         encoder_n_points=2,
         decoder_n_points=4,
-        max_text_len=_TEXT_LENGTH,
+        max_text_len=tokenizer.model_max_length,
         dropout=0.0,
         fusion_droppath=0.0,
         auxiliary_loss=True,

@@ -1,5 +1,6 @@
 """All training images in one array, and batches cut from it by step number."""
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,13 @@ class Pixels:
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
         return self.images[i].numpy(), int(self.labels[i])
 
+    def digest(self) -> str:
+        """A SHA-256 of the images and their class numbers: other images, or others in their order, have another."""
+        known = hashlib.sha256()
+        for values in (self.images, self.labels):
+            known.update(values.contiguous().numpy())
+        return known.hexdigest()
+
 
 def read(images: LabelledImages, classes: tuple[str, ...]) -> Pixels:
     """Decode every image of `images`."""
@@ -41,7 +49,11 @@ def read(images: LabelledImages, classes: tuple[str, ...]) -> Pixels:
 
 
 def rows_of_step(step: int, batch: int, count: int, seed: int) -> Tensor:
-    """Which images step `step` (from 0) takes: each once per epoch, in an order that (seed, epoch) alone decides."""
+    """Which images step `step` (from 0) takes; the order is one that (seed, epoch) alone decides.
+
+    Every batch is whole, so an epoch takes each image at most once and leaves out count % batch, others each time. With
+    fewer images than a batch, every step takes them all.
+    """
     per_epoch = max(1, count // batch)
     epoch, part = divmod(step, per_epoch)
     order = torch.randperm(count, generator=generator(seed, 1, epoch))

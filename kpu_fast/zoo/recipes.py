@@ -45,13 +45,15 @@ class GdinoRecipe:
 class Dinov2Recipe:
     """A ViT that learns without classes."""
 
-    fit: Fit = field(default_factory=lambda: Fit(steps=400, batch=192, muon_lr=3e-3, lr=2e-3))
+    fit: Fit = field(default_factory=lambda: Fit(steps=1000, batch=256, muon_lr=3e-3, lr=2e-3))
     temperature: float = 0.2
     projection: int = 128
     image_size: int = 128
+    small_size: int = 96  # of the views in all steps but every `whole_every`-th: fewer tokens, more images per minute
+    whole_every: int = 5
     patch_size: int = 16
     dim: int = 128
-    depth: int = 5
+    depth: int = 6
     heads: int = 4
     mlp_ratio: int = 3
     registers: int = 2

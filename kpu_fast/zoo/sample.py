@@ -1,7 +1,6 @@
 """A small part of the labelled images as WebDataset shards, for demonstrations without the whole set."""
 
 import io
-import os
 import tarfile
 from pathlib import Path
 
@@ -14,13 +13,11 @@ def write_samples(folder: Path, train: LabelledImages, test: LabelledImages, cla
     """Write train.tar and test.tar (.jpg or .png as found, and .cls) and classes.txt into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, images, count in (("train.tar", train, TRAIN), ("test.tar", test, TEST)):
-        temporary = folder / f".{name}"
-        with tarfile.open(temporary, "w") as tar:
+        with tarfile.open(folder / name, "w") as tar:
             for number, i in enumerate(balanced(images.labels, count)):
                 data, suffix = images.encoded(i)
                 _add(tar, f"{number:06d}{suffix}", data)
                 _add(tar, f"{number:06d}.cls", str(images.labels[i]).encode())
-        os.replace(temporary, folder / name)
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
 
 

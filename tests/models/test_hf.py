@@ -148,6 +148,8 @@ def test_an_image_goes_through_the_processor_as_the_student_wants_it(student, fo
     found = processor(image_module.fromarray(pixels), return_tensors="pt").pixel_values
     # 64 pixels a side is this student's own size, so nothing is resized: [0, 1], and not normalised.
     torch.testing.assert_close(found, torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)
+    grey = processor(image_module.fromarray(pixels[..., 0], mode="L"), return_tensors="pt").pixel_values
+    torch.testing.assert_close(grey, torch.from_numpy(pixels[None, None, ..., 0]).expand(-1, 3, -1, -1) / 255)
     extract = transformers.pipeline("image-feature-extraction", model=str(folder), trust_remote_code=True)
     vector = torch.tensor(extract(image_module.fromarray(pixels[:40]), pool=True))  # resized to 64 × 64
     assert vector.shape == (1, 16)

@@ -34,14 +34,15 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
-    """A folder with train/CLASS/*.png (24 of each) and test/CLASS/*.png (10 of each)."""
+    """A folder with train/CLASS/*.png (24 of each) and test/CLASS/*.png (10 of each); CLASS has no spaces."""
     root = tmp_path_factory.mktemp("shapes")
     random = np.random.default_rng(0)
     for split, count in (("train", 24), ("test", 10)):
         for name in CLASSES:
-            (root / split / name).mkdir(parents=True)
+            folder = root / split / name.replace(" ", "_")
+            folder.mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(shape(name, random)).save(root / split / name / f"{i:02d}.png")
+                Image.fromarray(shape(name, random)).save(folder / f"{i:02d}.png")
     return root
 
 

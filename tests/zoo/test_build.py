@@ -1,6 +1,9 @@
 """A tiny zoo trained end to end: its folders load where they are meant to, its cards say what was measured."""
 
+import dataclasses
 import json
+import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -12,12 +15,15 @@ import torch
 from PIL import Image
 
 from kpu_fast.data.labelled import LabelledImages, to_batch
+from kpu_fast.data.sources import SourceError
+from kpu_fast.evaluate.zero_shot import class_names
 from kpu_fast.models.teachers import build_teacher
 from kpu_fast.models.vit import ViT
 from kpu_fast.zoo import build
 from kpu_fast.zoo.__main__ import main
 from kpu_fast.zoo.build import build_zoo
 from kpu_fast.zoo.fit import ZooError
+from kpu_fast.zoo.pixels import Pixels
 from kpu_fast.zoo.sample import balanced
 
 NAMES = ("clip", "gdino", "dinov2")
@@ -83,8 +89,10 @@ def test_weights_are_bf16_and_text_needs_no_network(made, monkeypatch):
         saved = json.loads((out / name / "tokenizer.json").read_text())
         assert saved["padding"] is None
         assert saved["truncation"] is None
-    words = AutoTokenizer.from_pretrained(out / "gdino", local_files_only=True)("box. stick.")["input_ids"]
-    assert words.count(1012) == 2
+    words = AutoTokenizer.from_pretrained(out / "gdino", local_files_only=True)
+    assert words("box. stick.")["input_ids"].count(1012) == 2
+    for known in (tokenizer, words):  # the folder was called red_ball; evaluation asks for what people write
+        assert [token.removesuffix("</w>") for token in known.tokenize("red ball")] == ["red", "ball"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,7 +132,8 @@ def test_the_reported_figures_are_those_of_the_saved_weights(made, shapes):
         image = model.get_image_features(pixel_values=pixels).pooler_output
         text = 0
         for template in TEMPLATES:
-            tokens = tokenizer([template.format(c) for c in test.classes], padding=True, return_tensors="pt")
+            texts = [template.format(c) for c in class_names(test, None)]
+            tokens = tokenizer(texts, padding=True, return_tensors="pt")
             text += torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output, dim=1)
     found = (image @ torch.nn.functional.normalize(text, dim=1).T).argmax(1)
     accuracy = (found == torch.tensor(test.labels)).float().mean().item()
@@ -142,7 +151,8 @@ def test_cifar10_gets_a_word_on_its_licence(made, tmp_path):
 def test_samples_are_balanced_and_as_found(made, shapes):
     out, *_ = made
     train, source = LabelledImages(out / "images" / "train.tar"), LabelledImages(shapes / "train")
-    assert train.classes == source.classes == ("box", "red ball", "stick")
+    assert source.classes == ("box", "red_ball", "stick")
+    assert train.classes == ("box", "red ball", "stick")
     assert train.labels == source.labels
     assert [train.encoded(i) for i in range(72)] == [source.encoded(i) for i in range(72)]
     assert len(LabelledImages(out / "images" / "test.tar")) == 30
@@ -189,6 +199,155 @@ def test_an_interrupted_zoo_goes_on(made, shapes, tiny, tmp_path, monkeypatch):
     assert torch_bytes[0] == torch_bytes[1]
 
 
+def test_a_checkpoint_knows_its_images(shapes, tiny, tmp_path, monkeypatch):
+    """As many others, of the same names, are others; and so are the same of another class."""
+    train, test = tmp_path / "train", LabelledImages(shapes / "test")
+    shutil.copytree(shapes / "train", train)
+
+    def build():
+        build_zoo(LabelledImages(train), test, tmp_path / "zoo", zoo=tiny, only=("clip",), say=lambda line: None)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kpu_fast.zoo.build.zero_shot_accuracy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    monkeypatch.undo()
+    shutil.copy(shapes / "test" / "box" / "00.png", train / "box" / "00.png")
+    with pytest.raises(ZooError, match="clip was begun with different images"):
+        build()
+    shutil.copy(shapes / "train" / "box" / "00.png", train / "box" / "00.png")
+    build()
+    pixels = Pixels(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"))
+    assert pixels.digest() != dataclasses.replace(pixels, labels=torch.tensor([1, 0])).digest()
+
+
+def test_a_broken_sample_is_made_anew(shapes, tmp_path, monkeypatch):
+    images = LabelledImages(shapes / "train"), LabelledImages(shapes / "test")
+
+    def interrupted(folder, *rest):
+        folder.mkdir()
+        (folder / "train.tar").write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "write_samples", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_zoo(*images, tmp_path / "zoo", only=())
+    assert not (tmp_path / "zoo" / "images").exists()
+    monkeypatch.undo()
+    build_zoo(*images, tmp_path / "zoo", only=())
+    found = {path.name for path in (tmp_path / "zoo" / "images").iterdir()}
+    assert found == {"train.tar", "test.tar", "classes.txt"}
+    assert len(LabelledImages(tmp_path / "zoo" / "images" / "train.tar")) == 72
+
+
+def test_no_sample_is_written_of_images_that_do_not_decode(shapes, tmp_path):
+    shutil.copytree(shapes / "train", tmp_path / "train")
+    (tmp_path / "train" / "box" / "00.png").write_bytes(b"no image")
+    with pytest.raises(SourceError, match=r"00\.png: not an image"):
+        build_zoo(LabelledImages(tmp_path / "train"), LabelledImages(shapes / "test"), tmp_path / "zoo", only=())
+    assert not (tmp_path / "zoo" / "images").exists()
+
+
+def test_small_sets_and_banks_are_counted_as_they_are(shapes, tiny, tmp_path, monkeypatch):
+    """A batch is at most the set; what kNN looks among has every class though the images are sorted by class."""
+    banks = []
+
+    def watched(vit, bank, test):
+        banks.append(bank)
+        return 0.5
+
+    monkeypatch.setattr(build, "_BANK", 30)
+    monkeypatch.setattr(build, "knn_accuracy", watched)
+    fit = dataclasses.replace(tiny.dinov2.fit, batch=256)
+    zoo = dataclasses.replace(tiny, dinov2=dataclasses.replace(tiny.dinov2, fit=fit))
+    images = LabelledImages(shapes / "train"), LabelledImages(shapes / "test")
+    build_zoo(*images, tmp_path, zoo=zoo, only=("dinov2",), say=lambda line: None)
+    card = (tmp_path / "dinov2" / "README.md").read_text()
+    assert "3 steps, 216 images seen" in card
+    assert "20 nearest of 30 training images drawn at random" in card
+    assert len(banks[0]) == 30
+    assert min(banks[0].labels.bincount(minlength=3)) >= 5
+    assert build._within(tiny.gdino, 5).classify.batch == 5
+    assert build._within(tiny.gdino, 1).fit == tiny.gdino.fit  # of mosaics there are any number
+
+
+def cifar(folder):
+    folder.mkdir()
+    rows = {b"data": np.zeros((10, 3072), np.uint8), b"labels": list(range(10))}
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"c%d" % i for i in range(10)]}))
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        (folder / name).write_bytes(pickle.dumps(rows))
+    return folder
+
+
+def shard(path, label, random):
+    Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path.with_suffix(".png"))
+    path.with_suffix(".cls").write_text(str(label))
+    with tarfile.open(path, "w") as tar:
+        tar.add(path.with_suffix(".png"), "0.png")
+        tar.add(path.with_suffix(".cls"), "0.cls")
+    return path
+
+
+def test_training_images_are_no_test_images(shapes, tiny, tmp_path):
+    """However the two are written."""
+    archive = cifar(tmp_path / "cifar-10-batches-py")
+    tar = shard(tmp_path / "train.tar", 0, np.random.default_rng(0))
+    (tmp_path / "link.tar").symlink_to(tar)
+    (tmp_path / "link").symlink_to(shapes / "train")
+    for one, other in (
+        (archive, f"{archive}:train"),
+        (f"{archive}:train", archive),
+        (f"{archive}/:test", f"{archive}:test"),
+        (tar, tmp_path / "t*.tar"),
+        (tar, tmp_path / "link.tar"),
+        (shapes / "train", tmp_path / "link"),
+        (shapes / "train", shapes / "train" / ".." / "train"),
+    ):
+        with pytest.raises(ZooError, match=r"--test-images: shares \d+ files with --images"):
+            build_zoo(LabelledImages(one), LabelledImages(other), tmp_path / "zoo", classes=("a", "b"), zoo=tiny)
+    sources = LabelledImages(archive), LabelledImages(f"{archive}:test")
+    assert build._check(*sources, None, ()) == sources[0].classes
+    assert not (tmp_path / "zoo").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "only", "message"),
+    [
+        (("st. bernard", "cat"), "gdino", r"class 'st\. bernard': gdino separates names by"),
+        (("what?", "cat"), "gdino", r"class 'what\?': gdino separates"),
+        (("é1", "e1"), "gdino", "classes 'é1' and 'e1' are one to gdino"),
+        (("cat", "x" * 120), "gdino", "no token for a part of it"),
+        (("Box", "box"), "clip", "classes 'Box' and 'box' are one to clip"),
+        (("cat", "very " * 30 + "small"), "clip", "captions of 38 tokens, and clip takes 32; shorten it"),
+        (("red_ball", "red ball"), "dinov2", "none empty and none twice"),
+        (("_", "cat"), "dinov2", "none empty and none twice"),
+    ],
+)
+def test_names_that_a_text_tower_cannot_tell_apart_are_refused_before_any_work(names, only, message, tiny, tmp_path):
+    random = np.random.default_rng(0)
+    tars = [str(shard(tmp_path / f"{part}{i}.tar", i, random)) for part in ("a", "b") for i in (0, 1)]
+    sources = [LabelledImages(tars[0][:-5] + "*.tar"), LabelledImages(tars[2][:-5] + "*.tar")]
+    with pytest.raises(ZooError, match=message):
+        build_zoo(*sources, tmp_path / "zoo", classes=names, only=(only,), zoo=tiny)
+    assert not (tmp_path / "zoo").exists()
+    if only != "dinov2":  # which never sees the names
+        assert build._check(*sources, names, ("dinov2",)) == tuple(name.strip() for name in names)
+
+
+def test_a_full_disk_is_one_line(shapes, tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build, "write_samples", full)
+    sources = ["--images", str(shapes / "train"), "--test-images", str(shapes / "test"), "--only", "clip"]
+    assert main([*sources, "--out", str(tmp_path / "zoo")]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"zoo: {tmp_path}/zoo is not finished ([Errno 28] No space left on device)")
+
+
 def test_bad_input_is_named_and_exits_with_2(shapes, tmp_path, capsys):
     def said(*arguments):
         assert main([*map(str, arguments), "--out", str(tmp_path / "zoo")]) == 2
@@ -198,22 +357,21 @@ def test_bad_input_is_named_and_exits_with_2(shapes, tmp_path, capsys):
 
     train, test = shapes / "train", shapes / "test"
     assert "no such file" in said("--images", tmp_path / "none", "--test-images", test)
-    assert "are the training images" in said("--images", train, "--test-images", train)
-    one = tmp_path / "one"
-    (one / "box").mkdir(parents=True)
-    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(one / "box" / "0.png")
+    assert "shares 72 files with --images" in said("--images", train, "--test-images", train)
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        (folder / "box").mkdir(parents=True)
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / "box" / "0.png")
     assert "has the classes" in said("--images", one, "--test-images", test)
-    assert "all of one class" in said("--images", one, "--test-images", f"{one}/*/*.png")
-    shard = tmp_path / "s.tar"
-    with tarfile.open(shard, "w") as tar:
-        tar.add(one / "box" / "0.png", "0.png")
-        (tmp_path / "0.cls").write_text("7")
-        tar.add(tmp_path / "0.cls", "0.cls")
-    assert "does not name its classes" in said("--images", shard, "--test-images", f"{shard}*")
+    assert "all of one class" in said("--images", one, "--test-images", two)
+    random = np.random.default_rng(0)
+    shards = ["--images", shard(tmp_path / "s.tar", 7, random), "--test-images", shard(tmp_path / "t.tar", 7, random)]
+    assert "does not name its classes" in said(*shards)
     (tmp_path / "names").write_text("a\nb\n")
-    assert "class 7" in said("--images", shard, "--test-images", f"{shard}*", "--classes", tmp_path / "names")
+    assert "class 7" in said(*shards, "--classes", tmp_path / "names")
     assert "not a text file" in said("--images", train, "--test-images", test, "--classes", tmp_path / "none")
-    assert "--minutes" in said("--images", train, "--test-images", test, "--minutes", 0)
+    for minutes in (0, "inf", "nan"):
+        assert "--minutes" in said("--images", train, "--test-images", test, "--minutes", minutes)
     assert "--device" in said("--images", train, "--test-images", test, "--device", "cuda:99")
     (tmp_path / "zoo").write_text("a file")
     assert "is a file" in said("--images", train, "--test-images", test)

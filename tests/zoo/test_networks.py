@@ -1,6 +1,7 @@
 """The parts that make the teachers: losses against plain formulas, the start of the attention, tokenizers, mosaics."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,6 +172,50 @@ def test_gdino_tokenizer_keeps_berts_numbers_and_words_whole():
     assert [place.tolist() for place in places] == [[1, 2], [4], [6]]
 
 
+def test_gdino_tokenizer_knows_words_as_bert_cuts_them():
+    names = ("Größe", "it's", "日本", "t-shirt")
+    tokenizer = gdino.make_tokenizer(names)
+    gdino.check_prompt(names)
+    assert [tokenizer.tokenize(name) for name in names] == [
+        ["große"],
+        ["it", "'", "s"],
+        ["日", "本"],
+        ["t", "-", "shirt"],
+    ]
+
+
+def test_gdinos_tokenizer_for_cifar10_is_the_one_in_the_zoo():
+    from transformers import AutoTokenizer
+
+    folder = Path(__file__).parents[2] / "zoo"
+    stored = AutoTokenizer.from_pretrained(folder / "gdino", local_files_only=True)
+    made = gdino.make_tokenizer(tuple((folder / "images" / "classes.txt").read_text().split()))
+    assert made.get_vocab() == stored.get_vocab()
+    assert made.model_max_length == stored.model_max_length == 64
+
+
+def test_a_prompt_of_many_classes_fits_the_text_tower(tiny, tmp_path):
+    """162 tokens; the towers take 64 where that is enough."""
+    from transformers import AutoTokenizer, GroundingDinoForObjectDetection
+
+    names = tuple(f"class number {i}" for i in range(40))
+    gdino.check_prompt(names)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8))
+    pixels = Pixels(images, torch.arange(40), names)
+    common = {"device": CPU, "seed": 0, "facts": {"recipe": {}}}
+    model, tokenizer, _ = gdino.train_gdino(pixels, tiny.gdino, tmp_path / "work", **common)
+    gdino.save_gdino(model, tokenizer, tmp_path, tiny.gdino)
+    again = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    model = GroundingDinoForObjectDetection.from_pretrained(tmp_path, dtype=torch.float32, local_files_only=True)
+    assert again.model_max_length == model.config.max_text_len == len(again(gdino.prompt(names))["input_ids"]) == 162
+    text = again(gdino.prompt(names), return_tensors="pt")
+    with torch.no_grad():
+        logits = model.eval()(pixel_values=torch.randn(1, 3, 64, 64), **text).logits
+    last = gdino._word_of_class(text["input_ids"][0], 40)[-1]
+    assert logits[..., last].isfinite().all()
+    assert gdino.detection_figures(model, again, pixels, tiny.gdino).keys() == {"AP", "AP50", "AP75"}
+
+
 def images_of(count):
     random = np.random.default_rng(0)
     return [(random.integers(0, 256, (32 - i % 3, 32, 3), dtype=np.uint8), i % 4) for i in range(count)]
@@ -209,7 +254,7 @@ def detector():
     recipe = GdinoRecipe(canvas=64, embed_dim=16, depths=(1, 1, 1, 1), dim=32, queries=8, text_dim=32)
     tokenizer = gdino.make_tokenizer(CLASSES)
     torch.manual_seed(0)
-    model = gdino._network(recipe, len(tokenizer), CPU)
+    model = gdino._network(recipe, tokenizer, CPU)
     text = {key: v.expand(2, -1) for key, v in tokenizer(gdino.prompt(CLASSES), return_tensors="pt").items()}
     labels = [
         {"class_labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.3]])},
