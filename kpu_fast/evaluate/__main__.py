@@ -8,18 +8,18 @@ Exit codes: 0 done; 2 a model, images or an option that cannot be used; 130 inte
 
 import argparse
 import importlib
-import importlib.util
 import sys
 from pathlib import Path
+
+from kpu_fast.machine import missing, usable_device
 
 NEEDED = "torch transformers pydantic safetensors tqdm PIL sklearn matplotlib torchmetrics pycocotools"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, evaluate, write the result; returns the exit code."""
-    missing = [name for name in NEEDED.split() if importlib.util.find_spec(name) is None]
-    if missing:
-        return _fail(f"not installed: {', '.join(missing)}; pip install -c constraints.txt -e '.[train]'")
+    if problem := missing(NEEDED):
+        return _fail(problem)
     tasks = {name: importlib.import_module(f"kpu_fast.evaluate.{name.replace('-', '_')}") for name in TASKS}
     args = _parser(tasks).parse_args(argv)
 
@@ -98,18 +98,12 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _device(name: str):
-    import torch
-
     from kpu_fast.evaluate.result import EvaluateError
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise EvaluateError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from error
-    return device
+        return usable_device(name)
+    except ValueError as error:
+        raise EvaluateError(str(error)) from error
 
 
 def _fail(message: str, code: int = 2) -> int:

@@ -6,12 +6,13 @@ import errno
 import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+
+from kpu_fast.machine import device_name
 
 _LIBRARIES = ("torchmetrics", "scikit-learn", "pycocotools")
 
@@ -31,7 +32,7 @@ def with_circumstances(task: str, scores: dict, settings: dict, device: torch.de
         except importlib.metadata.PackageNotFoundError:
             facts["versions"][library] = None
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"task": task, **scores, "settings": settings, "device": _in_words(device), "date": when, **facts}
+    return {"task": task, **scores, "settings": settings, "device": device_name(device), "date": when, **facts}
 
 
 def settings_of(args: argparse.Namespace) -> dict:
@@ -88,9 +89,3 @@ def _beside(path: Path) -> Iterator[Path]:
 
 def _unwritable(key: str, path: Path, error: OSError) -> EvaluateError:
     return EvaluateError(f"{key}: {path} cannot be written ({error.strerror or error})")
-
-
-def _in_words(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -14,10 +14,12 @@ import sys
 from pathlib import Path
 
 from kpu_fast.evaluate.result import EvaluateError
+from kpu_fast.machine import missing
 from kpu_fast.reproduce import ablation, report, scores
 from kpu_fast.reproduce.settings import check, settle
 from kpu_fast.reproduce.train import TrainingFailed, make_mosaics, train
 
+NEEDED = "torch deepspeed transformers pydantic safetensors tqdm PIL sklearn matplotlib torchmetrics pycocotools scipy"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -28,6 +30,9 @@ class _Terminated(BaseException):
 def main(argv: list[str] | None = None) -> int:
     """Train, evaluate, write; returns the exit code."""
     args = _parser().parse_args(argv)
+    if problem := missing(NEEDED):
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         check(args)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from kpu_fast.evaluate.result import EvaluateError, check_writable, replaced
+from kpu_fast.machine import usable_device
 from kpu_fast.reproduce.ablation import REFERENCES
 from kpu_fast.reproduce.report import MARKS
 from kpu_fast.reproduce.train import overrides
@@ -15,8 +16,6 @@ _KEPT = ("images", "test_images", "steps", "mosaics", "train_limit", "test_limit
 
 def check(args: argparse.Namespace) -> None:
     """Raises EvaluateError for what would fail after hours; makes the paths of `args` absolute."""
-    import torch
-
     from kpu_fast.config import ConfigError, load_config
     from kpu_fast.data.labelled import is_cifar
     from kpu_fast.evaluate.images import check_apart, read_images
@@ -29,9 +28,9 @@ def check(args: argparse.Namespace) -> None:
         if not (args.zoo / name / "model.safetensors").is_file():
             raise EvaluateError(f"--zoo {args.zoo}: no {name}/model.safetensors; python -m kpu_fast.zoo trains one")
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise EvaluateError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+        usable_device(args.device)
+    except ValueError as error:
+        raise EvaluateError(str(error)) from error
     if is_cifar(args.images.removesuffix(":train")):
         raise EvaluateError(f"--images {args.images}: training reads image files; give a folder or .tar shards")
     check_apart(args.images, args.test_images)

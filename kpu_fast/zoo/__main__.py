@@ -11,6 +11,8 @@ import math
 import sys
 from pathlib import Path
 
+from kpu_fast.machine import missing, usable_device
+
 NEEDED = "torch transformers tokenizers safetensors PIL scipy tqdm torchmetrics pycocotools"
 
 
@@ -29,11 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     args = parser.parse_args(argv)
 
-    import importlib.util
-
-    missing = [name for name in NEEDED.split() if importlib.util.find_spec(name) is None]
-    if missing:
-        return _fail(f"not installed: {', '.join(missing)}; pip install -c constraints.txt -e '.[train]'")
+    if problem := missing(NEEDED):
+        return _fail(problem)
     if args.minutes is not None and not (args.minutes > 0 and math.isfinite(args.minutes)):
         return _fail(f"--minutes {args.minutes}: expected a number above 0")
     if args.seed < 0 or (args.threads is not None and args.threads < 1):
@@ -49,10 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        device = torch.device(args.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        return _fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+        device = usable_device(args.device)
+    except ValueError as error:
+        return _fail(error)
     try:
         build_zoo(
             LabelledImages(args.images),

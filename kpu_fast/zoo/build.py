@@ -14,7 +14,8 @@ from torch import nn
 from kpu_fast.data.labelled import LabelledImages, is_cifar
 from kpu_fast.evaluate.images import check_apart, draw
 from kpu_fast.evaluate.result import EvaluateError
-from kpu_fast.zoo.card import device_name, write_card
+from kpu_fast.machine import device_name
+from kpu_fast.zoo.card import write_card
 from kpu_fast.zoo.clip import check_captions, save_clip, train_clip, zero_shot_accuracy
 from kpu_fast.zoo.dinov2 import knn_accuracy, save_dinov2, train_dinov2
 from kpu_fast.zoo.fit import ZooError

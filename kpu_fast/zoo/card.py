@@ -1,7 +1,6 @@
 """The README.md of a teacher of the zoo: every number in it comes from the run."""
 
 import json
-import os
 import platform
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -113,14 +112,3 @@ Anything but demonstrations, tests and small experiments: it knows {len(classes)
 {licence}
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def device_name(device: torch.device) -> str:
-    """What a number was measured on, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = ""
-    if os.path.exists("/proc/cpuinfo"):
-        lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        model = lines[0].split(":", 1)[1].strip() + ", " if lines else ""
-    return f"{model}{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} (CPU)"

@@ -18,9 +18,9 @@ from kpu_fast.zoo.clip import embed_text
 from kpu_fast.zoo.recipes import GdinoRecipe
 
 ZOO = Path(__file__).parents[2] / "zoo"
-# Seen: 0.745; 0.545, 0.455, 0.345; 0.51. The margin is for other processors and libraries.
+# Seen: 0.745; 0.545, 0.455, 0.41; 0.51. The margin is for other processors and libraries. An untrained ViT has 0.215.
 CLIP_BOUND = 0.68
-KNN_BOUND = {"clip": 0.45, "gdino": 0.38, "dinov2": 0.28}
+KNN_BOUND = {"clip": 0.45, "gdino": 0.38, "dinov2": 0.35}
 AP50_BOUND = 0.4
 
 

@@ -1,0 +1,38 @@
+"""What the commands ask about the machine they run on. Imports torch only where it is needed."""
+
+import importlib.util
+from pathlib import Path
+
+
+def missing(packages: str) -> str | None:
+    """What to tell the user if any of `packages` (names that are imported, with spaces) is not installed, else None."""
+    absent = [name for name in packages.split() if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}; pip install -c constraints.txt -e '.[train]'" if absent else None
+
+
+def usable_device(name: str):
+    """The torch.device `name`; "auto": a GPU if there is one. Raises ValueError where it cannot be used."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def device_name(device) -> str:
+    """The GPU's name, or the processor's with the number of threads that torch uses."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model, cpuinfo = "", Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].split(":", 1)[1].strip() + ", " if lines else ""
+    threads = torch.get_num_threads()
+    return f"{model}{threads} thread{'s' if threads > 1 else ''} (CPU)"
