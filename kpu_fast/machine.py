@@ -6,8 +6,15 @@ from pathlib import Path
 
 def missing(packages: str) -> str | None:
     """What to tell the user if any of `packages` (names that are imported, with spaces) is not installed, else None."""
-    absent = [name for name in packages.split() if importlib.util.find_spec(name) is None]
+    absent = [name for name in packages.split() if not _installed(name)]
     return f"not installed: {', '.join(absent)}; pip install -c constraints.txt -e '.[train]'" if absent else None
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
 
 
 def usable_device(name: str):

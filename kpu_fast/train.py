@@ -18,9 +18,7 @@ from typing import NoReturn
 # A script's own folder comes first on sys.path, where data/ and models/ would shadow other packages of those names.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-NEEDED = (
-    "kpu_fast torch deepspeed transformers pydantic safetensors tqdm tensorboard PIL sklearn matplotlib nvidia.dali"
-)
+NEEDED = "torch deepspeed transformers pydantic safetensors tqdm tensorboard PIL sklearn matplotlib nvidia.dali"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,9 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", metavar="auto|DIR", help="go on from the run's newest checkpoint, or from DIR")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args(argv)
-    missing = [name for name in NEEDED.split() if not _installed(name)]
-    if missing:
-        return _fail(f"not installed: {', '.join(missing)}; pip install -c constraints.txt -e '.[train]'", 2)
+    if importlib.util.find_spec("kpu_fast") is None:
+        return _fail("not installed: kpu_fast; pip install -c constraints.txt -e '.[train]'", 2)
+    from kpu_fast.machine import missing
+
+    if problem := missing(NEEDED):
+        return _fail(problem, 2)
     from kpu_fast.config import ConfigError, load_config
 
     try:
@@ -58,13 +59,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; what is saved is whole: go on with --resume auto", 130)
     return 0
-
-
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # the package around it
-        return False
 
 
 def _fail(error: Exception | str, code: int, alone: bool = False) -> int:

@@ -1,21 +1,24 @@
+import argparse
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from kpu_fast.config import load_config
 from kpu_fast.evaluate.result import EvaluateError
 from kpu_fast.reproduce import __main__ as command
 from kpu_fast.reproduce import ablation, report, scores, settings
-from kpu_fast.reproduce.train import TrainingFailed, make_mosaics, train
+from kpu_fast.reproduce.train import TrainingFailed, config_of, make_mosaics, train
 
 SCORES = {"zero_shot": 0.5, "knn": 0.6, "linear": 0.7, "ap": 0.2}
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,10 +59,12 @@ def test_only_what_is_between_the_marks_changes(tmp_path):
 @pytest.mark.parametrize("run", ablation.RUNS)
 def test_every_run_is_a_config(run):
     cfg = load_config(CONFIG, list(ablation.RUNS[run]))
-    paper = {"base_a": (None, False, False), "base_b": (True, False, False), "base_c": (True, True, False)}
-    adapter, t2s, rec = paper.get(run, (True, True, True))
-    assert (cfg.student.adapter is not None or None, cfg.objective.t2s, cfg.objective.rec) == (adapter, t2s, rec)
+    paper = {"base_a": (False, False), "base_b": (False, False), "base_c": (True, False)}
+    assert (cfg.objective.t2s, cfg.objective.rec) == paper.get(run, (True, True))
+    assert (cfg.student.adapter is None) == (run == "base_a")
     assert cfg.student.freeze_vit == (run != "base_a")
+    assert cfg.objective.balance == {"kpu_famo": "famo", "kpu_teacher_drop": "teacher_drop"}.get(run, "equal")
+    assert cfg.objective.standardize == {"kpu_phi_s": "phi_s"}.get(run, "none")
     assert set(cfg.teachers) == ({run.removesuffix("_only")} if run.endswith("_only") else {"clip", "gdino"})
     assert set(ablation.LABELS) == set(ablation.RUNS)
 
@@ -79,15 +84,16 @@ def test_mosaics_are_made_once_and_go_on(tmp_path):
 
 def test_results_that_are_there_are_read_and_not_made_again(tmp_path):
     made = []
+    args = argparse.Namespace(device=torch.device("cpu"), out=tmp_path)
     for _ in range(2):
-        found = scores.kept(tmp_path / "results/kpu-0.json", lambda: made.append(1) or SCORES, "cpu")
+        found = scores.kept(tmp_path / "results/kpu-0.json", lambda: made.append(1) or SCORES, args)
         assert found.items() >= SCORES.items()
         assert {"date", "device", "versions", "commit"} <= set(found)
     assert made == [1]
     assert report.read_results(tmp_path / "results") == {"kpu": [found]}
     (tmp_path / "results/kpu-0.json").write_text("")
     with pytest.raises(EvaluateError, match=r"kpu-0\.json: damaged"):
-        scores.kept(tmp_path / "results/kpu-0.json", lambda: SCORES, "cpu")
+        scores.kept(tmp_path / "results/kpu-0.json", lambda: SCORES, args)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +104,8 @@ def test_results_that_are_there_are_read_and_not_made_again(tmp_path):
         (["--report", "{tmp}/none.md"], "expected a page with the lines"),
         (["--zoo", "{tmp}"], "no clip/model.safetensors; python -m kpu_fast.zoo trains one"),
         (["--device", "abacus"], "--device abacus: "),
-        (["--test-images", str(ZOO / "images/tr*.tar")], "shares 1 files"),
+        (["--test-images", str(ZOO / "images/tr*.tar")], "--test-images: shares 1 files with --images"),
+        (["--report", "{tmp}/twice.md"], "expected a page with the lines"),
         (["--images", "{tmp}/nothing"], "nothing"),
         (["--images", "{tmp}/cifar-10-python.tar.gz:train"], "training reads image files"),
         (["--images", "{tmp}/unicorns"], "--images: the zoo's teachers were never told of dragon, unicorn"),
@@ -108,6 +115,7 @@ def test_results_that_are_there_are_read_and_not_made_again(tmp_path):
 )
 def test_what_cannot_be_used_is_named_before_the_work(options, message, tmp_path, capsys):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"")
+    (tmp_path / "twice.md").write_text(PAGE + PAGE)
     for name in ("dragon", "unicorn"):
         (tmp_path / "unicorns" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "unicorns" / name / "0.png")
@@ -120,8 +128,10 @@ def test_what_cannot_be_used_is_named_before_the_work(options, message, tmp_path
 def test_figures_of_other_settings_are_not_mixed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "make_mosaics", lambda *_: tmp_path)
     monkeypatch.setattr(command, "train", lambda *_: tmp_path)
-    monkeypatch.setattr(scores, "score_reference", lambda *_: SCORES)
-    monkeypatch.setattr(scores, "score_run", lambda *_: SCORES)
+    seen = SCORES | {"train_images": 1, "test_images": 1, "date": "2026", "device": "cpu", "versions": {"torch": "2"}}
+    monkeypatch.setattr(scores, "score_reference", lambda *_: seen)
+    monkeypatch.setattr(scores, "score_run", lambda *_: seen)
+    monkeypatch.setattr(report, "read_results", lambda *_: {"kpu": [seen]})
     images = shutil.copy(ZOO / "images/train.tar", tmp_path)
     same = ["--out", str(tmp_path / "out"), "--runs", "kpu", "--images", str(images)]
 
@@ -131,12 +141,12 @@ def test_figures_of_other_settings_are_not_mixed(tmp_path, capsys, monkeypatch):
 
     assert command.main([*same, "--seeds", "1"]) == 0
     assert command.main([*same, "--seeds", "2"]) == 0  # more seeds of the same
-    assert "was made with another --steps; choose another folder" in refused("--steps", "7")
+    assert "was made with different --steps; choose another folder" in refused("--steps", "7")
     config = json.loads(CONFIG.read_text()) | {"steps": 70}
     (tmp_path / "other.json").write_text(json.dumps(config))
-    assert "made with another --config; choose" in refused("--config", str(tmp_path / "other.json"))
+    assert "made with different --config; choose" in refused("--config", str(tmp_path / "other.json"))
     os.utime(images, (0, 0))
-    assert "made with another files of --images; choose" in refused()
+    assert "made with different files of --images; choose" in refused()
     (tmp_path / "out/settings.json").write_text("{")
     assert "settings.json: damaged" in refused()
 
@@ -145,22 +155,54 @@ def test_classes_without_names_are_the_zoos(tmp_path):
     class Images:
         classes, labels = None, [0, 9]
 
-    assert settings.class_names(Images, ZOO)[9] == "truck"
+    assert settings.zoo_classes(Images, ZOO)[9] == "truck"
     Images.labels = [10]
     with pytest.raises(EvaluateError, match="an image is of class 10, the zoo has 10 classes"):
-        settings.class_names(Images, ZOO)
+        settings.zoo_classes(Images, ZOO)
     Images.classes = ("fire_truck",) * 11
-    assert settings.class_names(Images, ZOO)[0] == "fire truck"
+    assert settings.zoo_classes(Images, ZOO)[0] == "fire truck"
 
 
 def test_a_training_that_leaves_no_student_is_told(tmp_path, monkeypatch):
     args = command._parser().parse_args(["--out", str(tmp_path), "--zoo", str(ZOO)])
+    args.images = str(ZOO / "images/train.tar")
     for code, message in ((3, "kpu-0: the training ended with exit code 3"), (0, "kpu-0: the training was stopped")):
         script = tmp_path / "train.py"
         script.write_text(f"raise SystemExit({code})")
         monkeypatch.setattr("kpu_fast.reproduce.train.TRAIN", script)
         with pytest.raises(TrainingFailed, match=message):
             train("kpu", 0, args)
+
+
+def test_a_run_of_another_configuration_is_not_gone_on_with(tmp_path):
+    args = command._parser().parse_args(["--out", str(tmp_path)])
+    folder = tmp_path / "kpu-0"
+    (folder / "student").mkdir(parents=True)
+    (folder / "student/config.json").write_text("{}")
+    config = config_of("kpu", 0, args).model_dump(mode="json")
+    config["source"] = "where the images were on another day"
+    (folder / "config.resolved.json").write_text(json.dumps({"config": config}))
+    assert train("kpu", 0, args) == folder
+    config["optimizer"]["lr"] = 1.0
+    (folder / "config.resolved.json").write_text(json.dumps({"config": config}))
+    with pytest.raises(EvaluateError, match="kpu-0: was trained with different optimizer; choose another --out"):
+        train("kpu", 0, args)
+
+
+def test_every_teacher_learns_from_the_images_that_were_checked(tmp_path):
+    """Also with a configuration whose teachers have sources of their own, and a longer warm-up than there are steps."""
+    tree = json.loads(CONFIG.read_text())
+    for teacher in tree["teachers"].values():
+        teacher["data"]["source"] = "/test/images"
+    tree["optimizer"]["warmup_steps"] = 7
+    (tmp_path / "own.json").write_text(json.dumps(tree))
+    args = command._parser().parse_args(
+        ["--out", str(tmp_path), "--config", str(tmp_path / "own.json"), "--steps", "5"]
+    )
+    cfg = config_of("kpu", 0, args)
+    assert cfg.teachers["clip"].data.source == args.images
+    assert cfg.teachers["gdino"].data.source == str(tmp_path / "mosaics")
+    assert (cfg.steps, cfg.optimizer.warmup_steps) == (5, 5)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -198,21 +240,29 @@ def test_from_images_to_the_table(tmp_path, monkeypatch):
     pytest.importorskip("pycocotools")
     pytest.importorskip("deepspeed")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scores, "MOSAICS_TEST", 3)
-    monkeypatch.setattr(scores, "GAP_BATCHES", 1)
-    for part in ("train", "test"):
-        (tmp_path / f"{part}.tar").symlink_to(ZOO / f"images/{part}.tar")
+    monkeypatch.setattr(ablation, "MOSAICS_TEST", 3)
+    monkeypatch.setattr(ablation, "GAP_BATCHES", 1)
+    (tmp_path / "train.tar").symlink_to(ZOO / "images/train.tar")
+    with tarfile.open(ZOO / "images/test.tar") as whole, tarfile.open(tmp_path / "test.tar", "w") as part:
+        for member in whole.getmembers()[:40]:  # an image and its class each: fewer than --test-limit
+            part.addfile(member, whole.extractfile(member))
     (tmp_path / "page.md").write_text(PAGE)
-    asked = ["--images", "train.tar", "--test-images", "test.tar", "--runs", "base_a", "kpu", "--seeds", "1"]
-    asked += ["--out", "my runs", "--steps", "1", "--mosaics", "4", "--train-limit", "60", "--test-limit", "20"]
+    columns = {
+        "base_a": {"zero_shot", "knn", "linear", "ap"},
+        "kpu": {"zero_shot", "knn", "linear", "ap", "gap"},
+        "clip_only": {"zero_shot", "knn", "linear"},
+        "gdino_only": {"knn", "linear", "ap"},
+    }
+    asked = ["--images", "train.tar", "--test-images", "test.tar", "--seeds", "1", "--runs", *columns]
+    asked += ["--out", "my runs", "--steps", "1", "--mosaics", "4", "--train-limit", "60", "--test-limit", "2000"]
     asked += ["--report", "page.md"]
     assert command.main(asked) == 0
     page = (tmp_path / "page.md").read_text()
     rows = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in page.splitlines() if row.startswith("| ")}
-    for run in ("base_a", "kpu"):
+    for run, expected in columns.items():
         found = report.read_results(tmp_path / "my runs/results")[run][0]
-        assert set(found) >= set(ablation.COLUMNS)
-        assert rows[ablation.LABELS[run]][0].strip() == f"{100 * found['zero_shot']:.1f}"
+        assert set(found) & {*ablation.COLUMNS, "gap"} == expected
+        assert rows[ablation.LABELS[run]][1].strip() == f"{100 * found['knn']:.1f}"
     assert "1 steps of 32 images of clip and 4 images of gdino; kNN and linear learn from 60 images; 20 test" in page
     assert (tmp_path / "img/reproduction.png").is_file()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "my runs").rglob("*")}

@@ -34,16 +34,19 @@ def read_images(key: str, source: str, limit: int | None = None, seed: int = 0) 
     return part
 
 
-def check_apart(train: str, test: str) -> None:
-    """Raises EvaluateError where a file of the source `train` is one of `test`. Copies of a file are not noticed."""
+def check_apart(train: str, test: str, keys: tuple[str, str] = ("--train-images", "--test-images")) -> None:
+    """Raises EvaluateError where a file of the source `train` is one of `test`. Copies of a file are not noticed.
+
+    keys: what the user calls the two.
+    """
     try:
         both = _files(train) & _files(test)
     except (OSError, ValueError) as error:
-        raise EvaluateError(f"--train-images, --test-images: {error}") from error
+        raise EvaluateError(f"{', '.join(keys)}: {error}") from error
     if both:
         raise EvaluateError(
-            f"--test-images: shares {len(both)} files with --train-images, such as {min(both)}; test on images that "
-            "nothing was learnt from"
+            f"{keys[1]}: shares {len(both)} files with {keys[0]}, such as {min(both)}; test on images that nothing was "
+            "learnt from"
         )
 
 

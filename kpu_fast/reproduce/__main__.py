@@ -13,13 +13,15 @@ import signal
 import sys
 from pathlib import Path
 
+from kpu_fast.evaluate.__main__ import NEEDED as EVALUATION
 from kpu_fast.evaluate.result import EvaluateError
 from kpu_fast.machine import missing
 from kpu_fast.reproduce import ablation, report, scores
 from kpu_fast.reproduce.settings import check, settle
-from kpu_fast.reproduce.train import TrainingFailed, make_mosaics, train
+from kpu_fast.reproduce.train import TrainingFailed, config_of, make_mosaics, train
+from kpu_fast.train import NEEDED as TRAINING
 
-NEEDED = "torch deepspeed transformers pydantic safetensors tqdm PIL sklearn matplotlib torchmetrics pycocotools scipy"
+NEEDED = f"{TRAINING} {EVALUATION} scipy"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -36,16 +38,19 @@ def main(argv: list[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         check(args)
-        settings = settle(args)
+        settle(args)
         make_mosaics(args.images, args.out / "mosaics", args.mosaics)
         references = {name: scores.score_reference(name, args) for name in ablation.REFERENCES}
         for seed in range(args.seeds):
             for run in args.runs:
                 scores.score_run(run, train(run, seed, args), args)
-        text = report.table(references, report.read_results(args.out / "results"))
+        results = report.read_results(args.out / "results")
+        every = [*references.values(), *(result for seeds in results.values() for result in seeds)]
+        told = report.conditions([config_of(run, 0, args) for run in results], every)
+        text = f"{report.table(references, results)}\n\n{told}"
         print(text)
         if args.report:
-            report.write_report(args.report, f"{text}\n\n{_conditions(args, settings, references)}")
+            report.write_report(args.report, text)
             report.save_curves(args.report.parent / "img/reproduction.png", args.out)
     except (EvaluateError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -65,15 +70,6 @@ def _terminate(*_) -> None:
     raise _Terminated
 
 
-def _conditions(args: argparse.Namespace, settings: dict, references: dict[str, dict]) -> str:
-    from kpu_fast.config import load_config
-    from kpu_fast.reproduce.train import overrides
-
-    cfg = load_config(args.config, overrides("kpu", 0, args))
-    batches = {name: teacher.data.batch_size for name, teacher in cfg.teachers.items()}
-    return report.conditions(settings, cfg.steps, batches, scores.MOSAICS_TEST, references["clip"])
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kpu_fast.reproduce", description="The paper's ablation, small.")
     add = parser.add_argument
@@ -83,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--runs", nargs="+", choices=ablation.RUNS, default=list(ablation.RUNS), help="default: all")
     add("--seeds", type=int, default=3, help="trainings of each run (default %(default)s)")
     add("--steps", type=int, help="of each training (default: the configuration's)")
-    add("--mosaics", type=int, default=4000, help="images for GroundingDINO to teach on (default %(default)s)")
+    add("--mosaics", type=int, default=8000, help="images for GroundingDINO to teach on (default %(default)s)")
     add("--train-limit", type=int, default=5000, help="images that kNN and linear learn from (default %(default)s)")
     add("--test-limit", type=int, default=2000, help="images to test on (default %(default)s)")
     add("--zoo", type=Path, default=zoo, metavar="DIR", help="the teachers (default: the repository's)")

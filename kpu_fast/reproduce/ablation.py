@@ -33,3 +33,5 @@ REFERENCES = {"clip": "teacher: CLIP", "gdino": "teacher: GroundingDINO", "dinov
 COLUMNS = {"zero_shot": "zero-shot top-1", "knn": "kNN top-1", "linear": "linear top-1", "ap": "AP"}
 GAPS = {"own": "own spaces", "common": "common space"}
 CANVAS = 192  # of the mosaics GroundingDINO learns and is tested on
+MOSAICS_TEST, MOSAICS_SEED = 300, 10**6  # that no training mosaic has
+GAP_BATCHES = 10

@@ -4,8 +4,8 @@ import json
 import statistics
 from pathlib import Path
 
-from kpu_fast.evaluate.result import replaced
-from kpu_fast.reproduce.ablation import COLUMNS, GAPS, LABELS, REFERENCES, RUNS
+from kpu_fast.evaluate.result import EvaluateError, replaced
+from kpu_fast.reproduce.ablation import COLUMNS, GAPS, LABELS, MOSAICS_TEST, REFERENCES, RUNS
 
 MARKS = "<!-- table: written by kpu_fast/reproduce -->", "<!-- table: end -->"
 
@@ -13,7 +13,15 @@ MARKS = "<!-- table: written by kpu_fast/reproduce -->", "<!-- table: end -->"
 def read_results(folder: Path) -> dict[str, list[dict]]:
     """run → the figures of its seeds, in the order of RUNS."""
     found = {run: sorted(folder.glob(f"{run}-*.json")) for run in RUNS}
-    return {run: [json.loads(path.read_text()) for path in paths] for run, paths in found.items() if paths}
+    return {run: [read_result(path) for path in paths] for run, paths in found.items() if paths}
+
+
+def read_result(path: Path) -> dict:
+    """What `scores.kept` wrote. Raises EvaluateError, naming the file, where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EvaluateError(f"{path}: damaged ({error}); remove it to measure again") from error
 
 
 def table(references: dict[str, dict], results: dict[str, list[dict]]) -> str:
@@ -32,15 +40,27 @@ def table(references: dict[str, dict], results: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
-def conditions(settings: dict, steps: int, batches: dict[str, int], mosaics: int, result: dict) -> str:
-    """One line that says under which conditions the table came about."""
+def conditions(configs: list, results: list[dict]) -> str:
+    """One line that says under which conditions the table came about.
+
+    configs: of the trainings. results: every file that the table was made from.
+    """
+    steps = _range(cfg.steps for cfg in configs)
+    batches = {name: teacher.data.batch_size for cfg in configs for name, teacher in cfg.teachers.items()}
     images = " and ".join(f"{count} images of {teacher}" for teacher, count in batches.items())
-    torch = result["versions"]["torch"]
+    known, unseen = (_range(result[key] for result in results) for key in ("train_images", "test_images"))
+    dates = _range(result["date"][:10] for result in results)
+    devices = ", ".join(sorted({result["device"] for result in results}))
+    torch = _range(result["versions"]["torch"] for result in results)
     return (
-        f"{steps} steps of {images}; kNN and linear learn from {settings['--train-limit']} images; "
-        f"{settings['--test-limit']} test images, {mosaics} mosaics of them. {result['device']}, torch {torch}, "
-        f"{result['date'][:10]}."
+        f"{steps} steps of {images}; kNN and linear learn from {known} images; {unseen} test images, {MOSAICS_TEST} "
+        f"mosaics of them. Evaluated on {devices}, torch {torch}, {dates}."
     )
+
+
+def _range(values) -> str:
+    low, *rest = sorted(set(values))
+    return f"{low}–{rest[-1]}" if rest else str(low)
 
 
 def _percent(values: list[float | None]) -> str:
@@ -54,16 +74,25 @@ def _spread(values: list[float], unit: str) -> str:
     return f"{statistics.mean(values):.1f}{unit}{spread}"
 
 
+def split_page(text: str) -> tuple[str, str] | None:
+    """What stands before and after the table, or None unless both marker lines are there, once and in order."""
+    before, mark, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    return (before, after) if mark and end and not any(m in before + after for m in MARKS) else None
+
+
 def write_report(page: Path, text: str) -> None:
     """Put the text between the marker lines of the page."""
-    before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
-    _, after = rest.split(MARKS[1])
+    before, after = split_page(page.read_text(encoding="utf-8"))
     with replaced("--report", page) as partial:
         partial.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def save_curves(path: Path, runs: Path) -> None:
-    """Draw each run's s2t losses over the steps, mean over seeds: one panel per teacher, one line per run."""
+    """Draw each run's s2t losses over the steps, mean over seeds: one panel per teacher, one line per run.
+
+    runs: --out; the runs that have a result are drawn, those in progress are not.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,13 +103,14 @@ def save_curves(path: Path, runs: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for axis, teacher in zip(axes, ("clip", "gdino"), strict=True):
         for run in RUNS:
-            seeds = [read_metrics(folder) for folder in sorted(runs.glob(f"{run}-[0-9]*"))]
-            seeds = [rows for rows in seeds if rows and f"{teacher}/s2t" in rows[-1]]
+            done = sorted((runs / "results").glob(f"{run}-[0-9]*.json"))
+            seeds = [read_metrics(runs / path.stem) for path in done]
+            seeds = [rows for rows in seeds if f"{teacher}/s2t" in rows[-1]]
             if not seeds:
                 continue
             steps = [row["step"] for row in seeds[0]]
-            losses = [statistics.mean(row[f"{teacher}/s2t"] for row in at) for at in zip(*seeds, strict=False)]
-            axis.plot(steps[: len(losses)], losses, label=run, linewidth=1.1)
+            losses = [statistics.mean(row[f"{teacher}/s2t"] for row in at) for at in zip(*seeds, strict=True)]
+            axis.plot(steps, losses, label=run, linewidth=1.1)
         axis.set_title(f"{teacher}: L_s2t", fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

@@ -2,20 +2,19 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from kpu_fast.evaluate.result import EvaluateError, replaced, with_circumstances
-from kpu_fast.reproduce.ablation import CANVAS, GAPS
-from kpu_fast.reproduce.settings import class_names
-
-MOSAICS_TEST, MOSAICS_SEED = 300, 10**6  # that no training mosaic has
-GAP_BATCHES = 10
+from kpu_fast.evaluate.result import replaced, settings_of, with_circumstances
+from kpu_fast.reproduce import ablation
+from kpu_fast.reproduce.report import read_result
+from kpu_fast.reproduce.settings import zoo_classes
 
 
 def score_reference(name: str, args: argparse.Namespace) -> dict:
     """The figures of a teacher, or of the sentinel before any training."""
-    return kept(args.out / "results" / f"{name}.json", lambda: _scores(args.zoo / name, name, args), args.device)
+    return kept(args.out / "results" / f"{name}.json", lambda: _scores(args.zoo / name, name, args), args)
 
 
 def score_run(run: str, folder: Path, args: argparse.Namespace) -> dict:
@@ -26,26 +25,21 @@ def score_run(run: str, folder: Path, args: argparse.Namespace) -> dict:
 
         found = _scores(folder / "student", run, args)
         if run not in ("base_a", "base_b", "clip_only", "gdino_only"):  # two teachers, and a common space
-            gap = std_gap(folder, batches=GAP_BATCHES, device=args.device)
-            found["gap"] = {space: gap[space]["gap"] for space in GAPS}
+            gap = std_gap(folder, batches=ablation.GAP_BATCHES, device=args.device)
+            found["gap"] = {space: gap[space]["gap"] for space in ablation.GAPS}
         return found
 
-    return kept(args.out / "results" / f"{folder.name}.json", scores, args.device)
+    return kept(args.out / "results" / f"{folder.name}.json", scores, args)
 
 
-def kept(path: Path, make: Callable[[], dict], device) -> dict:
+def kept(path: Path, make: Callable[[], dict], args: argparse.Namespace) -> dict:
     """What `make` returns, with its circumstances; from `path` where it is there. Fractions, not percent."""
-    import torch
-
     if not path.exists():
-        scores = with_circumstances("reproduce", make(), {}, torch.device(device))
+        scores = with_circumstances("reproduce", make(), settings_of(args), args.device)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced("--out", path) as partial:
             partial.write_text(json.dumps(scores, indent=1), encoding="utf-8")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EvaluateError(f"{path}: damaged ({error}); remove it to measure again") from error
+    return read_result(path)
 
 
 def _scores(model: Path, name: str, args: argparse.Namespace) -> dict:
@@ -55,20 +49,22 @@ def _scores(model: Path, name: str, args: argparse.Namespace) -> dict:
     from kpu_fast.evaluate.encoder import load_encoder
     from kpu_fast.evaluate.images import read_images
     from kpu_fast.evaluate.knn import collect, count_classes, nearest
-    from kpu_fast.evaluate.linear import regress
+    from kpu_fast.evaluate.linear import MAX_ITER, regress
     from kpu_fast.evaluate.zero_shot import embed_texts, zero_shot
     from kpu_fast.zoo.clip import TEMPLATES
 
     known = read_images("--images", args.images, args.train_limit)
     unseen = read_images("--test-images", args.test_images, args.test_limit)
-    names = class_names(unseen, args.zoo)
-    found = {}
+    names = zoo_classes(unseen, args.zoo)
+    found = {"train_images": len(known), "test_images": len(unseen)}
     if name != "gdino":  # whose teacher has no x
         encoder = load_encoder(model, device=args.device)
         classes, size = count_classes(known, unseen), encoder.image_size
         learnt, asked = (collect(encoder, images, size=size, description="x") for images in (known, unseen))
         found["knn"] = nearest(learnt, asked, classes, device=args.device)
-        found["linear"], _ = regress(learnt, asked, classes)
+        found["linear"], iterations = regress(learnt, asked, classes)
+        if iterations >= MAX_ITER:
+            print(f"warning: {name}: the linear probe has not converged in {iterations} iterations", file=sys.stderr)
         if name not in ("dinov2", "gdino_only"):
             texts = embed_texts(args.zoo / "clip", names, TEMPLATES, device=args.device)
             found["zero_shot"] = zero_shot(encoder, texts, unseen, size=size)["top1"]
@@ -76,6 +72,6 @@ def _scores(model: Path, name: str, args: argparse.Namespace) -> dict:
         detector = load_detector(args.zoo / "gdino", device=args.device)
         if name != "gdino":
             detector = see_through(detector, encoder, "gdino")
-        mosaics = Mosaics(unseen, MOSAICS_TEST, CANVAS, MOSAICS_SEED)
+        mosaics = Mosaics(unseen, ablation.MOSAICS_TEST, ablation.CANVAS, ablation.MOSAICS_SEED)
         found["ap"] = detect(detector, mosaics, names)["ap"]
     return found

@@ -1,22 +1,25 @@
 """What the figures in one --out depend on: checked before the work, and written down so that they stay of one kind."""
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from kpu_fast.evaluate.result import EvaluateError, check_writable, replaced
 from kpu_fast.machine import usable_device
-from kpu_fast.reproduce.ablation import REFERENCES
-from kpu_fast.reproduce.report import MARKS
-from kpu_fast.reproduce.train import overrides
+from kpu_fast.reproduce.ablation import CANVAS, GAP_BATCHES, MOSAICS_SEED, MOSAICS_TEST, REFERENCES
+from kpu_fast.reproduce.report import MARKS, split_page
+from kpu_fast.reproduce.train import config_of
 
 _KEPT = ("images", "test_images", "steps", "mosaics", "train_limit", "test_limit")
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises EvaluateError for what would fail after hours; makes the paths of `args` absolute."""
-    from kpu_fast.config import ConfigError, load_config
+    """Raises EvaluateError for what would fail after hours; makes the paths of `args` absolute, its device a device."""
     from kpu_fast.data.labelled import is_cifar
     from kpu_fast.evaluate.images import check_apart, read_images
 
@@ -28,13 +31,14 @@ def check(args: argparse.Namespace) -> None:
         if not (args.zoo / name / "model.safetensors").is_file():
             raise EvaluateError(f"--zoo {args.zoo}: no {name}/model.safetensors; python -m kpu_fast.zoo trains one")
     try:
-        usable_device(args.device)
+        args.device = usable_device(args.device)
     except ValueError as error:
         raise EvaluateError(str(error)) from error
     if is_cifar(args.images.removesuffix(":train")):
         raise EvaluateError(f"--images {args.images}: training reads image files; give a folder or .tar shards")
-    check_apart(args.images, args.test_images)
+    check_apart(args.images, args.test_images, ("--images", "--test-images"))
     args.zoo, args.out, args.config = (path.expanduser().resolve() for path in (args.zoo, args.out, args.config))
+    args.images, args.test_images = (os.path.abspath(os.path.expanduser(s)) for s in (args.images, args.test_images))
     known = _classes_of(args.zoo)
     for key, source in (("--images", args.images), ("--test-images", args.test_images)):
         images = read_images(key, source)
@@ -42,45 +46,46 @@ def check(args: argparse.Namespace) -> None:
         if foreign:
             raise EvaluateError(f"{key}: the zoo's teachers were never told of {', '.join(foreign[:5])}")
     if args.report:
-        text = args.report.read_text(encoding="utf-8") if args.report.is_file() else ""
-        if not all(mark in text for mark in MARKS):
-            raise EvaluateError(f"--report {args.report}: expected a page with the lines {' and '.join(MARKS)}")
+        args.report = args.report.expanduser().resolve()
+        if not args.report.is_file() or split_page(args.report.read_text(encoding="utf-8")) is None:
+            raise EvaluateError(f"--report {args.report}: expected a page with the lines {' and '.join(MARKS)}, once")
         check_writable("--report", args.report)
-    try:
-        for run in args.runs:
-            load_config(args.config, overrides(run, 0, args))
-    except ConfigError as error:
-        raise EvaluateError(f"--config {error}") from error
+    for run in args.runs:
+        config_of(run, 0, args)
 
 
 def settle(args: argparse.Namespace) -> dict:
     """Write down in --out what its figures depend on, or check that it is what it was; returns it."""
     settings = {f"--{key.replace('_', '-')}": getattr(args, key) for key in _KEPT}
+    settings |= {"canvas": CANVAS, "test mosaics": [MOSAICS_TEST, MOSAICS_SEED], "gap batches": GAP_BATCHES}
     for key in ("images", "test_images"):
         settings[f"files of --{key.replace('_', '-')}"] = _fingerprint(getattr(args, key))
-    files = {f"{name} in the zoo": args.zoo / name / "model.safetensors" for name in REFERENCES}
-    for name, path in {"--config": args.config, **files}.items():
-        settings[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for name in REFERENCES:  # as loaded: weights, configs, tokenizers; not the cards
+        files = sorted(path for path in (args.zoo / name).iterdir() if path.suffix in (".json", ".safetensors"))
+        settings[f"{name} in the zoo"] = _digest(files)
+    settings["--config"] = _digest([args.config])
     path = args.out / "settings.json"
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise EvaluateError(f"{path}: damaged ({error}); choose another --out") from error
-        changed = [key for key in settings if before.get(key) != settings[key]]
-        if changed:
-            raise EvaluateError(
-                f"--out {args.out}: what is there was made with another {', '.join(changed)}; choose another folder"
-            )
-        return before
-    if args.out.is_dir() and any(args.out.iterdir()):
-        raise EvaluateError(f"--out {args.out}: holds files but no settings.json to compare; choose another folder")
-    with replaced("--out", path) as partial:
-        partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    with _alone(args.out):
+        if path.is_file():
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise EvaluateError(f"{path}: damaged ({error}); choose another --out") from error
+            changed = [key for key in settings if before.get(key) != settings[key]]
+            if changed:
+                what = ", ".join(changed)
+                raise EvaluateError(
+                    f"--out {args.out}: what is there was made with different {what}; choose another folder"
+                )
+            return before
+        if any(not path.name.startswith(".") for path in args.out.iterdir()):
+            raise EvaluateError(f"--out {args.out}: holds files but no settings.json to compare; choose another folder")
+        with replaced("--out", path) as partial:
+            partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     return settings
 
 
-def class_names(images, zoo: Path) -> tuple[str, ...]:
+def zoo_classes(images, zoo: Path) -> tuple[str, ...]:
     """The classes' names by number: the images' own, else the zoo's, in its order."""
     names = images.classes or _classes_of(zoo)
     if max(images.labels) >= len(names):
@@ -96,6 +101,20 @@ def _classes_of(zoo: Path) -> list[str]:
         return json.loads(path.read_text(encoding="utf-8"))["classes"]
     except (OSError, ValueError, KeyError) as error:
         raise EvaluateError(f"--zoo: {path} does not tell CLIP's classes ({error})") from error
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One command at a time: several may share --out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as lock:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _digest(paths: list[Path]) -> str:
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in paths)).hexdigest()
 
 
 def _fingerprint(source: str) -> str:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from kpu_fast.evaluate.result import EvaluateError
@@ -43,8 +44,20 @@ def make_mosaics(source: str, folder: Path, count: int) -> Path:
     return folder
 
 
-def overrides(run: str, seed: int, args: argparse.Namespace) -> list[str]:
-    """What `run` sets over the training configuration; every path is absolute, wherever the command runs."""
+def config_of(run: str, seed: int, args: argparse.Namespace):
+    """The checked `Config` that `run` trains with. Raises EvaluateError where --config has none."""
+    from kpu_fast.config import ConfigError, load_config
+
+    try:
+        return load_config(args.config, _overrides(run, seed, args))
+    except ConfigError as error:
+        raise EvaluateError(f"--config {error}") from error
+
+
+def _overrides(run: str, seed: int, args: argparse.Namespace) -> list[str]:
+    """What `run` sets over the training configuration; every path is absolute, as those of `args` are."""
+    from kpu_fast.config import load_config
+
     values = {
         "name": f"{run}-{seed}",
         "output": str(args.out),
@@ -54,25 +67,29 @@ def overrides(run: str, seed: int, args: argparse.Namespace) -> list[str]:
     }
     if "teachers.clip=null" not in RUNS[run]:
         values["teachers.clip.weights"] = str(args.zoo / "clip")
+        values["teachers.clip.data.source"] = args.images
     if "teachers.gdino=null" not in RUNS[run]:
         values["teachers.gdino.weights"] = str(args.zoo / "gdino")
         values["teachers.gdino.data.source"] = str(args.out / "mosaics")
     if args.steps is not None:
-        values |= {"steps": args.steps, "optimizer.warmup_steps": min(20, args.steps)}
+        warmup = load_config(args.config).optimizer.warmup_steps
+        values |= {"steps": args.steps, "optimizer.warmup_steps": min(warmup, args.steps)}
     return [f"{key}={json.dumps(value)}" for key, value in values.items()] + list(RUNS[run])
 
 
 def train(run: str, seed: int, args: argparse.Namespace) -> Path:
     """Train one student unless its export is there; returns the folder of its run.
 
-    Raises TrainingFailed. What ends this command ends the training with it, at its next step, with a checkpoint.
+    Raises TrainingFailed, and EvaluateError where the folder holds a run of another configuration. Ctrl-C and SIGTERM
+    end the training with this command, at its next step, with a checkpoint.
     """
     folder = args.out / f"{run}-{seed}"
+    _check_same(folder, config_of(run, seed, args))
     if (folder / "student/config.json").is_file():
         return folder
     print(f"--- {folder.name}", flush=True)
     command = [sys.executable, str(TRAIN), "--config", str(args.config), "--resume", "auto"]
-    child = subprocess.Popen([*command, "--set", *overrides(run, seed, args)])
+    child = subprocess.Popen([*command, "--set", *_overrides(run, seed, args)])
     try:
         code = child.wait()
     except BaseException:
@@ -84,3 +101,25 @@ def train(run: str, seed: int, args: argparse.Namespace) -> Path:
     if not (folder / "student/config.json").is_file():
         raise TrainingFailed(f"{folder.name}: the training was stopped; the same command goes on")
     return folder
+
+
+def _check_same(folder: Path, cfg) -> None:
+    """Raises EvaluateError unless the run in `folder`, if there is one, was begun with `cfg`."""
+    path = folder / "config.resolved.json"
+    if not path.is_file():
+        return
+    try:
+        before = _without_places(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except (ValueError, KeyError) as error:
+        raise EvaluateError(f"{path}: damaged ({error}); remove {folder} to train again") from error
+    now = _without_places(cfg.model_dump(mode="json"))
+    changed = [key for key in now if before.get(key) != now[key]]
+    if changed:
+        raise EvaluateError(f"{folder}: was trained with different {', '.join(changed)}; choose another --out")
+
+
+def _without_places(tree):
+    """The settings without where things lie: what lies there is compared by its contents, in settings.json."""
+    if not isinstance(tree, Mapping):
+        return tree
+    return {key: _without_places(v) for key, v in tree.items() if key not in ("source", "weights", "output")}

@@ -143,9 +143,10 @@ def _bank(train: Pixels, seed: int) -> Pixels:
 def _check(images: LabelledImages, test_images: LabelledImages, classes, only) -> tuple[str, ...]:
     """The classes' names. Raises ZooError for whatever would be of no use, or fail, after hours of training."""
     try:
-        check_apart(*(f"{s}:train" if is_cifar(s) else s for s in (images.source, test_images.source)))
+        sources = (f"{s}:train" if is_cifar(s) else s for s in (images.source, test_images.source))
+        check_apart(*sources, ("--images", "--test-images"))
     except EvaluateError as error:
-        raise ZooError(str(error).replace("--train-images", "--images")) from error
+        raise ZooError(str(error)) from error
     classes = _spaced(classes or images.classes or test_images.classes)
     if not classes:
         raise ZooError(

@@ -1,3 +1,4 @@
+import functools
 import sys
 import types
 
@@ -66,6 +67,27 @@ def test_bf16_gradients_equal_those_of_softmax_in_float64(backend):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == torch.bfloat16
         assert (a.double() - b).norm() < 2e-2 * b.norm()
+
+
+@pytest.mark.parametrize(
+    ("backend", "gradient", "compiled", "plain"),
+    [
+        ("auto", True, False, True),
+        ("auto", False, False, False),
+        ("sdpa", True, False, False),
+        ("auto", True, True, False),
+    ],
+)
+def test_who_takes_plain_products(backend, gradient, compiled, plain, monkeypatch):
+    taken, products = [], module._products
+    monkeypatch.setattr(module, "_products", lambda *tensors: taken.append(1) or products(*tensors))
+    activate_backend(backend)
+    call = functools.partial(attention, backend=backend)
+    if compiled:
+        torch._dynamo.reset()
+        call = torch.compile(call, backend="eager")
+    call(*[x.requires_grad_(gradient) for x in qkv(torch.bfloat16)])
+    assert bool(taken) == plain
 
 
 def test_plain_products_only_where_they_were_measured_to_be_faster(monkeypatch):
