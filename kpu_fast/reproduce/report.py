@@ -89,9 +89,10 @@ def write_report(page: Path, text: str) -> None:
 
 
 def save_curves(path: Path, runs: Path) -> None:
-    """Draw each run's s2t losses over the steps, mean over seeds: one panel per teacher, one line per run.
+    """Draw each run's s2t losses over the steps: one panel per teacher, one line per run.
 
-    runs: --out; the runs that have a result are drawn, those in progress are not.
+    A point is the mean over all seeds and a fiftieth of the steps. runs: --out, of which the runs that have a result
+    are drawn.
     """
     import matplotlib
 
@@ -102,16 +103,19 @@ def save_curves(path: Path, runs: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for axis, teacher in zip(axes, ("clip", "gdino"), strict=True):
-        for run in RUNS:
+        for number, run in enumerate(RUNS):
             done = sorted((runs / "results").glob(f"{run}-[0-9]*.json"))
             seeds = [read_metrics(runs / path.stem) for path in done]
             seeds = [rows for rows in seeds if f"{teacher}/s2t" in rows[-1]]
             if not seeds:
                 continue
-            steps = [row["step"] for row in seeds[0]]
-            losses = [statistics.mean(row[f"{teacher}/s2t"] for row in at) for at in zip(*seeds, strict=True)]
-            axis.plot(steps, losses, label=run, linewidth=1.1)
-        axis.set_title(f"{teacher}: L_s2t", fontsize=10)
+            width = max(1, len(seeds[0]) // 50)
+            stretches = [[row for rows in seeds for row in rows[i : i + width]] for i in range(0, len(seeds[0]), width)]
+            steps = [statistics.mean(row["step"] for row in rows) for rows in stretches]
+            losses = [statistics.mean(row[f"{teacher}/s2t"] for row in rows) for rows in stretches]
+            axis.plot(steps, losses, label=run, linewidth=1.2, color=f"C{number}")
+        axis.set_title(f"{teacher}: L_s2t (PHI-S: of standardised features)", fontsize=10)
+        axis.set_yscale("log")
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
