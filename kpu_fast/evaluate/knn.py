@@ -36,8 +36,7 @@ def knn(
     classes = count_classes(train, test)
     space = None if teacher_name is None else encoder.space(teacher_name)
     common = dict(size=size, features=features, batch_size=batch_size, workers=workers, space=space)
-    known = collect(encoder, train, description="knn: train", **common)
-    asked = collect(encoder, test, description="knn: test", **common)
+    known, asked = collect_both(encoder, train, test, task="knn", **common)
     top1 = nearest(known, asked, classes, k=k, temperature=temperature, device=encoder.device)
     seen = {"images": len(test), "train_images": len(train), "size": size, "head": space}
     return {"top1": top1, "k": min(k, len(train)), **seen}
@@ -52,7 +51,7 @@ def nearest(
     temperature: float = TEMPERATURE,
     device="cpu",
 ) -> float:
-    """Top-1 accuracy on `asked` by the votes of `known`; both as `collect` gives them."""
+    """Top-1 accuracy on `asked` by the votes of `known`; both as `collect_both` gives them."""
     from torchmetrics.classification import MulticlassAccuracy
 
     vectors, labels = F.normalize(known[0], dim=1).to(device), known[1].to(device)
@@ -75,18 +74,35 @@ def vote(queries: Tensor, known: Tensor, labels: Tensor, classes: int, k: int, t
     return weights.new_zeros(len(queries), classes).scatter_add_(1, label.gather(1, best.indices), weights)
 
 
-def collect(
+def collect_both(
+    encoder: Encoder,
+    train: Dataset,
+    test: Dataset,
+    *,
+    size: int,
+    task: str,
+    features: str = "x",
+    batch_size: int = 64,
+    workers: int = 0,
+    space: str | None = None,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Features (N, C) float32 and labels (N,) of all images of `train`, and of `test`, on the CPU; bars say `task`."""
+    common = dict(size=size, features=features, batch_size=batch_size, workers=workers, space=space)
+    known = _collect(encoder, train, description=f"{task}: train", **common)
+    return known, _collect(encoder, test, description=f"{task}: test", **common)
+
+
+def _collect(
     encoder: Encoder,
     images: Dataset,
     *,
     size: int,
     description: str,
-    features: str = "x",
-    batch_size: int = 64,
-    workers: int = 0,
-    space: str | None = None,
+    features: str,
+    batch_size: int,
+    workers: int,
+    space: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Features (N, C) float32 and labels (N,) of all images, on the CPU."""
     parts = [
         (vectors.cpu(), labels.clone())  # a copy: what a worker sent is an open file, until it is gone
         for vectors, labels in walk(

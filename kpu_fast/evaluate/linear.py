@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kpu_fast.evaluate.encoder import Encoder, load_encoder
-from kpu_fast.evaluate.knn import add_image_arguments, collect, count_classes, read_pair, settings
+from kpu_fast.evaluate.knn import add_image_arguments, collect_both, count_classes, read_pair, settings
 from kpu_fast.evaluate.result import EvaluateError
 
 C, MAX_ITER = 1.0, 1000
@@ -38,8 +38,7 @@ def linear(
     _check_several(train.labels)  # before the hours that encoding may take
     space = None if teacher_name is None else encoder.space(teacher_name)
     common = dict(size=size, features=features, batch_size=batch_size, workers=workers, space=space)
-    known = collect(encoder, train, description="linear: train", **common)
-    asked = collect(encoder, test, description="linear: test", **common)
+    known, asked = collect_both(encoder, train, test, task="linear", **common)
     channels = known[0].shape[1]
     print(f"linear: fitting {len(train)} images, {channels} channels, {classes} classes", file=sys.stderr, flush=True)
     top1, iterations = regress(known, asked, classes, c=c, max_iter=max_iter)
@@ -62,7 +61,7 @@ def regress(
     c: float = C,
     max_iter: int = MAX_ITER,
 ) -> tuple[float, int]:
-    """Top-1 accuracy on `asked` of a regression fitted on `known`, both as `knn.collect` gives them; iterations of it.
+    """Top-1 accuracy on `asked` of a regression fitted on `known`, as `knn.collect_both` gives them; its iterations.
 
     Raises EvaluateError where `known` is of one class only.
     """

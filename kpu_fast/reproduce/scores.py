@@ -24,7 +24,8 @@ def score_run(run: str, folder: Path, args: argparse.Namespace) -> dict:
         from kpu_fast.evaluate.std_gap import std_gap
 
         found = _scores(folder / "student", run, args)
-        if run not in ("base_a", "base_b", "clip_only", "gdino_only"):  # two teachers, and a common space
+        # Two teachers, and a common space.
+        if not {"objective.t2s=false", "teachers.clip=null", "teachers.gdino=null"} & set(ablation.RUNS[run]):
             gap = std_gap(folder, batches=ablation.GAP_BATCHES, device=args.device)
             found["gap"] = {space: gap[space]["gap"] for space in ablation.GAPS}
         return found
@@ -48,7 +49,7 @@ def _scores(model: Path, name: str, args: argparse.Namespace) -> dict:
     from kpu_fast.evaluate.detect import detect, load_detector, see_through
     from kpu_fast.evaluate.encoder import load_encoder
     from kpu_fast.evaluate.images import read_images
-    from kpu_fast.evaluate.knn import collect, count_classes, nearest
+    from kpu_fast.evaluate.knn import collect_both, count_classes, nearest
     from kpu_fast.evaluate.linear import MAX_ITER, regress
     from kpu_fast.evaluate.zero_shot import embed_texts, zero_shot
     from kpu_fast.zoo.clip import TEMPLATES
@@ -60,7 +61,7 @@ def _scores(model: Path, name: str, args: argparse.Namespace) -> dict:
     if name != "gdino":  # whose teacher has no x
         encoder = load_encoder(model, device=args.device)
         classes, size = count_classes(known, unseen), encoder.image_size
-        learnt, asked = (collect(encoder, images, size=size, description="x") for images in (known, unseen))
+        learnt, asked = collect_both(encoder, known, unseen, size=size, task="x")
         found["knn"] = nearest(learnt, asked, classes, device=args.device)
         found["linear"], iterations = regress(learnt, asked, classes)
         if iterations >= MAX_ITER:

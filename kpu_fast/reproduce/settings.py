@@ -54,8 +54,8 @@ def check(args: argparse.Namespace) -> None:
         config_of(run, 0, args)
 
 
-def settle(args: argparse.Namespace) -> dict:
-    """Write down in --out what its figures depend on, or check that it is what it was; returns it."""
+def settle(args: argparse.Namespace) -> None:
+    """Write down in --out what its figures depend on, or check that it is what it was."""
     settings = {f"--{key.replace('_', '-')}": getattr(args, key) for key in _KEPT}
     settings |= {"canvas": CANVAS, "test mosaics": [MOSAICS_TEST, MOSAICS_SEED], "gap batches": GAP_BATCHES}
     for key in ("images", "test_images"):
@@ -77,12 +77,11 @@ def settle(args: argparse.Namespace) -> dict:
                 raise EvaluateError(
                     f"--out {args.out}: what is there was made with different {what}; choose another folder"
                 )
-            return before
+            return
         if any(not path.name.startswith(".") for path in args.out.iterdir()):
             raise EvaluateError(f"--out {args.out}: holds files but no settings.json to compare; choose another folder")
         with replaced("--out", path) as partial:
             partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    return settings
 
 
 def zoo_classes(images, zoo: Path) -> tuple[str, ...]:
