@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .align import align_loss, check_options, check_tensors, takes_triton
 from .align_op import NO_DOUBLE, gradient_in_forward, may_overwrite
-from .launch import is_differentiated, is_plain, is_transformed, token_strides
+from .launch import NAMESPACE, is_differentiated, is_plain, is_transformed, token_strides
 
 
 class AlignTerm(NamedTuple):
@@ -106,7 +106,7 @@ def _allocate(sources, targets, need_source, need_target):
 
 
 _forward = torch.library.custom_op(
-    "kpu_fast::align_group_forward",
+    f"{NAMESPACE}::align_group_forward",
     _run_forward,
     mutates_args=(),
     schema="(Tensor[] sources, Tensor[] targets, Tensor?[] means, Tensor?[] stds, Tensor?[] valids, "

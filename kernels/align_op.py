@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import align_torch
-from .launch import batch_by_loop, is_differentiated, is_plain
+from .launch import NAMESPACE, batch_by_loop, is_differentiated, is_plain
 from .resize import channels_last, empty_map, resize_backward, run_resize_backward
 
 NO_DOUBLE = (
@@ -44,7 +44,7 @@ def _run_forward(
 
 
 _forward = torch.library.custom_op(
-    "kpu_fast::align_forward",
+    f"{NAMESPACE}::align_forward",
     _run_forward,
     mutates_args=(),
     schema="(Tensor source, Tensor target, Tensor? mean, Tensor? std, Tensor? valid, "
@@ -119,7 +119,7 @@ def _run_recompute(
 
 
 _recompute = torch.library.custom_op(
-    "kpu_fast::align_backward",
+    f"{NAMESPACE}::align_backward",
     _run_recompute,
     mutates_args=(),
     schema="(Tensor upstream, Tensor source, Tensor target, Tensor? mean, Tensor? std, Tensor? valid, Tensor share, "

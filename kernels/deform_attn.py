@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .launch import MAX_HEAD_CHANNELS, MAX_MAPS, batch_by_loop, check_float, choose_impl, is_transformed
+from .launch import MAX_HEAD_CHANNELS, MAX_MAPS, NAMESPACE, batch_by_loop, check_float, choose_impl, is_transformed
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -58,7 +58,7 @@ _INPUTS = "Tensor value, Tensor? shapes, SymInt[] sizes, Tensor locations, Tenso
 
 
 @torch.library.custom_op(
-    "kpu_fast::deform_attn_forward",
+    f"{NAMESPACE}::deform_attn_forward",
     mutates_args=(),
     schema=f"({_INPUTS}, bool deterministic) -> Tensor",
 )
@@ -86,7 +86,7 @@ def _two_by_two(sizes: Sequence[int]) -> list[tuple[int, int]]:
 
 
 @torch.library.custom_op(
-    "kpu_fast::deform_attn_backward",
+    f"{NAMESPACE}::deform_attn_backward",
     mutates_args=(),
     schema=f"(Tensor grad, {_INPUTS}, bool deterministic, bool need_value, bool need_locations, bool need_weights)"
     " -> (Tensor, Tensor, Tensor)",

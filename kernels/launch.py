@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# Of our operators in torch. Every copy of this package has its own, under whatever name it is imported: registering an
+# operator's name again frees the first registration under those who hold it, and their next call reads freed memory.
+NAMESPACE = __package__.removesuffix(".kernels").replace(".", "_")
+
 IMPLS = ("auto", "triton", "torch")
 MAX_CHANNELS = 4096  # align_loss holds a whole token in registers; the widest teacher in sight has 1536
 MAX_TOKENS = 2**31 - 2**12  # of a map in the kernels, which number them, and a last tile's width more, in int32

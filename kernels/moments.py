@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, distributed
 
-from .launch import check_float, choose_impl
+from .launch import NAMESPACE, check_float, choose_impl
 
 # Numbers at once in the torch path. Of 2¹⁶…2²¹ within 20 % of the fastest for (32, 14, 14, 768), channels last and
 # first, and (4, 100, 168, 192), float32, on 1 thread of a shared x86 server, November 2026.
@@ -71,7 +71,7 @@ def moments_reference(x: Tensor, *, valid: Tensor | None = None) -> Moments:
 
 
 @torch.library.custom_op(
-    "kpu_fast::moments", mutates_args=(), schema="(Tensor x, Tensor? valid, bool triton) -> Tensor"
+    f"{NAMESPACE}::moments", mutates_args=(), schema="(Tensor x, Tensor? valid, bool triton) -> Tensor"
 )
 def _moments(x, valid, triton):
     """n, Σx and Σx² of x (A, B, N, C) with valid (A, B, N), packed into (1 + 2·C,) float64."""

@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import MAX_SIDE, MAX_TOKENS, batch_by_loop, check_float, choose_impl, is_differentiated, is_transformed
+from .launch import (
+    MAX_SIDE,
+    MAX_TOKENS,
+    NAMESPACE,
+    batch_by_loop,
+    check_float,
+    choose_impl,
+    is_differentiated,
+    is_transformed,
+)
 
 LAYOUTS = ("NHWC", "NCHW")
 
@@ -123,7 +132,7 @@ def empty_map(like: Tensor, height: int, width: int) -> Tensor:
 
 
 @torch.library.custom_op(
-    "kpu_fast::resize_bilinear", mutates_args=(), schema="(Tensor x, SymInt h, SymInt w, bool corners) -> Tensor"
+    f"{NAMESPACE}::resize_bilinear", mutates_args=(), schema="(Tensor x, SymInt h, SymInt w, bool corners) -> Tensor"
 )
 def _resize(x, h, w, corners):
     from .resize_triton import launch_resize
@@ -156,7 +165,7 @@ def run_resize_backward(grad, scale, h, w, adjacent, corners, triton):
 
 
 resize_backward = torch.library.custom_op(
-    "kpu_fast::resize_bilinear_backward",
+    f"{NAMESPACE}::resize_bilinear_backward",
     run_resize_backward,
     mutates_args=(),
     schema="(Tensor grad, Tensor? scale, SymInt h, SymInt w, bool adjacent, bool corners, bool triton) -> Tensor",
