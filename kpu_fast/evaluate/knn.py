@@ -119,12 +119,12 @@ def count_classes(train: Dataset, test: Dataset) -> int:
     """How many classes the sets number. Raises EvaluateError where they name them differently, or there is only one."""
     if train.classes and test.classes and train.classes != test.classes:
         raise EvaluateError(
-            f"--test-images: its classes {list(test.classes)[:5]} are not those of --train-images, "
+            f"the classes of the test images {list(test.classes)[:5]} are not those of the images to learn from, "
             f"{list(train.classes)[:5]}; numbers would mean different things"
         )
     classes = max(max(train.labels), max(test.labels)) + 1
     if classes < 2:
-        raise EvaluateError("--train-images: images of one class only; nothing can be told apart")
+        raise EvaluateError("the images to learn from and to test on are of one class only; nothing can be told apart")
     return classes
 
 

@@ -85,7 +85,10 @@ def fit(
             "facts": facts,
         }
         temporary = folder / "checkpoint.tmp"
-        torch.save(values, temporary)
+        try:
+            torch.save(values, temporary)
+        except RuntimeError as error:  # what a full disk comes as
+            raise OSError(f"{temporary} cannot be written ({error})") from error
         os.replace(temporary, folder / "checkpoint.pt")
 
     bar = tqdm(total=state["steps"], initial=state["step"], desc=name, unit="step", dynamic_ncols=True, mininterval=5)

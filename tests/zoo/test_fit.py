@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +88,13 @@ def test_what_a_checkpoint_must_agree_with(tmp_path):
             run(tmp_path, **change)
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(ZooError, match=r"checkpoint\.pt: not a checkpoint"):
+        run(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_an_os_error(tmp_path):
+    (tmp_path / "checkpoint.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"checkpoint\.tmp cannot be written"):
         run(tmp_path)
 
 
