@@ -14,13 +14,24 @@
 # elsewhere three sums per token (s·t, s·s, t·t) are kept and the gradient is made in the backward. So is that of
 # float16, which would lose a gradient of size 1/(N·C) to underflow before a loss scaler could save it.
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .align_op import align
 from .align_torch import EPS, compute_dtype
-from .launch import IMPLS, MAX_CHANNELS, MAX_SIDE, MAX_TOKENS, check_float, choose_impl, is_transformed
+from .launch import (
+    IMPLS,
+    MAX_CHANNELS,
+    MAX_SIDE,
+    MAX_TOKENS,
+    check_float,
+    check_tensor,
+    choose_impl,
+    is_transformed,
+)
 from .resize import resize_bilinear_reference
 
 
@@ -52,17 +63,18 @@ def align_loss_reference(
     target = target.to(common).masked_fill(~keep[..., None], 0)
 
     smooth = F.smooth_l1_loss(source, target, beta=beta, reduction="none").mean(-1)  # (B, H, W)
-    count = keep.reshape(len(keep), -1).sum(1)  # (B,)
+    batch = keep.shape[0]
+    count = keep.reshape(batch, -1).sum(1)  # (B,)
     if cos_over == "map":
         cosine = _cosine_reference(source.flatten(1), target.flatten(1))  # (B,)
-        l1 = smooth.reshape(len(keep), -1).sum(1) / count.clamp(min=1)
+        l1 = smooth.reshape(batch, -1).sum(1) / count.clamp(min=1)
         sample = torch.where(count > 0, cos_weight * (1 - cosine) + l1_weight * l1, 0)
         return sample if reduction == "sample" else sample.sum() / (count > 0).sum().clamp(min=1)
     token = torch.where(keep, cos_weight * (1 - _cosine_reference(source, target)) + l1_weight * smooth, 0)
     if reduction == "token":
         return token
     if reduction == "sample":
-        return token.reshape(len(keep), -1).sum(1) / count.clamp(min=1)
+        return token.reshape(batch, -1).sum(1) / count.clamp(min=1)
     return token.sum() / count.sum().clamp(min=1)
 
 
@@ -178,7 +190,7 @@ class AlignLoss(nn.Module):
 def takes_triton(impl: str, source: Tensor, target: Tensor, resized: bool = False) -> bool:
     """Whether `align_loss` runs these sides in its kernels; raises where "triton" was asked for and cannot."""
     fits = not resized or max(*source.shape[1:3], *target.shape[1:3]) <= MAX_SIDE
-    fits &= all(x.shape[-1] <= MAX_CHANNELS and x.shape[:-1].numel() <= MAX_TOKENS for x in (source, target))
+    fits &= all(x.shape[-1] <= MAX_CHANNELS and math.prod(x.shape[:-1]) <= MAX_TOKENS for x in (source, target))
     return choose_impl(impl, source, target, supported=fits) == "triton"
 
 
@@ -187,7 +199,7 @@ def check_options(weights, resize, cos_over, reduction, impl) -> None:
     for name, found in zip(("cos_weight", "l1_weight", "beta"), weights, strict=True):
         if isinstance(found, Tensor):  # reading it would wait for the GPU and lose its gradient
             raise TypeError(f"{name}: expected a number, found a tensor; multiply the loss by it instead")
-        if found is None or isinstance(found, str):
+        if not hasattr(found, "__float__"):
             raise TypeError(f"{name}: expected a number, found {found!r}")
     for name, found, allowed in (
         ("impl", impl, IMPLS),
@@ -207,18 +219,20 @@ def check_options(weights, resize, cos_over, reduction, impl) -> None:
 def check_tensors(source, target, resize, mean, std, valid) -> None:
     """Raise what `align_loss` promises for tensors that do not fit together."""
     for name, x in (("source", source), ("target", target)):
+        check_float(name, x)
         if x.dim() not in (2, 3, 4):
             raise ValueError(f"{name}: expected (B, H, W, C), (B, N, C) or (B, C), found shape {tuple(x.shape)}")
         if 0 in x.shape:
             raise ValueError(f"{name}: expected at least one sample, token and channel, found shape {tuple(x.shape)}")
-        check_float(name, x)
     both = f"source {tuple(source.shape)} and target {tuple(target.shape)}"
     if source.dim() != target.dim() or source.shape[0] != target.shape[0]:
         raise ValueError(f"source, target: expected equal rank and batch, found {both}")
     if source.shape[-1] != target.shape[-1]:
         raise ValueError(f"source, target: expected equal channels (last dimension), found {both}; project one")
     if source.shape != target.shape and (resize is None or source.dim() != 4):
-        fix = 'pass resize="source" or "target"' if source.dim() == 4 else "only (B, H, W, C) maps can be resized"
+        fix = "only (B, H, W, C) maps can be resized"
+        if source.dim() == 4:
+            fix = 'align_loss with resize="source" or "target" brings one to the grid of the other'
         raise ValueError(f"source, target: expected equal grids, found {both}; {fix}")
     grid = tuple((target if resize == "source" else source).shape[:-1])
     for name, x, shape in (
@@ -229,6 +243,7 @@ def check_tensors(source, target, resize, mean, std, valid) -> None:
     ):
         if x is None:
             continue
+        check_tensor(name, x)
         if tuple(x.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, found {tuple(x.shape)}")
         if x.device != source.device:

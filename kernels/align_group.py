@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .align import align_loss, check_options, check_tensors, takes_triton
-from .align_op import NO_DOUBLE, gradient_in_forward, may_overwrite
+from .align_op import NO_DOUBLE, gradient_in_forward, may_overwrite, scaled
 from .launch import NAMESPACE, is_differentiated, is_plain, is_transformed, token_strides
 
 
@@ -39,10 +39,13 @@ def align_losses(terms: Sequence[AlignTerm], *, impl: str = "auto") -> Tensor:
     Returns float32, or float64 when a tensor is float64. Raises what `align_loss` raises, with the term's number, and
     ValueError for no terms and for terms on several devices.
     """
+    terms = list(terms)
     if not terms:
         raise ValueError("align_losses: expected at least one term, found none")
     together = []
     for number, term in enumerate(terms):
+        if not isinstance(term, AlignTerm):
+            raise TypeError(f"term {number}: expected an AlignTerm, found {type(term).__name__}")
         try:
             check_options(term[2:5], None, "token", "mean", impl)
             check_tensors(term.source, term.target, None, term.target_mean, term.target_std, term.valid)
@@ -135,15 +138,15 @@ def _scaled(ctx, upstream) -> list[Tensor | None]:
     places = list(range(len(ctx.needs) // 2)) * 2
     wanted = [(grad, place) for grad, place, need in zip(ctx.saved_tensors, places, ctx.needs, strict=True) if need]
     if not wanted:
-        scaled = iter(())
+        products = iter(())
     elif may_overwrite(wanted[0][0], upstream):
         from .align_group_launch import launch_group_scale
 
         launch_group_scale(*zip(*wanted, strict=True), upstream)
-        scaled = iter([grad for grad, _ in wanted])
+        products = iter([grad for grad, _ in wanted])
     else:
-        scaled = iter([grad * upstream[place] for grad, place in wanted])
-    return [next(scaled) if need else None for need in ctx.needs]
+        products = iter([scaled(grad, upstream[place]) for grad, place in wanted])
+    return [next(products) if need else None for need in ctx.needs]
 
 
 def _save_operator(ctx, inputs, output):

@@ -149,7 +149,15 @@ def _scale(grad, factor, triton):
 
         launch_scale(grad, factor)
     elif grad.device.type != "cpu" or factor != 1:
-        grad.mul_(factor)
+        if grad.dtype.itemsize == 2:
+            grad.copy_(scaled(grad, factor))
+        else:
+            grad.mul_(factor)
+
+
+def scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad * factor in grad's dtype, rounded once: of itself torch rounds a scalar factor to bfloat16 beforehand."""
+    return (grad.to(torch.promote_types(grad.dtype, factor.dtype)) * factor).to(grad.dtype)
 
 
 def _save(ctx, inputs, output):
@@ -160,7 +168,11 @@ def _save(ctx, inputs, output):
     ctx.sides = tuple((*side.shape[1:3], channels_last(side)) for side in (source, target))
     ctx.weights, ctx.resize, ctx.corners, ctx.triton = weights, resize, corners, triton
     ctx.needs = need_s, need_t
-    ctx.save_for_backward(*(grads if ctx.early else (source, target, mean, std, valid, share, stats)))
+    if ctx.early:
+        ctx.save_for_backward(*grads)
+    else:  # running statistics may move on before the backward, which needs those of the forward
+        mean, std = (x if x is None else x.clone() for x in (mean, std))
+        ctx.save_for_backward(source, target, mean, std, valid, share, stats)
 
 
 def _backward(ctx, upstream, recompute, gather):
@@ -184,7 +196,7 @@ def _scaled(ctx, grad: Tensor, upstream: Tensor, gather, name: str, side: tuple)
     if ctx.resize == name:
         return gather(grad, upstream, *side, ctx.corners, ctx.triton)
     if not may_overwrite(grad, upstream):
-        return grad * upstream
+        return scaled(grad, upstream)
     _scale(grad, upstream, ctx.triton)
     return grad
 

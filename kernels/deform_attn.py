@@ -18,7 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .launch import MAX_HEAD_CHANNELS, MAX_MAPS, NAMESPACE, batch_by_loop, check_float, choose_impl, is_transformed
+from .launch import (
+    MAX_HEAD_CHANNELS,
+    MAX_MAPS,
+    NAMESPACE,
+    batch_by_loop,
+    check_float,
+    choose_impl,
+    is_differentiated,
+    is_transformed,
+)
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -137,7 +146,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_differentiated():
         raise RuntimeError(_NO_DOUBLE)
     value, shapes, locations, weights = ctx.saved_tensors
     needed = [ctx.needs_input_grad[place] for place in (0, 3, 4)]
@@ -243,6 +252,8 @@ def _refuse_grid_sample_backward(value: Tensor, deterministic: bool | None) -> N
 
 def _check_tensors(value: Tensor, locations: Tensor, weights: Tensor) -> None:
     named = (("value", value), ("sampling_locations", locations), ("attention_weights", weights))
+    for name, x in named:
+        check_float(name, x)
     if value.ndim != 4:
         raise ValueError(f"value: expected (B, S, M, D), found shape {tuple(value.shape)}")
     if locations.ndim != 6 or locations.shape[-1] != 2:
@@ -250,7 +261,6 @@ def _check_tensors(value: Tensor, locations: Tensor, weights: Tensor) -> None:
     for name, x in named:
         if 0 in x.shape:
             raise ValueError(f"{name}: expected at least one of each, found shape {tuple(x.shape)}")
-        check_float(name, x)
         if x.device != value.device:
             raise ValueError(f"{name}: expected the device of value, {value.device}, found {x.device}; move it first")
     if (locations.shape[0], locations.shape[2]) != (value.shape[0], value.shape[2]):
@@ -279,7 +289,10 @@ def _pairs(spatial_shapes: Shapes | Tensor, value: Tensor, locations: Tensor) ->
     levels, cells = locations.shape[3], value.shape[1]
     if isinstance(spatial_shapes, Tensor):
         spatial_shapes = _check_shape_tensor(spatial_shapes, levels).tolist()
-    pairs = [tuple(shape) for shape in spatial_shapes]
+    try:
+        pairs = [tuple(shape) for shape in spatial_shapes]
+    except TypeError:
+        raise ValueError(f"spatial_shapes: expected a list of pairs (H, W), found {spatial_shapes}") from None
     if any(len(pair) != 2 or isinstance(side, float) or side < 1 for pair in pairs for side in pair):
         raise ValueError(f"spatial_shapes: expected pairs (H, W) of whole numbers from 1 on, found {pairs}")
     if len(pairs) != levels:

@@ -9,9 +9,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Of our operators in torch. Every copy of this package has its own, under whatever name it is imported: registering an
-# operator's name again frees the first registration under those who hold it, and their next call reads freed memory.
-NAMESPACE = __package__.removesuffix(".kernels").replace(".", "_")
+
+def _namespace(package: str) -> str:
+    """For our operators in torch: of its own for every copy of this package, and for one that is imported anew.
+
+    Registering an operator's name again frees the first registration under those who hold it, and their next call
+    reads freed memory.
+    """
+    name = package.removesuffix(".kernels").replace(".", "__")
+    while hasattr(getattr(torch.ops, name), "align_forward"):
+        name += "_"
+    return name
+
+
+NAMESPACE = _namespace(__package__)
 
 IMPLS = ("auto", "triton", "torch")
 MAX_CHANNELS = 4096  # align_loss holds a whole token in registers; the widest teacher in sight has 1536
@@ -115,8 +126,15 @@ def choose_impl(impl: str, *tensors: Tensor, supported: bool = True) -> str:
     return impl
 
 
+def check_tensor(name: str, x) -> None:
+    """Raise TypeError unless x is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, found {type(x).__name__}")
+
+
 def check_float(name: str, x: Tensor) -> None:
-    """Raise TypeError unless x has a floating-point dtype that torch computes with."""
+    """Raise TypeError unless x is a tensor of a floating-point dtype that torch computes with."""
+    check_tensor(name, x)
     if not x.is_floating_point() or x.dtype.itemsize == 1:
         raise TypeError(f"{name}: expected a floating-point dtype of 16 bits or more, found {x.dtype}; convert it")
 

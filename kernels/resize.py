@@ -22,6 +22,9 @@ from .launch import (
 )
 
 LAYOUTS = ("NHWC", "NCHW")
+_NO_DERIVATIVE = (
+    "resize_bilinear: the derivative of its backward is not implemented here; use resize_bilinear_reference"
+)
 
 
 def resize_bilinear_reference(
@@ -55,9 +58,9 @@ def resize_bilinear(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {LAYOUTS}, found {layout!r}")
+    check_float("x", x)
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"x: expected a non-empty map of rank 4 ({layout}), found shape {tuple(x.shape)}")
-    check_float("x", x)
     height, width = _whole_numbers(size)
     if antialias and align_corners:
         raise ValueError("antialias, align_corners: expected at most one of them to be True, found both")
@@ -177,6 +180,20 @@ def _(grad, scale, h, w, adjacent, corners, triton):
     return _empty_gradient(grad, h, w, adjacent)
 
 
+def _save_grid(ctx, inputs, output):
+    grad, scale, _, _, _, ctx.corners, triton = inputs
+    ctx.height, ctx.width = grad.shape[1:3]
+    ctx.alone = scale is None and triton  # not a part of align_loss's backward
+
+
+def _backward_of_backward(ctx, grad):
+    if not ctx.alone or is_differentiated():
+        raise RuntimeError(_NO_DERIVATIVE)
+    to_grad = _resize(grad, ctx.height, ctx.width, ctx.corners)  # the backward is linear, and the forward its adjoint
+    return to_grad, *[None] * 6
+
+
+resize_backward.register_autograd(_backward_of_backward, setup_context=_save_grid)
 batch_by_loop(resize_backward)
 
 
@@ -194,9 +211,7 @@ def _save_shape(ctx, inputs, output):
 
 def _backward(ctx, grad):
     if is_differentiated():
-        raise RuntimeError(
-            "resize_bilinear: the derivative of its backward is not implemented; use resize_bilinear_reference"
-        )
+        raise RuntimeError(_NO_DERIVATIVE)
     return resize_backward(grad, None, ctx.height, ctx.width, ctx.adjacent, ctx.corners, True), None, None, None
 
 

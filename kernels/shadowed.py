@@ -17,6 +17,8 @@ def step_aside(name: str) -> ModuleType | None:
     spec = PathFinder.find_spec(name, [entry for entry in sys.path if Path(entry or ".").resolve() != here])
     if spec is None or spec.loader is None:  # without a loader it is a folder of any kind
         return None
+    for ours in [loaded for loaded in sys.modules if loaded.startswith(f"{name}.")]:
+        del sys.modules[ours]  # that package may have files of these names too
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -17,14 +17,20 @@ def use_deform_attn(model: nn.Module) -> int:
     Recognised by name: modules of the class `MultiScaleDeformableAttention`, and modules whose forward calls a function
     `multi_scale_deformable_attention`. The modules stay and change their class, so weights, their names, hooks and
     save_pretrained stay as they are; no other model is touched. A second call changes nothing more.
-    Raises ValueError where the model has no such attention, or where the forward of one is wrapped in something that
-    would be lost or would go on calling the old one; nothing is changed then.
+    Raises ValueError where the model has no such attention, where one has weights (the published GroundingDINO's and
+    mmcv's include their projections), or where the forward of one is wrapped in something that would be lost or would
+    go on calling the old one; nothing is changed then.
     """
     changes = []
     for name, module in model.named_modules():
         cls = type(module)
         forward = inspect.unwrap(cls.forward)
         if cls.__name__ == _MODULE:
+            if next(module.parameters(), None) is not None:
+                raise ValueError(
+                    f"use_deform_attn: {name or cls.__name__}: this {_MODULE} has weights of its own, so it does "
+                    "more than transformers' class of that name; use deform_attn inside it"
+                )
             ours = MultiScaleDeformableAttention
         elif isinstance(forward, FunctionType) and _FUNCTION in forward.__code__.co_names:
             ours = _calling_ours(cls, forward)

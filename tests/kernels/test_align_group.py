@@ -316,6 +316,29 @@ def test_bad_input_is_named(change, error, message):
         align_losses([good, good._replace(**change)])
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_the_upstream_is_not_rounded_to_bfloat16(again, impl, device):
+    """As of align_loss alone: 0.9 lies between two bfloat16."""
+    random = torch.Generator().manual_seed(0)
+    sides = [torch.randn(2, 6, 64, generator=random).to(device, torch.bfloat16).requires_grad_() for _ in range(4)]
+    terms = [AlignTerm(*sides[:2]), AlignTerm(*sides[2:])]
+    found = torch.autograd.grad(align_losses(terms, impl=impl).sum() * 0.9, sides, retain_graph=again)
+    doubles = [x.detach().double().requires_grad_() for x in sides]
+    exact = align_loss_reference(*doubles[:2]) + align_loss_reference(*doubles[2:])
+    for got, truth in zip(found, torch.autograd.grad(exact * 0.9, doubles), strict=True):
+        ratio = (got.double() * truth).sum() / truth.square().sum()
+        cut = 2.0**-7 if impl == "triton" and not got.is_cuda else 0  # the interpreter does not round
+        assert abs(ratio - 1) <= 4e-4 + cut
+
+
+def test_terms_are_what_they_must_be():
+    good = AlignTerm(torch.zeros(2, 6), torch.zeros(2, 6))
+    for wrong, found in (([good, tuple(good)], "term 1: expected an AlignTerm, found tuple"), (good, "found Tensor")):
+        with pytest.raises(TypeError, match=found):
+            align_losses(wrong)
+    assert align_losses(good for _ in range(3)).shape == (3,)
+
+
 def test_no_terms_and_unknown_impl_are_refused():
     with pytest.raises(ValueError, match="at least one term"):
         align_losses([])

@@ -456,6 +456,10 @@ def test_second_derivative_is_refused(device):
     out = deform_attn(inputs[0], ODD, *inputs[1:], impl="triton")
     with pytest.raises(RuntimeError, match="cannot be differentiated"):
         torch.autograd.grad(out.sum(), inputs, create_graph=True)
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+        with pytest.raises(RuntimeError, match="cannot be differentiated"):
+            torch.autograd.grad(out, inputs, upstream)
 
 
 def test_torch_func(impl, device):
@@ -548,6 +552,8 @@ def test_reference_against_grid_sample_written_out():
         (lambda v, s, p, w: (v, [(5, 6)], p, w), ValueError, r"expected S = 35 cells as value has.* with 30"),
         (lambda v, s, p, w: (v, [(5, 7), (1, 1)], p, w), ValueError, "spatial_shapes: expected 1 maps"),
         (lambda v, s, p, w: (v, [(5, 7, 1)], p, w), ValueError, r"expected pairs \(H, W\) of whole numbers"),
+        (lambda v, s, p, w: (v, (5, 7), p, w), ValueError, r"expected a list of pairs \(H, W\), found \(5, 7\)"),
+        (lambda v, s, p, w: (None, s, p, w), TypeError, "value: expected a tensor, found NoneType"),
         (lambda v, s, p, w: (v, [(5.0, 7)], p, w), ValueError, r"expected pairs \(H, W\) of whole numbers"),
         (lambda v, s, p, w: (v, [(-5, -7)], p, w), ValueError, "from 1 on"),
         (lambda v, s, p, w: (v, torch.ones(2, 2), p, w), ValueError, r"expected \(1, 2\) integers"),

@@ -34,26 +34,39 @@ print(moments(torch.ones(2, 3, 4)).mean.sum().item(), "kernels" in sys.modules)
 
 
 def test_copies_live_side_by_side(tmp_path):
-    for name in ("mine", "theirs/losses"):
+    for name in ("mine", "theirs/losses", "theirs_/losses"):
         shutil.copytree(ROOT / "kernels", tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     code = """
 import torch
-import kpu_fast.kernels, mine, theirs.losses
+import kpu_fast.kernels, mine, theirs.losses, theirs_.losses
 a, b = torch.rand(2, 2, 3, 3, 8)
-print(len({float(k.align_loss(a, b)) for k in (kpu_fast.kernels, mine, theirs.losses)}))
+print(len({float(k.align_loss(a, b)) for k in (kpu_fast.kernels, mine, theirs.losses, theirs_.losses)}))
 print(*sorted(n for n in torch._library.custom_ops.OPDEFS if n.endswith("moments")))
 """
-    assert _run(code, tmp_path) == "1\nkpu_fast::moments mine::moments theirs_losses::moments"
+    assert _run(code, tmp_path) == "1\nkpu_fast::moments mine::moments theirs___losses::moments theirs__losses::moments"
+
+
+def test_imported_anew():
+    code = """
+import sys, torch
+from kpu_fast.kernels import moments
+for name in [name for name in sys.modules if name.startswith("kpu_fast")]:
+    del sys.modules[name]
+from kpu_fast.kernels import moments as again
+print(moments is again, *(f(torch.ones(2, 3, 4)).total.sum().item() for f in (moments, again)))
+print(*sorted(n for n in torch._library.custom_ops.OPDEFS if n.endswith("moments")))
+"""
+    assert _run(code, ROOT) == "False 24.0 24.0\nkpu_fast::moments kpu_fast_::moments"
 
 
 def test_steps_aside_for_the_library_of_that_name(tmp_path):
     (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("from .hub import get_kernel\n")
-    (tmp_path / "kernels" / "hub.py").write_text("def get_kernel(): return 'from the library'\n")
+    (tmp_path / "kernels" / "__init__.py").write_text("from .launch import get_kernel\n")  # a name that we have too
+    (tmp_path / "kernels" / "launch.py").write_text("def get_kernel(): return 'from the library'\n")
     code = """
 import kpu_fast.kernels
 from kernels import get_kernel
-import kernels.hub
-print(get_kernel(), kernels.hub.get_kernel(), kpu_fast.kernels.align_loss.__module__)
+import kernels.launch
+print(get_kernel(), kernels.launch.get_kernel(), kpu_fast.kernels.align_loss.__module__)
 """
     assert _run(code, ROOT, tmp_path) == "from the library from the library kpu_fast.kernels.align"

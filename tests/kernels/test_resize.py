@@ -289,3 +289,20 @@ def test_a_derivative_of_the_backward_is_refused(device):
 
     with pytest.raises(RuntimeError, match="derivative of its backward"):
         torch.func.jvp(backward, (out.detach(),), (out.detach(),))
+
+
+@pytest.mark.parametrize("adjacent", [True, False])
+def test_second_derivative(adjacent, impl, device):
+    """The resize is linear: the derivative of its backward is the resize again."""
+    x = torch.randn(1, 3, 4, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    x = (x if adjacent else x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)).requires_grad_()
+    found, expected = [], []
+    for resize, results in ((lambda x: resize_bilinear(x, (5, 7), impl=impl), found), (reference, expected)):
+        (first,) = torch.autograd.grad(resize(x).pow(3).sum(), x, create_graph=True)
+        results += [first, *torch.autograd.grad(first.pow(2).sum(), x)]
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def reference(x):
+    return resize_bilinear_reference(x, (5, 7))

@@ -269,3 +269,12 @@ def test_the_adapter_hands_over_python_sizes_and_copies_nothing_to_float32(monke
     out = cross.bfloat16()(query.bfloat16(), memory.bfloat16(), where)
     assert seen[1] == (torch.bfloat16, torch.float32, torch.bfloat16, True)
     torch.testing.assert_close(out.float(), exact, rtol=0.05, atol=0.02)
+
+
+def test_a_class_of_that_name_with_weights_of_its_own_is_refused():
+    """The published GroundingDINO and mmcv give the name to the whole layer, projections included."""
+    layer = type("MultiScaleDeformableAttention", (torch.nn.Linear,), {})(4, 4)
+    model = torch.nn.Sequential(layer)
+    with pytest.raises(ValueError, match=r"use_deform_attn: 0: .* weights of its own"):
+        use_deform_attn(model)
+    assert type(model[0]) is type(layer) is not MultiScaleDeformableAttention
