@@ -14,7 +14,7 @@ import numpy as np
 
 from kpu_fast.data.sources import SourceFile, normalise
 
-VERSION = 1  # raise it when the meaning of the stored fields changes: older files are then scanned anew
+VERSION = 2  # raise it when the meaning of the stored fields changes: older files are then scanned anew
 _COLUMNS = {"file": np.int32, "offset": np.int64, "length": np.int64, "height": np.int32, "width": np.int32}
 _PLAIN = ("source", "files", "converted", "rejected", "problems", "ignored")
 
@@ -24,7 +24,8 @@ class Index:
     """N usable images: image i is `length[i]` bytes at `offset[i]` of `files[file[i]]`, and decodes to (height, width).
 
     `file`, `offset`, `length`, `height`, `width`: (N,) integer arrays; sizes in pixels, after EXIF rotation.
-    `files`: the source's files, then `converted` PNG files of the cache that stand in for what DALI cannot read.
+    `files`: the source's files, then `converted` PNG files of the cache that stand in for what DALI cannot read or
+    reads wrongly.
     `rejected`: (name, reason) of each image left out. `problems`: what was wrong with whole shards.
     `ignored`: number of files or tar members that are no images by their suffix, or second images of their sample.
     """
@@ -82,7 +83,8 @@ class Index:
             lines.append(f"  {reason}: {len(names):,} ({', '.join(names[:3])}{more})")
         if self.ignored:
             lines.append(f"  {self.ignored:,} other files ignored")
-        return "\n".join(lines + [f"  shard {problem}" for problem in self.problems])
+        text = "\n".join(lines + [f"  shard {problem}" for problem in self.problems])
+        return text.encode("utf-8", "backslashreplace").decode()  # a file's name may be in no encoding at all
 
     def source_files(self) -> list[SourceFile]:
         """The files of the source as the scan saw them, without the converted ones."""

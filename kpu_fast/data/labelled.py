@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kpu_fast.data.decode import to_rgb
 from kpu_fast.data.sources import IMAGE_SUFFIXES, SourceError, is_shard, list_files, shard_candidates
 
 _CIFAR_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
@@ -22,6 +23,8 @@ _CIFAR_BYTES = 3 * 32 * 32
 
 class LabelledImages(Dataset):
     """The images of `source` as (uint8 array (H, W, 3), class number) pairs, in a fixed order.
+
+    The pixels are those that training sees: upright as EXIF says, of 16 bits the upper 8.
 
     source is one of
       - a folder of class folders, `source/CLASS/**/image.jpg`: classes are numbered in the order of their names;
@@ -63,7 +66,7 @@ class LabelledImages(Dataset):
         try:
             with open(path, "rb") as file:
                 file.seek(first)
-                return np.asarray(Image.open(io.BytesIO(file.read(length))).convert("RGB")), label
+                return to_rgb(Image.open(io.BytesIO(file.read(length)))), label
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise SourceError(f"{name}: not an image that can be read ({error})") from error
 

@@ -3,8 +3,8 @@
     python -m kpu_fast.data.scan SOURCE [SOURCE …] [--workers N]
 
 One image that DALI cannot decode ends a DALI pipeline for good. So an image is usable only after it was decoded in full
-by Pillow (which notices truncated and broken files) and by DALI (which training reads with), both agreeing on its size.
-Images that only Pillow reads, and CMYK, are converted to RGB PNG in the cache.
+by Pillow (which notices truncated and broken files) and by DALI (which training reads with). Images that only Pillow
+reads, that DALI sees otherwise than Pillow, and CMYK are converted to RGB PNG in the cache.
 """
 
 import argparse
@@ -20,11 +20,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from kpu_fast.data import index as index_file
 from kpu_fast.data.dali import import_dali
+from kpu_fast.data.decode import to_rgb
 from kpu_fast.data.index import Index
 from kpu_fast.data.sources import Candidate, SourceError, SourceFile, is_shard, list_files, normalise, shard_candidates
 
@@ -33,6 +34,8 @@ MAX_BYTES = 1 << 28
 _DALI_FORMATS = frozenset(["JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"])
 # From here on processes pay for their start. Below it threads do: both decoders release the interpreter lock.
 PROCESS_BYTES = 1 << 30
+_LEVELS = 1.0  # of 255, the mean over an image: what two right decoders of one file may differ by, from rounding
+_ROWS = 64  # compared at least, spread over the image, where it has so many: all would cost a sixth of the scan
 _CHUNK = 32  # images per task: small enough for a lively progress bar, large enough to hide the cost of a task
 _local = threading.local()
 
@@ -126,8 +129,6 @@ def _check_chunk(folder: Path, chunk: list[tuple[Candidate, SourceFile]]) -> lis
 
 def _check(file: SourceFile, candidate: Candidate, folder: Path) -> str | tuple[int, int] | tuple[int, int, Path]:
     """Why the candidate is left out; or its (height, width); or these and the PNG that stands in for it."""
-    if candidate.length == 0:
-        return "empty file"
     if candidate.length > MAX_BYTES:
         return f"more than {MAX_BYTES >> 20} MiB"
     try:
@@ -136,6 +137,8 @@ def _check(file: SourceFile, candidate: Candidate, folder: Path) -> str | tuple[
             data = stream.read(candidate.length)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
+    if not data:
+        return "empty file"
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
@@ -147,37 +150,37 @@ def _check(file: SourceFile, candidate: Candidate, folder: Path) -> str | tuple[
         return f"more than {MAX_PIXELS // 1_000_000} megapixels"
     except Exception:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, … on broken data
         return "truncated or corrupt"
-    if image.mode in ("I", "F"):
-        return "32-bit pixels, whose range is unknown"
-    upright = ImageOps.exif_transpose(image)
-    size = (upright.height, upright.width)
-    if image.mode != "CMYK" and image.format in _DALI_FORMATS and _dali_size(data) == size:
+    try:
+        pixels = to_rgb(image)
+    except ValueError as error:
+        return str(error)
+    size = pixels.shape[:2]
+    if image.mode != "CMYK" and image.format in _DALI_FORMATS and _dali_agrees(data, pixels):
         return size
     name = hashlib.sha256(f"{file}{candidate.offset}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
     path = folder / f"{name}.png"
-    index_file.write_atomically(path, _png(upright))
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG", compress_level=1)
+    index_file.write_atomically(path, png.getvalue())
     return (*size, path)
 
 
-def _png(image: Image.Image) -> bytes:
-    if image.mode.startswith("I;16"):  # Pillow clips 16 bits to 8; DALI keeps the upper byte
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def _dali_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of `data` decoded by DALI; None where DALI fails."""
+def _dali_agrees(data: bytes, pixels: np.ndarray) -> bool:
+    """Whether DALI decodes `data`, and to `pixels`; it takes some files for what they are not, such as LAB for RGB."""
     pipe = getattr(_local, "pipe", None) or _dali_decoder()
     _local.pipe = None  # DALI calls a pipeline that raised invalid: keep it only after a success
     pipe.feed_input("data", [np.frombuffer(data, np.uint8)])
     try:
         (images,) = pipe.run()
     except Exception:  # DALI raises RuntimeError, ValueError, IndexError, … on broken data
-        return None
+        return False
     _local.pipe = pipe
-    return tuple(images.at(0).shape[:2])
+    decoded = np.asarray(images.at(0))
+    if decoded.shape != pixels.shape:
+        return False
+    step = max(1, len(pixels) // _ROWS)
+    difference = np.subtract(decoded[::step], pixels[::step], dtype=np.int16)
+    return np.abs(difference).mean() <= _LEVELS
 
 
 def _dali_decoder():

@@ -20,7 +20,7 @@ class SourceError(ValueError):
 
 
 class SourceFile(NamedTuple):
-    """One file of a source: absolute path, size in bytes, modification time in nanoseconds."""
+    """One file of a source: absolute path, size in bytes, modification time in nanoseconds; 0 and 0 of a dead link."""
 
     path: str
     size: int
@@ -53,8 +53,10 @@ def normalise(source: str | list[str]) -> list[str]:
 def list_files(source: str | list[str]) -> list[SourceFile]:
     """Every image file and tar shard behind `source`, in a fixed order, each once.
 
-    A folder is searched recursively for image suffixes (links followed, dot files skipped). A pattern may hold `*`,
-    `?`, `[...]` and ranges such as `{000..007}`. Raises SourceError when an entry is missing or holds nothing to read.
+    A folder is searched recursively for image suffixes (links followed, dot files and lost+found skipped). A pattern
+    may hold `*`, `?`, `[...]` and ranges such as `{000..007}`. A file that is there but leads nowhere (a dead link) is
+    listed too: reading it says why. Raises SourceError when an entry is missing or holds nothing to read, and when a
+    folder cannot be listed.
     """
     paths: dict[str, None] = {}
     for entry in normalise(source):
@@ -62,8 +64,12 @@ def list_files(source: str | list[str]) -> list[SourceFile]:
             paths.update(dict.fromkeys(_walk(path, entry) if os.path.isdir(path) else [path]))
     files = []
     for path in paths:
-        stat = os.stat(path)
-        files.append(SourceFile(path, stat.st_size, stat.st_mtime_ns))
+        try:
+            stat = os.stat(path)
+        except OSError:
+            files.append(SourceFile(path, 0, 0))
+        else:
+            files.append(SourceFile(path, stat.st_size, stat.st_mtime_ns))
     return files
 
 
@@ -174,14 +180,20 @@ def _package_path(entry: str) -> str:
 
 
 def _walk(folder: str, entry: str) -> list[str]:
+    def refuse(error: OSError):  # os.walk itself would go on without the folder, and the data set shrink
+        raise SourceError(
+            f"source {entry!r}: {error.filename} cannot be listed ({error.strerror}); make it readable, or name the "
+            "folders to read one by one"
+        ) from error
+
     images, others, seen = [], Counter(), set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:  # a link back up the tree
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "lost+found")
         for name in sorted(names):
             suffix = os.path.splitext(name)[1].lower()
             if suffix in IMAGE_SUFFIXES and not name.startswith("."):

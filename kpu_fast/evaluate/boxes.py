@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kpu_fast.data.decode import to_rgb
 from kpu_fast.data.sources import SourceError
 from kpu_fast.evaluate.images import draw
 from kpu_fast.evaluate.result import EvaluateError
@@ -32,6 +33,9 @@ class Truth(NamedTuple):
 
 class CocoImages(Dataset):
     """Images with boxes as COCO describes them: [i] → (uint8 (H, W, 3), Truth).
+
+    The pixels are as stored: EXIF orientation is not applied, since COCO's boxes refer to the stored pixels and its
+    other readers (torchvision's CocoDetection) do not apply it either.
 
     annotations: a file such as instances_val2017.json. folder: where its images are. limit: only so many, drawn.
     classes: names of the categories, in the order of their ids. Raises EvaluateError where a file does not fit.
@@ -71,7 +75,7 @@ class CocoImages(Dataset):
     def __getitem__(self, i: int) -> tuple[np.ndarray, Truth]:
         path, rows = self._images[i]
         try:
-            pixels = np.asarray(Image.open(path).convert("RGB"))
+            pixels = to_rgb(Image.open(path), upright=False)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise SourceError(f"{path}: not an image that can be read ({error})") from error
         boxes, labels, area, crowd = zip(*rows, strict=True) if rows else ((), (), (), ())

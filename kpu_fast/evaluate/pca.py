@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kpu_fast.data.decode import to_rgb
 from kpu_fast.data.labelled import to_batch
 from kpu_fast.data.sources import IMAGE_SUFFIXES
 from kpu_fast.engine.picture import Panel, fit_colours, save_feature_picture
@@ -134,7 +135,7 @@ def _read(sources: Sequence[str], count: int, seed: int) -> list[np.ndarray]:
             images += [drawn[i][0] for i in range(len(drawn))]
             continue
         try:
-            images.append(np.asarray(Image.open(source).convert("RGB")))
+            images.append(to_rgb(Image.open(source)))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise EvaluateError(f"--images: {source} is not an image that can be read ({error})") from error
     return images

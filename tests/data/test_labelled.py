@@ -1,6 +1,7 @@
 """Every kind of labelled source gives the pixels and classes that were put in; a bad one is named."""
 
 import io
+import os
 import pickle
 import tarfile
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from kpu_fast.data.labelled import LabelledImages, read_class_names, to_batch
+from kpu_fast.data.sources import SourceError
 
 
 def picture(number, size=(32, 32)):
@@ -69,6 +71,51 @@ def test_shards_by_range_glob_and_name(make, tmp_path):
     assert images.classes == ("a", "b", "c", "d")
     check(images, [3, 4, 5], [3, 0, 1])
     assert images.encoded(2) == (png(5), ".png")
+
+
+def encoded(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_images_are_seen_as_in_training(make, tmp_path):
+    """Upright, and the upper byte of 16 bits, whatever the file and wherever it lies."""
+    sixteen = (np.arange(20 * 30, dtype=np.uint16) * 109).reshape(20, 30)
+    colour = picture(1, (20, 30))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    upright = {
+        "turned.png": (encoded(Image.fromarray(colour), "PNG", exif=turned), np.rot90(colour, -1)),
+        "sixteen.png": (encoded(Image.fromarray(sixteen), "PNG"), sixteen >> 8),
+        "both.png": (encoded(Image.fromarray(sixteen), "PNG", exif=turned), np.rot90(sixteen >> 8, -1)),
+        "sixteen.pgm": (b"P5 30 20 65535 " + sixteen.astype(">u2").tobytes(), sixteen >> 8),
+    }  # fmt: skip
+    (tmp_path / "folders" / "cat").mkdir(parents=True)
+    rows = []
+    for name, (data, _) in sorted(upright.items()):
+        (tmp_path / "folders" / "cat" / name).write_bytes(data)
+        rows += [(name, data), (name.partition(".")[0] + ".cls", b"0")] if name != "sixteen.pgm" else []
+    make.tar(tmp_path / "s.tar", rows)
+    for source, count in ((tmp_path / "folders", 4), (tmp_path / "s.tar", 3)):
+        images = LabelledImages(source)
+        assert len(images) == count
+        for i in range(count):
+            _, expected = upright[os.path.basename(images._files[i][3].split("::")[-1])]
+            expected = expected if expected.ndim == 3 else np.stack([expected] * 3, axis=2)
+            assert images[i][0].dtype == np.uint8
+            assert np.array_equal(images[i][0], expected), images._files[i][3]
+
+
+def test_what_training_refuses_or_cannot_find_is_named(tmp_path):
+    (tmp_path / "cat").mkdir()
+    Image.new("F", (8, 8), 0.5).save(tmp_path / "cat" / "a.tif")
+    (tmp_path / "cat" / "b.png").symlink_to(tmp_path / "nowhere.png")
+    images = LabelledImages(tmp_path)
+    with pytest.raises(SourceError, match=r"a\.tif: not an image that can be read \(32-bit pixels, whose range"):
+        images[0]
+    with pytest.raises(SourceError, match=r"b\.png: not an image that can be read .*No such file"):
+        images[1]
 
 
 def cifar(folder, per_batch=2):

@@ -1,12 +1,15 @@
 """Nothing that the scan lets through may stop a stream, and nothing good may be lost without a word."""
 
+import errno
+import io
+import json
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageCms, ImageOps, features
 
 from kpu_fast.data.index import index_path
 from kpu_fast.data.pipeline import Stream
@@ -67,6 +70,8 @@ def variants(make):
     turned[0x0112] = 6
     sixteen = (np.arange(40 * 56, dtype=np.uint16).reshape(40, 56) * 29).astype(np.uint16)
     upper = Image.fromarray((sixteen >> 8).astype(np.uint8))
+    profiles = [ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")]
+    lab = ImageCms.profileToProfile(base, *profiles, outputMode="LAB")
     made = {
         "rgb.jpg": (make.encoded(base, "JPEG"), None, False),
         "progressive.jpg": (make.encoded(base, "JPEG", progressive=True), None, False),
@@ -80,6 +85,16 @@ def variants(make):
         "one_bit.png": (make.encoded(base.convert("1")), None, False),
         "rgb.bmp": (make.encoded(base, "BMP"), None, False),
         "rgb.tif": (make.encoded(base, "TIFF"), None, False),
+        "lab.tif": (make.encoded(lab, "TIFF"), None, True),
+        "gray_alpha.tif": (make.encoded(base.convert("LA"), "TIFF"), None, True),
+        "sixteen_turned.png": (
+            make.encoded(Image.fromarray(sixteen), exif=turned),
+            upper.transpose(Image.Transpose.ROTATE_270),
+            False,
+        ),
+        "rgb.ppm": (make.encoded(base, "PPM"), None, False),
+        "gray.pgm": (make.encoded(base.convert("L"), "PPM"), None, False),
+        "one_bit.pbm": (make.encoded(base.convert("1"), "PPM"), None, False),
         "animated.gif": (make.encoded(base, "GIF", save_all=True, append_images=[base.rotate(90)]), None, True),
         "lossless.webp": (make.encoded(base, "WEBP", lossless=True), None, False),
         "animated.webp": (make.encoded(base, "WEBP", save_all=True, append_images=[base.rotate(90)]), None, False),
@@ -105,6 +120,31 @@ def test_every_kind_of_image_comes_out_of_the_stream_as_pillow_shows_it(tmp_path
         assert batch.valid.all()
         got = batch.images[0].permute(1, 2, 0).numpy() * 255
         assert np.abs(got - expected).max() < 1.01, name  # one level: two JPEG decoders may round differently
+
+
+@pytest.mark.parametrize("magic", ["P5", "P6"])
+@pytest.mark.parametrize("maxval", [1, 15, 100, 200, 254, 255, 256, 1023, 4095, 65535])
+def test_a_ppm_is_as_bright_as_its_maxval_says(tmp_path, make, magic, maxval):
+    shape = (40, 56, 1 if magic == "P5" else 3)
+    samples = np.random.default_rng(maxval).integers(0, maxval + 1, shape)
+    path = tmp_path / "a.ppm"
+    stored = samples.astype(np.uint8 if maxval < 256 else ">u2").tobytes()
+    path.write_bytes(b"%s\n# a comment\n56 40\n%d\n" % (magic.encode(), maxval) + stored)
+    index = scan(str(path))
+    assert index.converted == (maxval not in (254, 255, 65535))  # of 254, one level is no reason to copy a file
+    stream = Stream(make.config(fit="pad", flip=False, size=(40, 56), batch_size=1), index,
+                    rank=0, world_size=1, device="cpu", seed=0)  # fmt: skip
+    got = next(stream).images[0].permute(1, 2, 0).numpy()
+    assert np.abs(got - samples / maxval).max() < 1.51 / 255
+
+
+def test_a_dark_picture_of_low_maxval_is_converted_too(tmp_path, make):
+    # Stored values 0 to 2 of 100: DALI's black differs from the true 0 to 5 by few levels, yet by a factor.
+    samples = np.random.default_rng(0).integers(0, 3, (40, 56)).astype(np.uint8)
+    (tmp_path / "a.pgm").write_bytes(b"P5\n56 40\n100\n" + samples.tobytes())
+    index = scan(str(tmp_path))
+    assert index.converted == 1
+    assert np.asarray(Image.open(io.BytesIO(index.read(0).tobytes()))).max() == 5
 
 
 def test_a_jpeg_that_only_pillow_reads_is_converted(tmp_path, make):
@@ -198,6 +238,77 @@ def test_nothing_usable_is_an_error_that_says_what_was_there(tmp_path):
     (tmp_path / "b.jpg").write_bytes(b"")
     with pytest.raises(SourceError, match=r"no usable image .*1 × not an image, 1 × empty file"):
         scan(str(tmp_path))
+
+
+def test_damaged_exif_costs_neither_the_image_nor_the_scan(tmp_path, make):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for name, kind, options in (("a.webp", "WEBP", {"lossless": True}), ("a.jpg", "JPEG", {})):
+        data = make.encoded(make.ramp(1), kind, exif=turned, **options)
+        start = data.index(b"MM\x00*")
+        (tmp_path / name).write_bytes(data[:start] + b"XX" + data[start + 2 :])
+    with pytest.raises(SyntaxError):  # what this is about
+        ImageOps.exif_transpose(Image.open(tmp_path / "a.webp"))
+    index = scan(str(tmp_path))
+    assert list(zip(index.height, index.width, strict=True)) == [(96, 128)] * 2
+    run_an_epoch(index, make, batch_size=2)
+
+
+def test_a_link_to_nothing_is_left_out_with_a_reason(folder, make, tmp_path):
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    make.tar(tmp_path / "a.tar", [("0.png", make.encoded(make.ramp(1)))])
+    (tmp_path / "b.tar").symlink_to(tmp_path / "nowhere.tar")
+    index = scan([str(folder), f"{tmp_path}/*.tar"])
+    assert len(index) == 11
+    why = reasons(index)
+    assert sorted(why) == ["gone.png", "loop.png"]
+    assert why["gone.png"] == "cannot be read (No such file or directory)"
+    assert why["loop.png"].startswith("cannot be read")
+    assert len(index.problems) == 1
+    assert "b.tar" in index.problems[0]
+    make.ramp(3).save(folder / "nowhere.png")  # what the link pointed to is back: the stored index no longer holds
+    assert len(load_or_scan([str(folder), f"{tmp_path}/*.tar"])) == 13
+
+
+def test_a_folder_that_cannot_be_listed_leaves_the_stored_index_as_it_is(folder, make, monkeypatch):
+    (folder / "more").mkdir()
+    make.ramp(1).save(folder / "more" / "a.png")
+    assert len(load_or_scan(str(folder))) == 11
+    before = index_path(str(folder)).read_bytes()
+    listed = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "more":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(SourceError, match=r"more cannot be listed \(Input/output error\)"):
+        load_or_scan(str(folder))
+    assert index_path(str(folder)).read_bytes() == before
+
+
+def test_an_index_from_before_pixels_were_compared_is_made_anew(folder, monkeypatch):
+    scan(str(folder))
+    stored = json.loads(index_path(str(folder)).read_text())
+    index_path(str(folder)).write_text(json.dumps({**stored, "version": 1}))
+    scanned = []
+    monkeypatch.setattr("kpu_fast.data.scan.scan", lambda *args, **kwargs: scanned.append(args) or scan(*args))
+    load_or_scan(str(folder))
+    assert len(scanned) == 1
+
+
+def test_a_name_in_another_encoding_can_be_printed(folder, make):
+    for name in (b"bad-\xff.png", b"shard-\xff.tar"):
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            file.write(b"text")
+    command = [sys.executable, "-m", "kpu_fast.data.scan", str(folder), f"{folder}/*.tar", "--workers", "1"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stderr.count("Error")) == (0, 0)
+    assert r"bad-\udcff.png" in done.stdout
+    assert r"shard-\udcff.tar: not a readable tar" in done.stdout
 
 
 def test_the_stored_index_is_used_while_the_source_stays(folder, monkeypatch):

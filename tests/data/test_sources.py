@@ -66,3 +66,20 @@ def test_missing_and_empty_sources_say_what_was_found_and_what_would_do(tmp_path
         list_files(source)
     for words in said:
         assert words.format(tmp=tmp_path) in str(caught.value)
+
+
+def test_a_disks_lost_and_found_is_passed_over(tmp_path, monkeypatch):
+    for name in ("a", "lost+found"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(b"x")
+    listed, asked = os.scandir, []
+    monkeypatch.setattr(os, "scandir", lambda path: asked.append(os.path.basename(path)) or listed(path))
+    assert names(str(tmp_path)) == ["1.jpg"]
+    assert "a" in asked
+    assert "lost+found" not in asked
+
+
+def test_a_file_that_is_not_there_is_listed_with_no_bytes(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "b.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    assert [file[1:] != (0, 0) for file in list_files(str(tmp_path))] == [True, False]

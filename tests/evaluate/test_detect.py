@@ -269,6 +269,19 @@ def test_cocos_annotations_are_read_as_they_are(coco):
         assert one in images._images
 
 
+def test_coco_boxes_lie_on_the_pixels_as_stored(coco, tmp_path):
+    # COCO's boxes were drawn on the stored pixels: turning the image would move what they hold.
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    colour = np.random.default_rng(1).integers(0, 255, (50, 90, 3), dtype=np.uint8)
+    Image.fromarray(colour).save(tmp_path / "a.png", exif=turned)
+    sixteen = (np.arange(70 * 40, dtype=np.uint16) * 23).reshape(70, 40)
+    Image.fromarray(sixteen).save(tmp_path / "b.png", exif=turned)
+    images = CocoImages(coco / "annotations.json", tmp_path)
+    assert np.array_equal(images[0][0], colour)
+    assert np.array_equal(images[1][0], np.stack([sixteen >> 8] * 3, axis=2))
+
+
 def test_annotations_that_do_not_fit_are_errors(coco, tmp_path):
     with pytest.raises(EvaluateError, match=r"a\.png is not there, and 1 more"):
         CocoImages(coco / "annotations.json", tmp_path)

@@ -18,6 +18,7 @@ from kpu_fast.data.labelled import LabelledImages, to_batch
 from kpu_fast.data.pipeline import Stream
 from kpu_fast.data.scan import load_or_scan
 from kpu_fast.evaluate.encoder import Encoder, load_encoder
+from kpu_fast.evaluate.pca import _read as read_files
 from kpu_fast.evaluate.pca import pca
 from kpu_fast.evaluate.result import EvaluateError
 from kpu_fast.evaluate.std_gap import deviation, std_gap
@@ -258,6 +259,15 @@ def test_the_pictures_show_the_images_and_differ_between_models(zoo, student, co
     assert np.asarray(Image.open(tmp_path / "both.png")).std() > 10
     with pytest.raises(EvaluateError, match="--teacher takes a student to compare with"):
         pca(load_encoder(zoo["dinov2"]), images, tmp_path / "x.png", teacher=load_encoder(zoo["clip"]))
+
+
+def test_image_files_are_seen_as_in_training(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    sixteen = (np.arange(20 * 30, dtype=np.uint16) * 109).reshape(20, 30)
+    Image.fromarray(sixteen).save(tmp_path / "a.png", exif=turned)
+    (pixels,) = read_files([str(tmp_path / "a.png")], count=1, seed=0)
+    assert np.array_equal(pixels, np.stack([np.rot90(sixteen >> 8, -1)] * 3, axis=2))
 
 
 def test_a_student_alone_can_be_shown_in_a_teachers_space(student, tmp_path):
