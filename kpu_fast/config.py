@@ -159,6 +159,14 @@ class ObjectiveConfig(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _some_loss_counts(self) -> ObjectiveConfig:
+        if not (self.x_weight or self.cos_weight or self.l1_weight):
+            raise _impossible(
+                "x_weight: found 0 for x_weight, cos_weight and l1_weight, which trains nothing; set one above 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rec_needs_t2s(self) -> ObjectiveConfig:
         if self.rec and not self.t2s:
             raise _impossible(
@@ -197,7 +205,7 @@ class Config(_Strict):
     """A whole run."""
 
     name: Name
-    output: str = "runs"
+    output: str = Field(default="runs", min_length=1)
     steps: int = Field(ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Literal["bf16", "fp32"]
@@ -254,14 +262,20 @@ def _check_deepspeed(cfg: Config) -> None:
         raise _impossible(
             f"deepspeed.gradient_accumulation_steps: found {found}; a step is one backward, so 1 or nothing"
         )
+    if "train_batch_size" in block:
+        raise _impossible(
+            f"deepspeed.train_batch_size: found {block['train_batch_size']}; it depends on the number of ranks, and "
+            "one that does not fit turns into gradient accumulation; leave it out"
+        )
     batch = cfg.images_per_step()
     if block.get("train_micro_batch_size_per_gpu", batch) != batch:
         found = block["train_micro_batch_size_per_gpu"]
         raise _impossible(
             f"deepspeed.train_micro_batch_size_per_gpu: found {found}; the teachers' batches make {batch}, leave it out"
         )
-    if _enabled(block, "fp16"):
-        raise _impossible('deepspeed.fp16: not supported; set precision to "bf16" or "fp32"')
+    for key in ("fp16", "amp", "torch_autocast"):
+        if _enabled(block, key):
+            raise _impossible(f'deepspeed.{key}: not supported; set precision to "bf16" or "fp32"')
     if "bf16" in block and _enabled(block, "bf16") != (cfg.precision == "bf16"):
         raise _impossible(f'deepspeed.bf16: found {block["bf16"]}, which contradicts precision = "{cfg.precision}"')
     if "gradient_clipping" in block and block["gradient_clipping"] != cfg.optimizer.clip_grad_norm:

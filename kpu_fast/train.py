@@ -64,8 +64,9 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(error: Exception | str, code: int, alone: bool = False) -> int:
     """Print an error: on rank 0, or wherever it came up if it came up on this rank alone."""
     if alone or os.environ.get("RANK", "0") == "0":
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a reader that has gone
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
     return code
 
 

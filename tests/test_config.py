@@ -125,6 +125,7 @@ MISTAKES = [
     ("student.adapter=null", "student.freeze_vit: true without an adapter"),
     ("student.adapter.points=3", 'student.adapter.points: belongs to cross_attention "deformable"'),
     ("objective.t2s=false", "objective.rec: reconstruction starts from the common space"),
+    ("output=", 'output: found "" (a string); string should have at least 1 character'),
     ("objective.balance=fame", "objective.balance: found \"fame\" (a string); it should be 'equal', 'famo' or"),
     ("objective.standardize=phi-s", "objective.standardize: found \"phi-s\" (a string); it should be 'none'"),
     ("objective.standardize_batches=0", "objective.standardize_batches: found 0 (an integer); it should be greater"),
@@ -133,6 +134,9 @@ MISTAKES = [
     ("deepspeed.zero_optimization.stage=4", "deepspeed.zero_optimization: found"),
     ("deepspeed.optimizer.type=Adam", "deepspeed.optimizer: set it through optimizer"),
     ("deepspeed.train_micro_batch_size_per_gpu=3", "deepspeed.train_micro_batch_size_per_gpu: found 3"),
+    ("deepspeed.train_batch_size=18", "deepspeed.train_batch_size: found 18; it depends on the number of ranks"),
+    ("deepspeed.torch_autocast.enabled=true", "deepspeed.torch_autocast: not supported; set precision"),
+    ("deepspeed.amp.enabled=true", "deepspeed.amp: not supported; set precision"),
     ("deepspeed.bf16.enabled=true", "deepspeed.bf16: found {'enabled': True}, which contradicts"),
     ("deepspeed.fp16.enabled=true", "deepspeed.fp16: not supported"),
     ("deepspeed.bf16=true", "deepspeed.bf16: found True; expected an object"),
@@ -149,6 +153,19 @@ def test_mistakes_are_named(override, message):
     with pytest.raises(ConfigError) as caught:
         load_config(ROOT / "configs" / "random.json", [override])
     assert message in str(caught.value)
+
+
+def test_an_objective_without_any_loss_is_refused():
+    weights = [f"objective.{name}=0" for name in ("x_weight", "cos_weight", "l1_weight")]
+    for left_out in weights:
+        load_config(ROOT / "configs" / "random.json", [weight for weight in weights if weight != left_out])
+    with pytest.raises(ConfigError, match=r"objective\.x_weight: found 0 for x_weight, cos_weight and l1_weight"):
+        load_config(ROOT / "configs" / "random.json", weights)
+
+
+def test_precision_may_be_repeated_to_deepspeed():
+    off = ["deepspeed.torch_autocast.enabled=false", "deepspeed.amp.enabled=false", "deepspeed.fp16.enabled=false"]
+    assert load_config(ROOT / "configs" / "random.json", off).precision == "fp32"
 
 
 @pytest.mark.parametrize(

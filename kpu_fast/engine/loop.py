@@ -21,6 +21,7 @@ from kpu_fast.engine.monitor import Diverged, Monitor
 from kpu_fast.engine.optimizer import build_optimizer, build_scheduler, restore_settings
 from kpu_fast.engine.result import write_result
 from kpu_fast.engine.run_folder import OutputError, claim_run_folder, record_run
+from kpu_fast.engine.terminal import say_from_handler, terminal_may_go
 from kpu_fast.models.attention import BackendError, describe
 from kpu_fast.models.features import Features
 from kpu_fast.models.student import Student
@@ -44,6 +45,7 @@ class Parts(NamedTuple):
     balance: TeacherDrop | FAMO | None  # None: equal teachers
 
 
+@terminal_may_go()
 def train(cfg: Config, resume: str | None = None) -> None:
     """Train `cfg` to its last step and write the result; every rank calls it.
 
@@ -52,7 +54,7 @@ def train(cfg: Config, resume: str | None = None) -> None:
     OutputError when a checkpoint or another file cannot be written.
     """
     world = init_distributed()
-    folder = Path(cfg.output) / cfg.name
+    folder = Path(os.path.expanduser(cfg.output)) / cfg.name  # Path.expanduser raises where a user has no home
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, world)
     with _together(world):
         lock = claim_run_folder(folder) if world.rank == 0 else None
@@ -275,7 +277,7 @@ def _stop_signals() -> Iterator[list[int]]:
         nonlocal first
         if not asked:
             first = time.monotonic()
-            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again to stop at once\n")
+            say_from_handler("stopping after this step, with a checkpoint; Ctrl-C again to stop at once")
         elif number == signal.SIGINT and time.monotonic() - first > 3.0:
             raise KeyboardInterrupt
         asked.append(number)

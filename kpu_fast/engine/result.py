@@ -1,5 +1,6 @@
 """What a finished run leaves: the student, a picture of its features, the loss curves."""
 
+import logging
 import resource
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from kpu_fast.models.hf_files import front_matter
 from kpu_fast.models.student import Student
 from kpu_fast.objectives.kpu import KPU
 
+_LOG = logging.getLogger(__name__)
+
 PICTURED = 3  # images per teacher in features.png
 
 
@@ -33,10 +36,14 @@ def write_result(cfg: Config, folder: Path, world: World, objective: KPU, teache
         return
     # From the export, not from memory: what is pictured is what the user gets.
     exported = Student.from_pretrained(folder / "student").to(world.device).eval()
-    panels = [_panel(cfg, name, teacher, exported, indexes[name], world.device) for name, teacher in teachers.items()]
-    save_feature_picture(folder / "features.png", panels, title=f"{cfg.name}: features after {cfg.steps} steps")
     print(f"student  {folder / 'student'}")
-    print(f"picture  {folder / 'features.png'}")
+    try:
+        panels = [_panel(cfg, name, net, exported, indexes[name], world.device) for name, net in teachers.items()]
+    except (OSError, RuntimeError) as error:  # images that went away or were damaged since the last step
+        _LOG.warning("features.png could not be made: %s", " ".join(str(error).split())[:300])
+    else:
+        save_feature_picture(folder / "features.png", panels, title=f"{cfg.name}: features after {cfg.steps} steps")
+        print(f"picture  {folder / 'features.png'}")
     if rows:
         print(f"curve    {save_curve(folder, rows)}")
     print(f"peak     {peak_memory(world.device)}", flush=True)

@@ -15,6 +15,11 @@ from kpu_fast.models.features import Features
 from kpu_fast.models.hf_files import MODEL_TYPE, front_matter
 from kpu_fast.models.student import Student
 
+_PREFIX = "student."  # of the weights in the model, not in a student's file
+# Keywords of transformers' save_pretrained: those that make no difference to one file, and the one value of others.
+_IDLE = ("max_shard_size", "save_function", "save_original_format", "save_peft_format", "token")
+_ONLY = {"push_to_hub": False, "safe_serialization": True, "variant": None, "distributed_checkpoint": False}
+
 
 class KPUStudentConfig(PretrainedConfig):
     """student: keyword arguments of `Student`."""
@@ -54,7 +59,9 @@ class KPUStudentModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module) -> None:
-        """Nothing: `Student` has done it."""
+        """A subclass's own layers as transformers does; nothing in the student, which `Student` has initialised."""
+        if all(module is not part for part in self.student.modules()):
+            super()._init_weights(module)
 
     def forward(self, pixel_values: Tensor, teacher: str | None = None) -> KPUStudentOutput:
         """pixel_values: (B, 3, H, W) in [0, 1], not normalised; H and W as `Student` takes them.
@@ -66,21 +73,48 @@ class KPUStudentModel(PreTrainedModel):
             features, spec = self.student.project(features, teacher), self.student.head_specs[teacher]
         return _output(features, spec.strides)
 
-    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, *, max_shard_size=None) -> None:
-        """Write what `Student.save_pretrained` writes: weights in one file, whatever max_shard_size says."""
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, state_dict: dict | None = None, **kwargs
+    ) -> None:
+        """Write what `Student.save_pretrained` writes: weights in one safetensors file, whatever max_shard_size says.
+
+        state_dict: weights to write instead of the model's own, under the model's names. Raises ValueError where they
+        do not fit, and for keywords that ask for another form. A subclass is saved as transformers saves any model.
+        """
+        if type(self) is not KPUStudentModel:
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            return
+        for key, value in kwargs.items():
+            if key not in _IDLE and (key not in _ONLY or value != _ONLY[key]):
+                raise ValueError(
+                    f"save_pretrained: {key}={value!r} is not possible, a student is one safetensors file in a folder; "
+                    "leave it out (model.push_to_hub(name) uploads)."
+                )
         if is_main_process:
-            self.student.save_pretrained(save_directory, card=front_matter())
+            if state_dict is not None:
+                state_dict = {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}
+            self.student.save_pretrained(save_directory, card=front_matter(), state=state_dict)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As any module's, but takes the names in a student's file too: transformers' Trainer goes on from it so."""
+        if type(self) is KPUStudentModel and not any(name.startswith(_PREFIX) for name in state_dict):
+            state_dict = {_PREFIX + name: tensor for name, tensor in state_dict.items()}
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers, but raises ValueError for weights that are missing or too many, instead of a warning."""
+        """As in transformers, but raises ValueError for weights that are missing or too many, instead of a warning.
+
+        In a subclass that holds for the student's weights only: its own layers may be new.
+        """
         model, info = super().from_pretrained(*args, **{**kwargs, "output_loading_info": True})
-        faults = [f"{key} is missing" for key in info["missing_keys"]]
-        faults += [f"{key} is not expected" for key in info["unexpected_keys"]]
+        faults = [(key, "is missing") for key in info["missing_keys"]]
+        faults += [(key, "is not expected") for key in info["unexpected_keys"]]
+        faults = sorted(f"{key} {what}" for key, what in faults if cls is KPUStudentModel or key.startswith(_PREFIX))
         if faults:
             raise ValueError(
                 f"{args[0]}: model.safetensors does not fit config.json in {len(faults)} tensors "
-                f"({'; '.join(sorted(faults)[:3])}); the two files must come from one export."
+                f"({'; '.join(faults[:3])}); the two files must come from one export."
             )
         model.student.freeze()  # transformers marks every weight as trained
         return (model, info) if kwargs.get("output_loading_info") else model

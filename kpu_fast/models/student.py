@@ -16,7 +16,7 @@ from kpu_fast.models.attention import BackendError, activate_backend
 from kpu_fast.models.features import Features, FeatureSpec
 from kpu_fast.models.hf_files import auto_keys, code_files
 from kpu_fast.models.projector import FeatureHeads
-from kpu_fast.models.vit import ViT, resize_to_stride_16
+from kpu_fast.models.vit import ViT, require_floating, resize_to_stride_16
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,7 +36,8 @@ class Student(nn.Module):
 
     forward(images (B, 3, H, W) in [0, 1]) → Features: x (B, D) is the ViT's normed cls; maps are channels-last, at
     strides 4, 8, 16, 32 with an adapter (H, W multiples of 32), else the ViT's normed patches at stride 16 (H, W
-    multiples of 16). spec describes them. Raises ValueError for sizes that do not fit and teacher names PyTorch keeps.
+    multiples of 16). spec describes them. Raises ValueError for sizes that do not fit, images that are not floating
+    point, and teacher names PyTorch keeps.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Student(nn.Module):
         self.vit.embed.mask_token.requires_grad_(False)  # nothing reads it
 
     def forward(self, images: Tensor) -> Features:
+        require_floating(images)
         if self.adapter is not None:
             return self.adapter(images, self.vit, self.levels)
         x, patches = self.vit(resize_to_stride_16(images, self.vit.patch_size))
@@ -153,7 +155,7 @@ class Student(nn.Module):
                 attention=cfg.attention,
                 activation_checkpointing=activation_checkpointing,
             )
-        except TypeError as error:  # a missing, unknown or mistyped keyword argument
+        except (TypeError, ArithmeticError) as error:  # a keyword argument missing, unknown, mistyped or infinite
             expected = ", ".join(name for name in inspect.signature(ViT).parameters)
             raise ValueError(f"student.vit.arch: {error}; ViT takes {expected}.") from error
         except ValueError as error:  # sizes that do not divide
@@ -165,18 +167,26 @@ class Student(nn.Module):
             student.vit.load_state_dict(loaded.state_dict())
         return student
 
-    def save_pretrained(self, folder: str | Path, card: str = "") -> None:
+    def save_pretrained(self, folder: str | Path, card: str = "", state: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json, model.safetensors (each tensor in its dtype) and README.md (`card`) into `folder`.
 
+        state: weights to write instead of the student's own. Raises ValueError where their names or shapes differ.
         Two small files beside them let transformers' AutoModel and AutoImageProcessor read the folder, see `models.hf`.
         Every file is written beside its place, synced and then moved there, so a file is never half there.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
+        own = self.state_dict()
+        problems = [] if state is None else _mismatches(own, state)
+        if problems:
+            raise ValueError(
+                f"{folder}: the given state does not fit this student in {len(problems)} tensors "
+                f"({'; '.join(problems[:3])}); nothing was written."
+            )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        state = {name: tensor.detach().contiguous() for name, tensor in (own if state is None else state).items()}
         config = {"format": _FORMAT, "version": _VERSION, "student": self.config}
         config.update(auto_keys(tensor.dtype for tensor in state.values()))
         code = code_files(self.vit.config)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kpu_fast.models.features import Features, FeatureSpec
 from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_config, load_net, read_json
-from kpu_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD
+from kpu_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD, require_floating
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,11 @@ class Teacher(nn.Module):
     # no_grad and not inference_mode: the student's losses save these features for their backward pass.
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        """images (B, 3, H, W) in [0, 1], any float dtype → Features; maps are views, channels last, finest first."""
+        """images (B, 3, H, W) in [0, 1], any float dtype → Features; maps are views, channels last, finest first.
+
+        Raises ValueError for images that are not floating point.
+        """
+        require_floating(images)
         pixels = (self._fit(images.float()) - self.mean) / self.std
         pixels = pixels.to(self.dtype)
         if self.kind == "clip":
@@ -94,7 +98,13 @@ class Teacher(nn.Module):
 
     def _probe(self, image_size: tuple[int, int]) -> FeatureSpec:
         height, width = image_size
-        x, maps = self(torch.zeros(1, 3, height, width, device=self.mean.device))
+        try:
+            x, maps = self(torch.zeros(1, 3, height, width, device=self.mean.device))
+        except Exception as error:  # each network of transformers has its own way of refusing a size
+            raise WeightsError(
+                f"teachers.{self.name}: does not take images of {height}×{width}: "
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            ) from error
         for m in maps:
             if m.ndim != 4:
                 raise WeightsError(
@@ -269,8 +279,11 @@ def _load_net(name: str, cfg, folder: Path, dtype: torch.dtype) -> nn.Module:
 def read_mean_std(key: str, kind: str, folder: Path) -> tuple:
     """Mean and std for images in [0, 1] from the folder's image processor, else CLIP's or ImageNet's.
 
-    key: what error messages begin with. Raises WeightsError for numbers that cannot be used.
+    A processor makes (factor · byte − mean) / std of bytes up to 255, factor 1/255 unless it says otherwise: of images
+    in [0, 1] that is (image − mean/scale) / (std/scale) with scale = 255 · factor.
+    key: what error messages begin with. Raises WeightsError for values that cannot be used.
     """
+    mean, std = CLIP_MEAN_STD if kind == "clip" else IMAGENET_MEAN_STD
     for file in ("preprocessor_config.json", "processor_config.json"):
         if not (folder / file).is_file():
             continue
@@ -278,11 +291,32 @@ def read_mean_std(key: str, kind: str, folder: Path) -> tuple:
         processor = processor.get("image_processor", processor)
         if not isinstance(processor, dict):
             raise WeightsError(f"{key}: image_processor in {folder / file} is {processor!r}, expected an object {{…}}")
-        if processor.get("do_normalize") is False:
-            return (0.0,) * 3, (1.0,) * 3
-        if "image_mean" in processor or "image_std" in processor:
-            return tuple(_three_numbers(key, folder / file, field, processor) for field in ("image_mean", "image_std"))
-    return CLIP_MEAN_STD if kind == "clip" else IMAGENET_MEAN_STD
+        processor = {field: value for field, value in processor.items() if value is not None}  # null: the default
+        if not processor.keys() & {"do_normalize", "do_rescale", "rescale_factor", "image_mean", "image_std"}:
+            continue
+        if not _flag(key, folder / file, "do_normalize", processor):
+            mean, std = (0.0,) * 3, (1.0,) * 3
+        elif "image_mean" in processor or "image_std" in processor:
+            mean, std = (_three_numbers(key, folder / file, field, processor) for field in ("image_mean", "image_std"))
+        scale = 255 * _rescale_factor(key, folder / file, processor)
+        return tuple(m / scale for m in mean), tuple(s / scale for s in std)
+    return mean, std
+
+
+def _flag(key: str, path: Path, field: str, processor: dict) -> bool:
+    value = processor.get(field, True)
+    if not isinstance(value, bool):
+        raise WeightsError(f"{key}: {field} in {path} is {value!r}, expected true or false")
+    return value
+
+
+def _rescale_factor(key: str, path: Path, processor: dict) -> float:
+    if not _flag(key, path, "do_rescale", processor):
+        return 1.0
+    factor = processor.get("rescale_factor", 1 / 255)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise WeightsError(f"{key}: rescale_factor in {path} is {factor!r}, expected a number above 0, such as 1/255")
+    return factor
 
 
 def _three_numbers(key: str, path: Path, field: str, processor: dict) -> tuple[float, ...]:

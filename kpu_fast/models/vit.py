@@ -17,6 +17,12 @@ _EPS = 1e-6
 _KEY = "student.vit.weights"
 
 
+def require_floating(images: Tensor) -> None:
+    """Raises ValueError for images of whole numbers: bytes up to 255 would be taken for [0, 1]."""
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}, expected floating point in [0, 1]; give images.float() / 255.")
+
+
 def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:
     """(image − mean) / std per channel (ImageNet) in fp32, then cast. images: (B, 3, H, W) in [0, 1]."""
     # Numbers, not buffers: `.bfloat16()` would round a buffer, and a tensor made here would cost a copy to the device.
@@ -156,7 +162,7 @@ class ViT(nn.Module):
     activation_checkpointing: `forward` keeps only each block's input and recomputes the rest in backward.
 
     Tokens are ordered cls, registers, patches row by row. `config` holds what `ViT(**config)` needs to build it again.
-    Raises ValueError where sizes do not divide.
+    Raises ValueError where sizes do not divide or are none.
     """
 
     def __init__(
@@ -175,6 +181,11 @@ class ViT(nn.Module):
         activation_checkpointing: bool = False,
     ):
         super().__init__()
+        sizes = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads, "image_size": image_size}
+        for least, values in ((1, sizes), (0, {"registers": registers})):
+            for name, value in values.items():
+                if value < least:
+                    raise ValueError(f"ViT: {name} must be {least} or more, got {value}.")
         if dim % heads:
             raise ValueError(f"ViT: dim {dim} must be a multiple of heads {heads}.")
         if image_size % patch_size:

@@ -123,6 +123,30 @@ def test_sigterm_writes_a_checkpoint_and_exits_0(whole, start, tmp_path):
     assert weights(run) == weights(whole)
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, None], ids=["Ctrl-C", "no signal"])
+def test_a_terminal_that_is_gone_ends_no_run(stop, start, tmp_path):
+    """`2>&1 | tee log`: Ctrl-C ends tee too, and whatever the run says from then on has no reader."""
+    run = tmp_path / "tiny"
+    process = start("checkpoint.every=1000", "steps=100000" if stop else "steps=8")
+    wait_for(lambda: steps_done(run) >= 3, process)
+    process.stdout.close()
+    process.stderr.close()
+    if stop:
+        process.send_signal(stop)
+    assert process.wait(timeout=120) == 0
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{steps_done(run):08d}"
+    if not stop:
+        assert steps_done(run) == 8
+        assert (run / "losses.png").exists()
+
+
+def test_a_tilde_in_output_is_the_home_folder(start, tmp_path):
+    at_home = ["env", f"HOME={tmp_path}", sys.executable]
+    out, _ = finish(start("steps=1", "optimizer.warmup_steps=0", launcher=at_home, output=Path("~/runs")))
+    assert f"student  {tmp_path / 'runs' / 'tiny' / 'student'}" in out
+    assert not (tmp_path / "~").exists()
+
+
 def test_zero_3_under_torchrun_trains_and_exports(start, tmp_path):
     launcher = two_ranks("torchrun")
     out, _ = finish(start("deepspeed.zero_optimization.stage=3", "steps=3", launcher=launcher))
@@ -186,6 +210,8 @@ def test_a_second_run_needs_resume(whole, start, tmp_path):
         (["student.vit.weights=facebook/no-such-model", "student.vit.arch={}"], None, "facebook/no-such-model"),
         (["teachers.clip.arch.hiden_size=32"], None, "hiden_size"),
         (["student.vit.arch.dimm=32"], None, "dimm"),
+        (["student.vit.arch.heads=0"], None, "student: ViT: heads must be 1 or more, got 0"),
+        (["teachers.clip.arch.num_channels=1"], None, "teachers.clip: does not take images of 64×64"),
         (["student.attention=fa3"], None, "fa3"),
         (["optimizer.impl=apex"], None, "optimizer.impl"),
         (["student.adapter.interactions=3"], None, "student: Adapter: interactions 3"),
@@ -308,3 +334,21 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tiny, environment, tmp_path
     )
     assert "stopped: step 3: a gradient is NaN or Inf, though every loss is finite" in done.stdout, done.stderr
     assert f"last good checkpoint is {tmp_path / 'tiny' / 'checkpoints' / 'step-00000002'}" in done.stdout
+
+
+def test_a_picture_that_cannot_be_made_is_a_warning(tiny, environment, photos, tmp_path):
+    """The photographs are damaged after the last step: the student is there, and so is the reason."""
+    shutil.copytree(photos, tmp_path / "photos")
+    worker = Path(__file__).parents[1] / "helpers" / "damaged_images_worker.py"
+    done = subprocess.run(
+        [sys.executable, str(worker), str(tiny), str(tmp_path), str(tmp_path / "photos")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("features.png could not be made: source ")]
+    assert f"student  {tmp_path / 'tiny' / 'student'}" in done.stdout
+    assert f"curve    {tmp_path / 'tiny' / 'losses.png'}" in done.stdout
+    assert "features.png" not in done.stdout
+    assert not (tmp_path / "tiny" / "features.png").exists()

@@ -111,8 +111,65 @@ def test_what_the_model_saves_is_a_student_again(student, folder, tmp_path):
     assert same_state(again.state_dict(), model.state_dict())
     model.save_pretrained(tmp_path / "other rank", is_main_process=False)
     assert not (tmp_path / "other rank").exists()
-    with pytest.raises(TypeError, match="state_dict"):  # not ignored: these would not be the weights on disk
-        model.save_pretrained(tmp_path / "no", state_dict=model.state_dict())
+
+
+def test_the_model_saves_as_transformers_own_callers_ask(folder, tmp_path):
+    """What Trainer, accelerate and push_to_hub hand in; what cannot be had is refused before anything is written."""
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    doubled = {name: 2 * tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "trainer", state_dict=doubled, is_main_process=True)
+    found = Student.from_pretrained(tmp_path / "trainer").state_dict()
+    assert same_state({f"student.{name}": tensor for name, tensor in found.items()}, doubled)
+    model.save_pretrained(tmp_path / "accelerate", save_function=torch.save, safe_serialization=True, push_to_hub=False)
+    assert same_state(Student.from_pretrained(tmp_path / "accelerate").state_dict(), model.student.state_dict())
+    for asked in ({"push_to_hub": True}, {"safe_serialization": False}, {"variant": "fp16"}, {"max_shard_sise": 1}):
+        with pytest.raises(ValueError, match=f"save_pretrained: {next(iter(asked))}="):
+            model.save_pretrained(tmp_path / "no", **asked)
+    doubled.pop("student.vit.norm.weight")
+    with pytest.raises(ValueError, match=r"state does not fit .* \(vit.norm.weight is missing\)"):
+        model.save_pretrained(tmp_path / "no", state_dict=doubled)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_students_file_goes_into_the_model_as_trainer_loads_it(folder):
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.nn.init.zeros_(model.student.vit.norm.weight)
+    model.load_state_dict(load_file(folder / "model.safetensors"), False)
+    assert same_state(model.state_dict(), expected)
+    model.load_state_dict(expected)
+
+
+def classifier():
+    from kpu_fast.models.hf import KPUStudentModel
+
+    class Classifier(KPUStudentModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.classifier = torch.nn.Linear(16, 300)
+            self.post_init()
+
+    return Classifier
+
+
+def test_a_subclass_starts_from_a_student_and_is_saved_whole(student, folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(transformers.utils.logging.get_logger("transformers"), "propagate", True)
+    model = classifier().from_pretrained(folder)
+    assert "classifier.weight" in caplog.text  # transformers' own report of what is new
+    assert same_state(model.student.state_dict(), student.state_dict())
+    assert model.classifier.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.classifier.bias.count_nonzero() == 0
+    assert not any(p.requires_grad for p in model.student.vit.parameters())
+    model.save_pretrained(tmp_path / "classifier", state_dict=model.state_dict())
+    again = classifier().from_pretrained(tmp_path / "classifier")
+    assert same_state(again.state_dict(), model.state_dict())
+    fresh = classifier()(model.config)
+    assert torch.equal(fresh.student.vit.blocks[0].ls1, torch.ones(16))  # a student's own start, not transformers'
+    state = load_file(tmp_path / "classifier" / "model.safetensors")
+    state.pop("student.vit.norm.weight")
+    save_file(state, tmp_path / "classifier" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 tensors \(student.vit.norm.weight is missing\)"):
+        classifier().from_pretrained(tmp_path / "classifier")
 
 
 def test_a_new_model_keeps_the_students_own_start(folder):

@@ -175,6 +175,14 @@ def test_wrong_settings_are_named(changes, message):
         build(**changes)
 
 
+@pytest.mark.parametrize("adapter", [ADAPTER, None])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_whole_numbers_are_no_images(adapter, dtype):
+    student = Student(vit=VIT, adapter=adapter)
+    with pytest.raises(ValueError, match=rf"{dtype}.*expected floating point in \[0, 1\]"):
+        student((images() * 255).to(dtype))
+
+
 # ---- from a config ----
 
 
@@ -202,6 +210,21 @@ def test_from_config_without_adapter_and_heads():
     assert student.adapter is None
     assert len(student.heads) == 0
     assert [name for name, p in student.vit.named_parameters() if not p.requires_grad] == ["embed.mask_token"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ({"heads": 0}, "student: ViT: heads must be 1 or more, got 0"),
+        ({"patch_size": 0}, "student: ViT: patch_size must be 1 or more, got 0"),
+        ({"registers": -1}, "student: ViT: registers must be 0 or more, got -1"),
+        ({"mlp_ratio": float("inf")}, "student.vit.arch: .*infinity.*; ViT takes"),
+        ({"heads": "two"}, "student.vit.arch: .*; ViT takes"),
+    ],
+)
+def test_from_config_names_sizes_that_make_no_vit(arch, message):
+    with pytest.raises(ValueError, match=message):
+        Student.from_config(config(vit=SimpleNamespace(weights="random", arch=VIT | arch)))
 
 
 def test_from_config_takes_the_adapters_settings():

@@ -199,6 +199,37 @@ def test_mean_and_std_come_from_the_image_processor(saved, tmp_path, file):
     )
 
 
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"do_rescale": False, "image_mean": [123.675, 116.28, 103.53], "image_std": [58.395, 57.12, 57.375]},
+        {"rescale_factor": 1 / 127.5, "image_mean": [1.0, 1.1, 0.9], "image_std": [0.9, 1.0, 1.1]},
+        {"do_rescale": False, "rescale_factor": 0.5, "image_mean": [128.0] * 3, "image_std": [64.0] * 3},
+        {"rescale_factor": 1 / 127.5, "do_normalize": False},
+        {
+            "do_rescale": None,
+            "rescale_factor": None,
+            "do_normalize": None,
+            "image_mean": [0.4] * 3,
+            "image_std": [0.3] * 3,
+        },
+    ],
+    ids=["0 to 255", "0 to 2", "factor of no use", "not normalised", "null is the default"],
+)
+def test_pixels_are_what_the_image_processor_makes_of_bytes(saved, tmp_path, processor):
+    folder = edited(saved, "clip", tmp_path)
+    (folder / "preprocessor_config.json").write_text(json.dumps({**processor, "do_resize": False}))
+    stored = torch.randint(0, 256, (2, 3, *SQUARE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    given = {key: value for key, value in processor.items() if value is not None}
+    theirs = transformers.CLIPImageProcessor(**given, do_resize=False, do_center_crop=False)
+    pixels = theirs(list(stored), return_tensors="pt").pixel_values
+    model = saved["clip"][0]
+    x = build("clip", folder)(stored.float() / 255).x
+    torch.testing.assert_close(
+        x, model.visual_projection(model.vision_model(pixels).pooler_output), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_clip_with_patch_14_loses_no_pixel():
     teacher = build("clip", arch=dict(CLIP, patch_size=14, image_size=56), image_size=(64, 96))
     images = pictures((64, 96))
@@ -362,6 +393,23 @@ def test_arch_keywords_are_checked():
     assert "teachers.t.arch" in message("clip", arch=dict(CLIP, hidden_size=33))  # 33 channels for 2 heads
 
 
+@pytest.mark.parametrize(
+    ("kind", "arch", "size"),
+    [("backbone", {"model_type": "hiera", "embed_dim": 8}, (96, 64)), ("clip", dict(CLIP, num_channels=1), SQUARE)],
+)
+def test_a_network_that_does_not_take_the_images_is_named(kind, arch, size):
+    levels = [4] if kind == "backbone" else None
+    text = message(kind, arch=arch, levels=levels, image_size=size)
+    assert text.startswith(f"teachers.t: does not take images of {size[0]}×{size[1]}: ")
+    assert len(text.splitlines()) == 1
+
+
+def test_bytes_are_no_images():
+    teacher = build("clip", arch=CLIP)
+    with pytest.raises(ValueError, match=r"torch.uint8.*expected floating point in \[0, 1\]"):
+        teacher((pictures(SQUARE) * 255).to(torch.uint8))
+
+
 def test_folder_missing_or_without_a_model(tmp_path):
     text = message("clip", tmp_path / "nowhere")
     assert "teachers.t.weights" in text
@@ -458,6 +506,12 @@ def test_wrong_shapes_and_damaged_files(saved, tmp_path):
         ("preprocessor_config.json", {"image_mean": [0.5] * 4, "image_std": [1] * 4}, "image_mean"),
         ("preprocessor_config.json", {"image_mean": [0.5] * 3}, "image_std"),
         ("processor_config.json", {"image_processor": "CLIPImageProcessor"}, "image_processor"),
+        ("preprocessor_config.json", {"do_normalize": "false"}, "do_normalize"),
+        ("preprocessor_config.json", {"do_rescale": 0, "image_mean": [0.5] * 3, "image_std": [1] * 3}, "do_rescale"),
+        ("preprocessor_config.json", {"rescale_factor": "1/255", "do_normalize": False}, "rescale_factor"),
+        ("preprocessor_config.json", {"rescale_factor": 0}, "rescale_factor"),
+        ("preprocessor_config.json", {"rescale_factor": True}, "rescale_factor"),
+        ("preprocessor_config.json", {"rescale_factor": float("inf")}, "rescale_factor"),
     ],
 )
 def test_json_of_another_form_is_named(saved, tmp_path, file, content, expected):
