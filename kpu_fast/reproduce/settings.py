@@ -122,6 +122,6 @@ def _fingerprint(source: str) -> str:
     from kpu_fast.data.sources import list_files
 
     archive = source.rpartition(":")[0]
-    paths = [Path(archive)] if archive and is_cifar(archive) else [Path(file.path) for file in list_files(source)]
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    files = list_files(archive if archive and is_cifar(archive) else source)
+    stats = [(str(Path(file.path).resolve()), file.size, file.mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
