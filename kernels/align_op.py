@@ -149,15 +149,13 @@ def _scale(grad, factor, triton):
 
         launch_scale(grad, factor)
     elif grad.device.type != "cpu" or factor != 1:
-        if grad.dtype.itemsize == 2:
-            grad.copy_(scaled(grad, factor))
-        else:
-            grad.mul_(factor)
+        grad.mul_(factor.reshape(1))  # as in `scaled`
 
 
 def scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad * factor in grad's dtype, rounded once: of itself torch rounds a scalar factor to bfloat16 beforehand."""
-    return (grad.to(torch.promote_types(grad.dtype, factor.dtype)) * factor).to(grad.dtype)
+    """grad * factor, a scalar tensor, rounded once, to grad's dtype."""
+    # One dimension makes torch multiply in the wider dtype; a factor of none it would first round to bfloat16.
+    return (grad * factor.reshape(1)).to(grad.dtype)
 
 
 def _save(ctx, inputs, output):

@@ -5,6 +5,8 @@ import contextlib
 import numpy as np
 from PIL import Image, ImageOps
 
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what broken files and `to_rgb` raise
+
 
 def to_rgb(image: Image.Image, *, upright: bool = True) -> np.ndarray:
     """`image`, as Pillow opened it, as uint8 RGB (H, W, 3): what DALI makes of a file that it reads rightly.

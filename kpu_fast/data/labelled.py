@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kpu_fast.data.decode import to_rgb
-from kpu_fast.data.sources import IMAGE_SUFFIXES, SourceError, is_shard, list_files, shard_candidates
+from kpu_fast.data.decode import UNREADABLE, to_rgb
+from kpu_fast.data.sources import IMAGE_SUFFIXES, SourceError, SourceFile, is_shard, list_files, shard_candidates
 
 _CIFAR_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 _CIFAR_META = "batches.meta"
@@ -67,7 +67,7 @@ class LabelledImages(Dataset):
             with open(path, "rb") as file:
                 file.seek(first)
                 return to_rgb(Image.open(io.BytesIO(file.read(length)))), label
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise SourceError(f"{name}: not an image that can be read ({error})") from error
 
     def encoded(self, i: int) -> tuple[bytes, str]:
@@ -196,6 +196,19 @@ def _split_of(source: str) -> tuple[str, str | None]:
         if source.endswith(f":{split}"):
             return source.removesuffix(f":{split}"), split
     return source, None
+
+
+def source_files(source: str) -> tuple[list[SourceFile], str | None]:
+    """The files that a source of `LabelledImages` is read from, and, of CIFAR-10's own, which part: "train" or "test".
+
+    Its archive or folder counts as one file. Raises OSError where that is missing, SourceError as `list_files` does.
+    """
+    path, split = _split_of(source)
+    if not is_cifar(path):
+        return list_files(source), None
+    path = os.path.abspath(os.path.expanduser(path))
+    stat = os.stat(path)
+    return [SourceFile(path, stat.st_size, stat.st_mtime_ns)], split or "train"
 
 
 def is_cifar(path: str) -> bool:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kpu_fast.data.decode import to_rgb
+from kpu_fast.data.decode import UNREADABLE, to_rgb
 from kpu_fast.data.sources import SourceError
 from kpu_fast.evaluate.images import draw
 from kpu_fast.evaluate.result import EvaluateError
@@ -76,7 +76,7 @@ class CocoImages(Dataset):
         path, rows = self._images[i]
         try:
             pixels = to_rgb(Image.open(path), upright=False)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise SourceError(f"{path}: not an image that can be read ({error})") from error
         boxes, labels, area, crowd = zip(*rows, strict=True) if rows else ((), (), (), ())
         shaped = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)

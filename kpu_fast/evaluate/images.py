@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from kpu_fast.data.labelled import LabelledImages, is_cifar, to_batch
-from kpu_fast.data.sources import SourceError, list_files
+from kpu_fast.data.labelled import LabelledImages, is_cifar, source_files, to_batch
+from kpu_fast.data.sources import SourceError
 from kpu_fast.evaluate.result import EvaluateError
 
 
@@ -51,10 +51,8 @@ def check_apart(train: str, test: str, keys: tuple[str, str] = ("--train-images"
 
 
 def _files(source: str) -> set[str]:
-    path, _, part = source.rpartition(":")
-    if part in ("train", "test") and is_cifar(path):
-        return {f"{os.path.realpath(os.path.expanduser(path))}:{part}"}
-    return {os.path.realpath(file.path) for file in list_files(source)}
+    files, part = source_files(source)
+    return {os.path.realpath(file.path) + (f":{part}" if part else "") for file in files}
 
 
 def draw(count: int, limit: int | None, seed: int) -> list[int]:

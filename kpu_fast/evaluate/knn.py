@@ -35,8 +35,8 @@ def knn(
     """
     classes = count_classes(train, test)
     space = None if teacher_name is None else encoder.space(teacher_name)
-    common = dict(size=size, features=features, batch_size=batch_size, workers=workers, space=space)
-    known, asked = collect_both(encoder, train, test, task="knn", **common)
+    reading = dict(size=size, batch_size=batch_size, workers=workers)
+    known, asked = collect_both(encoder, train, test, task="knn", features=features, space=space, **reading)
     top1 = nearest(known, asked, classes, k=k, temperature=temperature, device=encoder.device)
     seen = {"images": len(test), "train_images": len(train), "size": size, "head": space}
     return {"top1": top1, "k": min(k, len(train)), **seen}
@@ -87,32 +87,16 @@ def collect_both(
     space: str | None = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Features (N, C) float32 and labels (N,) of all images of `train`, and of `test`, on the CPU; bars say `task`."""
-    common = dict(size=size, features=features, batch_size=batch_size, workers=workers, space=space)
-    known = _collect(encoder, train, description=f"{task}: train", **common)
-    return known, _collect(encoder, test, description=f"{task}: test", **common)
 
+    def collect(images: Dataset, name: str) -> tuple[Tensor, Tensor]:
+        read = batches(images, size, batch_size=batch_size, workers=workers, description=f"{task}: {name}")
+        parts = [
+            (vectors.cpu(), labels.clone())  # a copy: what a worker sent is an open file, until it is gone
+            for vectors, labels in walk(encoder, read, features, space)
+        ]
+        return torch.cat([vectors for vectors, _ in parts]), torch.cat([labels for _, labels in parts])
 
-def _collect(
-    encoder: Encoder,
-    images: Dataset,
-    *,
-    size: int,
-    description: str,
-    features: str,
-    batch_size: int,
-    workers: int,
-    space: str | None,
-) -> tuple[Tensor, Tensor]:
-    parts = [
-        (vectors.cpu(), labels.clone())  # a copy: what a worker sent is an open file, until it is gone
-        for vectors, labels in walk(
-            encoder,
-            batches(images, size, batch_size=batch_size, workers=workers, description=description),
-            features,
-            space,
-        )
-    ]
-    return torch.cat([vectors for vectors, _ in parts]), torch.cat([labels for _, labels in parts])
+    return collect(train, "train"), collect(test, "test")
 
 
 def count_classes(train: Dataset, test: Dataset) -> int:

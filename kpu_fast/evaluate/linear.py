@@ -37,8 +37,8 @@ def linear(
     classes = count_classes(train, test)
     _check_several(train.labels)  # before the hours that encoding may take
     space = None if teacher_name is None else encoder.space(teacher_name)
-    common = dict(size=size, features=features, batch_size=batch_size, workers=workers, space=space)
-    known, asked = collect_both(encoder, train, test, task="linear", **common)
+    reading = dict(size=size, batch_size=batch_size, workers=workers)
+    known, asked = collect_both(encoder, train, test, task="linear", features=features, space=space, **reading)
     channels = known[0].shape[1]
     print(f"linear: fitting {len(train)} images, {channels} channels, {classes} classes", file=sys.stderr, flush=True)
     top1, iterations = regress(known, asked, classes, c=c, max_iter=max_iter)

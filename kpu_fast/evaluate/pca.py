@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kpu_fast.data.decode import to_rgb
+from kpu_fast.data.decode import UNREADABLE, to_rgb
 from kpu_fast.data.labelled import to_batch
 from kpu_fast.data.sources import IMAGE_SUFFIXES
 from kpu_fast.engine.picture import Panel, fit_colours, save_feature_picture
@@ -136,6 +136,6 @@ def _read(sources: Sequence[str], count: int, seed: int) -> list[np.ndarray]:
             continue
         try:
             images.append(to_rgb(Image.open(source)))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise EvaluateError(f"--images: {source} is not an image that can be read ({error})") from error
     return images

@@ -181,11 +181,16 @@ class ViT(nn.Module):
         activation_checkpointing: bool = False,
     ):
         super().__init__()
-        sizes = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads, "image_size": image_size}
-        for least, values in ((1, sizes), (0, {"registers": registers})):
-            for name, value in values.items():
-                if value < least:
-                    raise ValueError(f"ViT: {name} must be {least} or more, got {value}.")
+        for name, value, least in (
+            ("patch_size", patch_size, 1),
+            ("dim", dim, 1),
+            ("depth", depth, 1),
+            ("heads", heads, 1),
+            ("image_size", image_size, 1),
+            ("registers", registers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"ViT: {name} must be {least} or more, got {value}.")
         if dim % heads:
             raise ValueError(f"ViT: dim {dim} must be a multiple of heads {heads}.")
         if image_size % patch_size:

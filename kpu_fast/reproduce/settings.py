@@ -118,10 +118,8 @@ def _digest(paths: list[Path]) -> str:
 
 def _fingerprint(source: str) -> str:
     """Of the names, sizes and times of the source's files."""
-    from kpu_fast.data.labelled import is_cifar
-    from kpu_fast.data.sources import list_files
+    from kpu_fast.data.labelled import source_files
 
-    archive = source.rpartition(":")[0]
-    files = list_files(archive if archive and is_cifar(archive) else source)
+    files, _ = source_files(source)
     stats = [(str(Path(file.path).resolve()), file.size, file.mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()

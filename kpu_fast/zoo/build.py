@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kpu_fast.data.labelled import LabelledImages, is_cifar
+from kpu_fast.data.labelled import LabelledImages
 from kpu_fast.evaluate.images import check_apart, draw
 from kpu_fast.evaluate.result import EvaluateError
 from kpu_fast.machine import device_name
@@ -143,8 +143,7 @@ def _bank(train: Pixels, seed: int) -> Pixels:
 def _check(images: LabelledImages, test_images: LabelledImages, classes, only) -> tuple[str, ...]:
     """The classes' names. Raises ZooError for whatever would be of no use, or fail, after hours of training."""
     try:
-        sources = (f"{s}:train" if is_cifar(s) else s for s in (images.source, test_images.source))
-        check_apart(*sources, ("--images", "--test-images"))
+        check_apart(images.source, test_images.source, ("--images", "--test-images"))
     except EvaluateError as error:
         raise ZooError(str(error)) from error
     classes = _spaced(classes or images.classes or test_images.classes)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from kpu_fast.data.labelled import LabelledImages, read_class_names, to_batch
-from kpu_fast.data.sources import SourceError
+from kpu_fast.data.labelled import LabelledImages, read_class_names, source_files, to_batch
+from kpu_fast.data.sources import SourceError, list_files
 
 
 def picture(number, size=(32, 32)):
@@ -146,6 +146,23 @@ def test_cifar_as_published_folder_and_archive(tmp_path):
         data, suffix = images.encoded(0)
         assert suffix == ".png"
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), picture(10))
+
+
+def test_the_files_of_a_source(folders, tmp_path):
+    """CIFAR-10 as published is one file and a part of it, also unpacked, where no file has an image's suffix."""
+    folder = cifar(tmp_path / "cifar-10-batches-py")
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    archive.write_bytes(b"12345")
+    for source in (folder, archive):
+        for ending, part in (("", "train"), (":train", "train"), (":test", "test")):
+            files, found = source_files(f"{source}{ending}")
+            assert [file.path for file in files] == [str(source)]
+            assert files[0].mtime_ns == source.stat().st_mtime_ns
+            assert found == part
+    assert files[0].size == 5
+    assert source_files(str(folders)) == (list_files(str(folders)), None)
+    with pytest.raises(OSError, match="cifar-10-none"):
+        source_files(f"{tmp_path}/cifar-10-none.tar.gz:test")
 
 
 def test_package_source_and_glob_of_class_folders(folders, tmp_path, monkeypatch):
