@@ -153,12 +153,14 @@ def _save_operator(ctx, inputs, output):
     _, grads_source, grads_target = output
     ctx.mark_non_differentiable(*grads_source, *grads_target)
     _save(ctx, (*inputs[-2], *inputs[-1]), (*grads_source, *grads_target))
+    # Of a list that holds tensors only torch expects a gradient for each, of any other argument one None.
+    ctx.nothing = [[None] * len(x) if all(isinstance(t, Tensor) for t in x) else None for x in inputs[2:]]
 
 
 def _backward_operator(ctx, upstream, *_):
     grads = _scaled(ctx, upstream)
     half = len(grads) // 2
-    return grads[:half], grads[half:], *[None] * 8
+    return grads[:half], grads[half:], *ctx.nothing
 
 
 _forward.register_autograd(_backward_operator, setup_context=_save_operator)

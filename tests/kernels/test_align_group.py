@@ -255,8 +255,16 @@ def test_opcheck(device):
     )
 
 
-def test_fullgraph_compile(impl, device):
+@pytest.mark.parametrize("every_term", ["as they come", "masked", "with statistics"])
+def test_fullgraph_compile(every_term, impl, device):
     terms = step(device)
+    if every_term == "masked":
+        terms = [term._replace(valid=mask(term.source.shape[:-1], device)) for term in terms]
+    if every_term == "with statistics":
+        terms = [
+            term._replace(target_mean=make(c, device, grad=False), target_std=make(c, device, grad=False).abs() + 1)
+            for term, c in ((term, term.source.shape[-1:]) for term in terms)
+        ]
 
     def losses(*tensors):
         pairs = zip(tensors[: len(terms)], tensors[len(terms) :], strict=True)
