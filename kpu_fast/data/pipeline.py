@@ -66,6 +66,8 @@ class Stream:
             rank=rank,
             seed=seed,
         )
+        self._handed_out: list[torch.Tensor] = []  # on a GPU: of the last batch, in DALI's memory
+        self._in_use: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()  # of those before it
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="kpu_fast-read")
         self._reads = deque()
         self._next_read = self._images_seen
@@ -87,8 +89,23 @@ class Stream:
                 f"`python -m kpu_fast.data.scan` on it again. DALI said: {error}"
             ) from error
         self._images_seen += self._stride
-        images = torch.from_dlpack(images.as_tensor())
-        return Batch(images, _valid(torch.from_dlpack(size[0].as_tensor()), images.shape[2:]) if size else None)
+        images, *size = outputs = [torch.from_dlpack(output.as_tensor()) for output in (images, *size)]
+        if self._device.type == "cuda":
+            self._keep_until_used(outputs)
+        return Batch(images, _valid(size[0], images.shape[2:]) if size else None)
+
+    def _keep_until_used(self, outputs: list[torch.Tensor]):
+        """Keep `outputs` until the GPU has done what was queued before the next batch was asked for.
+
+        DALI writes to memory again as soon as no tensor holds it: it waits for its own stream, not for torch's. The
+        host drops a batch when the work on it is queued, which is before the GPU has read it.
+        """
+        used = torch.cuda.Event()
+        used.record(torch.cuda.current_stream(self._device))
+        self._in_use.append((used, self._handed_out))
+        self._handed_out = outputs
+        while self._in_use and self._in_use[0][0].query():
+            self._in_use.popleft()
 
     @property
     def images_seen(self) -> int:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -198,6 +199,40 @@ def test_batches_stay_what_they_were_while_the_stream_goes_on(folder, make):
     copies = [batch.images.clone() for batch in kept]
     take(one, 8)
     assert all(torch.equal(batch.images, copy) for batch, copy in zip(kept, copies, strict=True))
+
+
+def test_on_a_gpu_a_batch_lives_until_the_gpu_has_read_it(folder, make, monkeypatch):
+    """Seen without a GPU: a batch that its user dropped is still held while an event after its use has not come."""
+
+    class Event:
+        def __init__(self):
+            recorded.append(self)
+            self.done = False
+
+        def record(self, stream):
+            assert stream == "the stream of cuda:0"
+
+        def query(self):
+            return self.done
+
+    recorded, held = [], []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    source = stream(scan(str(folder)), make.config(fit="pad", size=(32, 48), batch_size=2))
+    source._device = torch.device("cuda:0")  # all else stays on the CPU
+    for _ in range(4):
+        batch = next(source)
+        held.append([weakref.ref(tensor) for tensor in source._handed_out])
+        assert any(ref() is batch.images for ref in held[-1])
+    del batch
+    assert all(ref() is not None for refs in held for ref in refs)
+    recorded[0].done = recorded[1].done = True  # before the first batch and after it; the second is still being read
+    next(source)
+    assert [all(ref() is None for ref in refs) for refs in held] == [True, False, False, False]
+    for event in recorded:
+        event.done = True
+    next(source)
+    assert [all(ref() is None for ref in refs) for refs in held] == [True] * 4
 
 
 def test_fewer_images_than_a_batch_repeat(tmp_path, make):
