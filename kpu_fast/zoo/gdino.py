@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kpu_fast.data.labelled import LabelledImages, to_batch
 from kpu_fast.evaluate.boxes import Mosaics, average_precision
 from kpu_fast.models.teachers import IMAGENET_MEAN_STD
-from kpu_fast.zoo.clip import attention, save_tokenizer, write_processor
+from kpu_fast.zoo.clip import save_tokenizer, write_processor
 from kpu_fast.zoo.fit import ZooError, fit
 from kpu_fast.zoo.mosaic import make_mosaic
 from kpu_fast.zoo.pixels import Pixels, crop_and_flip, generator, rows_of_step
@@ -32,7 +32,7 @@ def train_gdino(pixels: Pixels, recipe: GdinoRecipe, folder: Path, *, device, se
     """
     tokenizer = make_tokenizer(pixels.classes)
     torch.manual_seed(seed)
-    model = _network(recipe, tokenizer, device)
+    model = _network(recipe, tokenizer)
     swin = model.model.backbone.conv_encoder.model
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in IMAGENET_MEAN_STD)
     classifier = _Classifier(swin, len(pixels.classes))
@@ -224,7 +224,7 @@ def make_tokenizer(classes: tuple[str, ...]):
     return tokenizer
 
 
-def _network(recipe: GdinoRecipe, tokenizer, device: torch.device) -> nn.Module:
+def _network(recipe: GdinoRecipe, tokenizer) -> nn.Module:
     from transformers import BertConfig, GroundingDinoConfig, GroundingDinoForObjectDetection, SwinConfig
 
     swin = SwinConfig(
@@ -269,7 +269,7 @@ def _network(recipe: GdinoRecipe, tokenizer, device: torch.device) -> nn.Module:
         # Without this, transformers would look on the hub for a compiled kernel.
         disable_custom_kernels=True,
     )
-    model = GroundingDinoForObjectDetection._from_config(config, attn_implementation=attention(device))
+    model = GroundingDinoForObjectDetection._from_config(config, attn_implementation="eager")  # it has no other
     _start_unsure(model.model)
     return model
 

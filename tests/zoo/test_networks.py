@@ -89,20 +89,21 @@ def attention_of(model, tokens, layers, heads):
         yield (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
 
 
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda")], ids=str)  # for which the network is made, not where
 @pytest.mark.parametrize("kind", ["clip", "dinov2"])
-def test_heads_begin_by_looking_at_one_neighbour_each(kind):
+def test_heads_begin_by_looking_at_one_neighbour_each(kind, device):
     """On a grid of the recipes' size: nearly all patches look most at the neighbour their head is for."""
     from kpu_fast.zoo.recipes import ClipRecipe, Dinov2Recipe
 
     torch.manual_seed(0)
     if kind == "clip":
         recipe = ClipRecipe()
-        model = clip._network(recipe, clip.make_tokenizer(CLASSES), CPU).vision_model
+        model = clip._network(recipe, clip.make_tokenizer(CLASSES), device).vision_model
         embed = lambda x: model.pre_layrnorm(model.embeddings(x))  # noqa: E731
         layers, prefix = [(layer.layer_norm1, layer.self_attn) for layer in model.encoder.layers], 1
     else:
         recipe = Dinov2Recipe()
-        model = dinov2._network(recipe, CPU)
+        model = dinov2._network(recipe, device)
         embed = model.embeddings
         layers, prefix = [(layer.norm1, layer.attention) for layer in model.encoder.layer], 1 + recipe.registers
     images = F.interpolate(torch.randn(1, 3, 16, 16), (128, 128), mode="bicubic")
@@ -254,7 +255,7 @@ def detector():
     recipe = GdinoRecipe(canvas=64, embed_dim=16, depths=(1, 1, 1, 1), dim=32, queries=8, text_dim=32)
     tokenizer = gdino.make_tokenizer(CLASSES)
     torch.manual_seed(0)
-    model = gdino._network(recipe, tokenizer, CPU)
+    model = gdino._network(recipe, tokenizer)
     text = {key: v.expand(2, -1) for key, v in tokenizer(gdino.prompt(CLASSES), return_tensors="pt").items()}
     labels = [
         {"class_labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.3]])},
