@@ -36,26 +36,26 @@ class Engine(nn.Module):
         self.optimizer.step()
 
 
-def parts(balance, standardize="none"):
+def parts(balance, standardize="none", adapter=None, device=DEVICE):
     torch.manual_seed(0)
     vit = {"dim": 32, "depth": 2, "heads": 2, "patch_size": 16, "image_size": 64}
-    student = Student(vit=vit, adapter=None, heads=SPECS, head_hidden=16, freeze_vit=False)
-    module = KPU(student, SPECS, ObjectiveConfig(balance=balance, standardize=standardize)).to(DEVICE)
+    student = Student(vit=vit, adapter=adapter, heads=SPECS, head_hidden=16, freeze_vit=adapter is not None)
+    module = KPU(student, SPECS, ObjectiveConfig(balance=balance, standardize=standardize)).to(device)
 
     def teacher(spec):
-        x = None if spec.x_dim is None else torch.randn(2, spec.x_dim, device=DEVICE)
-        maps = (torch.randn(2, int(64 // s), int(96 // s), c, device=DEVICE) for c, s in zip(*spec[1:], strict=True))
+        x = None if spec.x_dim is None else torch.randn(2, spec.x_dim, device=device)
+        maps = (torch.randn(2, int(64 // s), int(96 // s), c, device=device) for c, s in zip(*spec[1:], strict=True))
         features = Features(x, tuple(maps))
         return lambda images: features
 
     teachers = {name: teacher(spec) for name, spec in SPECS.items()}
-    return Parts({}, teachers, Engine(module), build_balance(balance, 2, DEVICE))
+    return Parts({}, teachers, Engine(module), build_balance(balance, 2, device))
 
 
-def batches():
-    valid = torch.ones(2, 64, 96, dtype=torch.bool, device=DEVICE)
+def batches(device=DEVICE):
+    valid = torch.ones(2, 64, 96, dtype=torch.bool, device=device)
     valid[1, 40:] = False
-    images = {name: torch.rand(2, 3, 64, 96, device=DEVICE) for name in SPECS}
+    images = {name: torch.rand(2, 3, 64, 96, device=device) for name in SPECS}
     return {name: SimpleNamespace(images=images[name], valid=valid if name == "gdino" else None) for name in SPECS}
 
 
@@ -72,6 +72,25 @@ def test_a_step_waits_for_nothing(balance, standardize):
     assert not torch.equal(before, after)
     if famo:
         assert float(famo.w.detach().abs().max()) > 0
+
+
+@pytest.mark.parametrize(
+    ("balance", "standardize", "adapter"),
+    [
+        ("equal", "none", None),
+        ("famo", "phi_s", {"cross_attention": "flash", "interactions": 2}),
+        ("teacher_drop", "meanstd", {"cross_attention": "deformable", "interactions": 2}),
+    ],
+)
+def test_a_step_keeps_to_its_device(balance, standardize, adapter):
+    """On a device without values, which mixes with no other: no tensor of a step is made or left on the CPU."""
+    made = parts(balance, standardize, adapter, device="meta")
+    terms, total, _ = train_step(made, batches("meta"))
+    assert {tensor.device.type for tensor in (*terms.values(), total)} == {"meta"}
+    assert all(p.grad.device.type == "meta" for p in made.engine.module.parameters() if p.requires_grad)
+    made.engine.module.register_forward_pre_hook(lambda _, args: (args[0], args[1] * torch.ones(96), *args[2:]))
+    with pytest.raises(RuntimeError, match="device"):
+        train_step(made, batches("meta"))
 
 
 @pytest.mark.parametrize("read", [lambda x: float(x.sum()), lambda x: x[x > 0], lambda x: bool((x > 0).any())])
