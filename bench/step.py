@@ -1,8 +1,9 @@
 """Time and memory of the training step, part by part:  python bench/step.py --config configs/h100_random.json
 
 Runs `--warmup` steps, then `--steps` steps as the training does, without a wait in between (step time, images/s, peak
-memory), then a few steps with a wait after every part (share of each part). Prints a table and writes one JSON with
-device and versions to --out. Times mean something on a GPU only; on a CPU the shares and the memory do.
+memory), then a few steps with a wait after every part (share of each part), and counts the operations of one. Prints a
+table and writes one JSON with device and versions to --out. Times mean something on a GPU only; on a CPU the shares,
+the memory and the count do.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from kpu_fast.config import ConfigError, load_config
 from kpu_fast.engine.distributed import World, init_distributed
@@ -46,6 +48,7 @@ def main() -> int:
         train_step(parts, _batches(streams))
     whole = _time_whole(world, parts, streams, args.steps)
     shares = _time_parts(world, parts, streams, min(10, args.steps))
+    flop = _count_flop(parts, streams)
     images = world.size * cfg.images_per_step()
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     result = {
@@ -54,6 +57,7 @@ def main() -> int:
         "ranks": world.size,
         "step_ms": 1e3 * whole,
         "images_per_second": images / whole,
+        "flop": flop,
         "peak_memory": peak_memory(world.device),
         "shares_percent": {part: 100.0 * shares[part] / sum(shares.values()) for part in PARTS},
         "steps": args.steps,
@@ -65,6 +69,7 @@ def main() -> int:
         file = args.out / f"step-{cfg.name}-{device.lower().replace(' ', '-')}.json"
         file.write_text(json.dumps(result, indent=2), encoding="utf-8")
         print(f"{device}: {result['step_ms']:.1f} ms per step, {result['images_per_second']:.1f} images/s")
+        print(f"{flop / 1e12:.3g} TFLOP per step and rank, {flop / whole / 1e12:.3g} TFLOP/s")
         print(f"peak memory: {result['peak_memory']}")
         for part in PARTS:
             print(f"  {part:<20}{result['shares_percent'][part]:6.1f} %")
@@ -119,6 +124,16 @@ def _time_parts(world: World, parts, streams, steps: int) -> dict[str, float]:
 
         _step_in_parts(parts, streams, mark)
     return {part: statistics.median(values) for part, values in seconds.items()}
+
+
+def _count_flop(parts, streams) -> int:
+    """Floating-point operations of one step: matrix products, convolutions and torch's attention, as torch counts them.
+
+    What this project's own kernels compute is left out.
+    """
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        train_step(parts, _batches(streams))
+    return counter.get_total_flops()
 
 
 def _wait(world: World) -> None:
