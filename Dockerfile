@@ -11,4 +11,4 @@ RUN python3 -m venv $VIRTUAL_ENV
 WORKDIR /opt/kpu_fast
 COPY . .
 RUN pip install --no-cache-dir -c constraints.txt -e '.[train,dev]'
-CMD ["python", "kpu_fast/train.py", "--config", "configs/demo.json"]
+CMD ["python", "kpu_fast/train.py", "--config", "configs/random.json"]

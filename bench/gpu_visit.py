@@ -29,7 +29,7 @@ SECONDS = {"tests": 140, "benches": 200, "step": 60, "profile": 65}  # 465 in al
 DRY_SECONDS = {"tests": 15, "benches": 30, "step": 60, "profile": 15}
 # The folders of tests that can meet the GPU, and what each needs beside torch and triton.
 TESTS = {
-    "tests/kernels": (),
+    "tests/kernels": ("hypothesis",),
     "tests/models": ("transformers", "safetensors"),
     "tests/objectives": ("transformers", "pydantic"),
     "tests/engine": ("transformers", "pydantic", "deepspeed", "nvidia.dali", "tqdm", "tensorboard"),

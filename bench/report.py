@@ -237,7 +237,8 @@ def _floors(groups: list[Group], on_gpu: bool) -> list[str]:
         multiple = 100 / ours["percent_of_copy"]
         times = f", {ours['ms'] / multiple:.3g} ms at the speed of a copy" if on_gpu else ""
         what = f"All loss terms of a step ({group.shape}, {group.dtype} {group.mode})"
-        lines.append(f"{what}: {ours['counted_bytes'] / 1e6:.0f} MB{times}; ours take {multiple:.2f}× that floor.")
+        ratio = f"ours take {multiple:.2f} times as long as a copy of as many"
+        lines.append(f"{what}: {ours['counted_bytes'] / 1e6:.0f} MB{times}; {ratio}.")
     return lines
 
 

@@ -15,11 +15,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from kpu_fast.config import ConfigError, load_config
 from kpu_fast.engine.distributed import World, init_distributed
-from kpu_fast.engine.loop import build, forward, open_streams, train_step
+from kpu_fast.engine.loop import RunError, build, forward, open_streams, train_step
 from kpu_fast.engine.result import peak_memory
 from kpu_fast.engine.run_folder import circumstances
 from kpu_fast.train import leave
@@ -38,15 +38,16 @@ def main() -> int:
     args = parser.parse_args()
     try:
         cfg = load_config(args.config, args.set)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
+        world = init_distributed()
+        parts = build(cfg, world)
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    world = init_distributed()
-    parts = build(cfg, world)
     streams = open_streams(cfg, parts.indexes, world, {})
     for _ in range(args.warmup):
         train_step(parts, _batches(streams))
     whole = _time_whole(world, parts, streams, args.steps)
+    memory = peak_memory(world.device)  # before the count, whose step is not compiled
     shares = _time_parts(world, parts, streams, min(10, args.steps))
     flop = _count_flop(parts, streams)
     images = world.size * cfg.images_per_step()
@@ -58,7 +59,7 @@ def main() -> int:
         "step_ms": 1e3 * whole,
         "images_per_second": images / whole,
         "flop": flop,
-        "peak_memory": peak_memory(world.device),
+        "peak_memory": memory,
         "shares_percent": {part: 100.0 * shares[part] / sum(shares.values()) for part in PARTS},
         "steps": args.steps,
         "config": cfg.model_dump(mode="json"),
@@ -131,9 +132,21 @@ def _count_flop(parts, streams) -> int:
 
     What this project's own kernels compute is left out.
     """
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), flop_counter() as counter:
         train_step(parts, _batches(streams))
     return counter.get_total_flops()
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's, which counts attention on a GPU and not on a CPU, with the same rules for that on a CPU."""
+    aten = torch.ops.aten
+    rules = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping=rules)
 
 
 def _wait(world: World) -> None:

@@ -49,6 +49,8 @@ def config(source, **changes):
 
 
 def report(benchmark, source):
+    if benchmark.stats is None:  # --benchmark-disable
+        return
     benchmark.extra_info |= {
         "img_per_s": round(BATCH / benchmark.stats.stats.median, 1),
         "source": os.environ.get("KPU_FAST_BENCH_IMAGES", "made: 64 JPEG of 500 × 375"),

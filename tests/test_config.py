@@ -1,6 +1,7 @@
 """The config tree: what is shipped is valid, and a mistake is answered with the key, what was found, what would do."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,19 @@ SHIPPED = sorted((ROOT / "configs").glob("*.json"))
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_configs_are_valid(path):
     assert load_config(path).name == path.stem
+
+
+def test_configs_that_are_named_exist():
+    pages = [
+        ROOT / "README.md",
+        ROOT / "Dockerfile",
+        ROOT / "Makefile",
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("examples/*"),
+    ]
+    named = {name for page in pages if page.is_file() for name in re.findall(r"configs/\w+\.json", page.read_text())}
+    assert {"configs/h100.json", "configs/random.json", "configs/zoo.json"} <= named
+    assert not [name for name in named if not (ROOT / name).is_file()]
 
 
 def test_ablation_is_four_configs():

@@ -108,6 +108,7 @@ def test_results_that_are_there_are_read_and_not_made_again(tmp_path):
         (["--report", "{tmp}/twice.md"], "expected a page with the lines"),
         (["--images", "{tmp}/nothing"], "nothing"),
         (["--images", "{tmp}/cifar-10-python.tar.gz:train"], "training reads image files"),
+        (["--images", "{tmp}/cifar-10-python.tar.gz:test"], "training reads image files"),
         (["--images", "{tmp}/unicorns"], "--images: the zoo's teachers were never told of dragon, unicorn"),
         (["--config", "{tmp}/none.json"], "none.json"),
         (["--out", "{tmp}"], "holds files but no settings.json"),
@@ -123,6 +124,21 @@ def test_what_cannot_be_used_is_named_before_the_work(options, message, tmp_path
     assert command.main([*out, *(option.format(tmp=tmp_path) for option in options)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_images_of_an_installed_package(tmp_path, monkeypatch):
+    for part, count in (("seen", 3), ("unseen", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / "mypics" / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8)).save(tmp_path / "mypics" / part / name / f"{i}.png")
+    (tmp_path / "mypics/__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = ["--images", "package:mypics/seen", "--test-images", "package:mypics/unseen", "--runs", "kpu"]
+    args = command._parser().parse_args([*options, "--out", str(tmp_path / "out")])
+    settings.check(args)
+    settings.settle(args)
+    assert (args.images, args.test_images) == ("package:mypics/seen", "package:mypics/unseen")
 
 
 def test_figures_of_other_settings_are_not_mixed(tmp_path, capsys, monkeypatch):

@@ -201,14 +201,15 @@ def _split_of(source: str) -> tuple[str, str | None]:
 def source_files(source: str) -> tuple[list[SourceFile], str | None]:
     """The files that a source of `LabelledImages` is read from, and, of CIFAR-10's own, which part: "train" or "test".
 
-    Its archive or folder counts as one file. Raises OSError where that is missing, SourceError as `list_files` does.
+    Raises OSError where one of CIFAR-10's is missing, SourceError as `list_files` does.
     """
     path, split = _split_of(source)
     if not is_cifar(path):
         return list_files(source), None
-    path = os.path.abspath(os.path.expanduser(path))
-    stat = os.stat(path)
-    return [SourceFile(path, stat.st_size, stat.st_mtime_ns)], split or "train"
+    path, part = os.path.abspath(os.path.expanduser(path)), split or "train"
+    names = [_CIFAR_META, *_CIFAR_FILES[part]] if os.path.isdir(path) else []
+    stats = {file: os.stat(file) for file in ([os.path.join(path, name) for name in names] or [path])}
+    return [SourceFile(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()], part
 
 
 def is_cifar(path: str) -> bool:

@@ -5,7 +5,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,8 @@ _KEPT = ("images", "test_images", "steps", "mosaics", "train_limit", "test_limit
 
 def check(args: argparse.Namespace) -> None:
     """Raises EvaluateError for what would fail after hours; makes the paths of `args` absolute, its device a device."""
-    from kpu_fast.data.labelled import is_cifar
+    from kpu_fast.data.labelled import source_files
+    from kpu_fast.data.sources import normalise
     from kpu_fast.evaluate.images import check_apart, read_images
 
     for option in ("seeds", "steps", "mosaics", "train_limit", "test_limit"):
@@ -34,11 +34,11 @@ def check(args: argparse.Namespace) -> None:
         args.device = usable_device(args.device)
     except ValueError as error:
         raise EvaluateError(str(error)) from error
-    if is_cifar(args.images.removesuffix(":train")):
-        raise EvaluateError(f"--images {args.images}: training reads image files; give a folder or .tar shards")
     check_apart(args.images, args.test_images, ("--images", "--test-images"))
+    if source_files(args.images)[1]:
+        raise EvaluateError(f"--images {args.images}: training reads image files; give a folder or .tar shards")
     args.zoo, args.out, args.config = (path.expanduser().resolve() for path in (args.zoo, args.out, args.config))
-    args.images, args.test_images = (os.path.abspath(os.path.expanduser(s)) for s in (args.images, args.test_images))
+    args.images, args.test_images = (normalise(source)[0] for source in (args.images, args.test_images))
     known = _classes_of(args.zoo)
     for key, source in (("--images", args.images), ("--test-images", args.test_images)):
         images = read_images(key, source)

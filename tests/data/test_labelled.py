@@ -149,17 +149,22 @@ def test_cifar_as_published_folder_and_archive(tmp_path):
 
 
 def test_the_files_of_a_source(folders, tmp_path):
-    """CIFAR-10 as published is one file and a part of it, also unpacked, where no file has an image's suffix."""
+    """CIFAR-10 as published is its archive and a part of it, or that part's files, none with an image's suffix."""
     folder = cifar(tmp_path / "cifar-10-batches-py")
     archive = tmp_path / "cifar-10-python.tar.gz"
     archive.write_bytes(b"12345")
-    for source in (folder, archive):
-        for ending, part in (("", "train"), (":train", "train"), (":test", "test")):
-            files, found = source_files(f"{source}{ending}")
-            assert [file.path for file in files] == [str(source)]
-            assert files[0].mtime_ns == source.stat().st_mtime_ns
-            assert found == part
-    assert files[0].size == 5
+    batches = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+    for ending, part in (("", "train"), (":train", "train"), (":test", "test")):
+        (file,), found = source_files(f"{archive}{ending}")
+        assert (file.path, file.size, file.mtime_ns) == (str(archive), 5, archive.stat().st_mtime_ns)
+        assert found == part
+        files, found = source_files(f"{folder}{ending}")
+        assert [file.path for file in files] == [str(folder / name) for name in ("batches.meta", *batches[part])]
+        assert found == part
+    before = source_files(f"{folder}:test")
+    with open(folder / "test_batch", "ab") as batch:
+        batch.write(b"more")
+    assert source_files(f"{folder}:test") != before
     assert source_files(str(folders)) == (list_files(str(folders)), None)
     with pytest.raises(OSError, match="cifar-10-none"):
         source_files(f"{tmp_path}/cifar-10-none.tar.gz:test")

@@ -1,0 +1,34 @@
+"""bench/step.py counts what a step computes, also where torch's own counter would see nothing."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@pytest.fixture
+def flop_counter():
+    for library in ("deepspeed", "pydantic", "nvidia.dali", "transformers"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    file = Path(__file__).resolve().parents[2] / "bench/step.py"
+    spec = importlib.util.spec_from_file_location("bench_step", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.flop_counter
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_attention_counts_whatever_computes_it(flop_counter, backend):
+    q = torch.randn(2, 4, 64, 16, requires_grad=True)
+    k = torch.randn(2, 4, 48, 16, requires_grad=True)
+    product = 2 * (2 * 4 * 64 * 48 * 16)  # q·kᵀ, and as much for each of the others
+    with sdpa_kernel(backend), flop_counter() as counter:
+        out = F.scaled_dot_product_attention(q, k, k)
+    assert counter.get_total_flops() == 2 * product
+    with flop_counter() as counter:
+        out.sum().backward()
+    # two for each product of the forward; the fused kernel computes q·kᵀ once more
+    assert counter.get_total_flops() == (4 if backend == SDPBackend.MATH else 5) * product
