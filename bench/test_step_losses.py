@@ -93,3 +93,4 @@ def test_step_losses(row, dtype, mode, device, measure, compiled, benchmark):
     per_element = [2 if mode == "forward" else 4 if both else 3 for *_, both in terms]
     moved = sum(torch.Size(size).numel() * n for (size, *_), n in zip(terms, per_element, strict=True))
     measure(make, step, moved * dtype.itemsize)
+    benchmark.extra_info["shape"] = shape  # it depends on the device, so it is not among the test's parameters

@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -95,3 +95,12 @@ def test_the_plain_form_of_moments_copies_no_map():
     with Watch():
         bench.eager(x, None)
     assert not large
+
+
+def test_a_step_is_named_by_its_batches():
+    benchmark = SimpleNamespace(group=None, extra_info={})
+    load("step_losses").test_step_losses(
+        "ours", torch.float32, "full", "cpu", measure=lambda *_: None, compiled=None, benchmark=benchmark
+    )
+    assert benchmark.extra_info["shape"] == "clip 32 + gdino 1"
+    assert benchmark.extra_info["shape"] in benchmark.group
