@@ -198,18 +198,24 @@ def _split_of(source: str) -> tuple[str, str | None]:
     return source, None
 
 
-def source_files(source: str) -> tuple[list[SourceFile], str | None]:
-    """The files that a source of `LabelledImages` is read from, and, of CIFAR-10's own, which part: "train" or "test".
+def cifar_part(source: str) -> str | None:
+    """Which part of CIFAR-10 as published a source of `LabelledImages` is, "train" or "test"; None of any other."""
+    path, split = _split_of(source)
+    return (split or "train") if is_cifar(path) else None
+
+
+def source_files(source: str) -> list[SourceFile]:
+    """The files that a source of `LabelledImages` is read from.
 
     Raises OSError where one of CIFAR-10's is missing, SourceError as `list_files` does.
     """
-    path, split = _split_of(source)
-    if not is_cifar(path):
-        return list_files(source), None
-    path, part = os.path.abspath(os.path.expanduser(path)), split or "train"
+    part = cifar_part(source)
+    if part is None:
+        return list_files(source)
+    path = os.path.abspath(os.path.expanduser(_split_of(source)[0]))
     names = [_CIFAR_META, *_CIFAR_FILES[part]] if os.path.isdir(path) else []
     stats = {file: os.stat(file) for file in ([os.path.join(path, name) for name in names] or [path])}
-    return [SourceFile(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()], part
+    return [SourceFile(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()]
 
 
 def is_cifar(path: str) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from kpu_fast.data.labelled import LabelledImages, is_cifar, source_files, to_batch
+from kpu_fast.data.labelled import LabelledImages, cifar_part, is_cifar, source_files, to_batch
 from kpu_fast.data.sources import SourceError
 from kpu_fast.evaluate.result import EvaluateError
 
@@ -51,8 +51,8 @@ def check_apart(train: str, test: str, keys: tuple[str, str] = ("--train-images"
 
 
 def _files(source: str) -> set[str]:
-    files, part = source_files(source)
-    return {os.path.realpath(file.path) + (f":{part}" if part else "") for file in files}
+    part = cifar_part(source)
+    return {os.path.realpath(file.path) + (f":{part}" if part else "") for file in source_files(source)}
 
 
 def draw(count: int, limit: int | None, seed: int) -> list[int]:

@@ -19,7 +19,7 @@ _KEPT = ("images", "test_images", "steps", "mosaics", "train_limit", "test_limit
 
 def check(args: argparse.Namespace) -> None:
     """Raises EvaluateError for what would fail after hours; makes the paths of `args` absolute, its device a device."""
-    from kpu_fast.data.labelled import source_files
+    from kpu_fast.data.labelled import cifar_part
     from kpu_fast.data.sources import normalise
     from kpu_fast.evaluate.images import check_apart, read_images
 
@@ -34,9 +34,9 @@ def check(args: argparse.Namespace) -> None:
         args.device = usable_device(args.device)
     except ValueError as error:
         raise EvaluateError(str(error)) from error
-    check_apart(args.images, args.test_images, ("--images", "--test-images"))
-    if source_files(args.images)[1]:
+    if cifar_part(args.images):
         raise EvaluateError(f"--images {args.images}: training reads image files; give a folder or .tar shards")
+    check_apart(args.images, args.test_images, ("--images", "--test-images"))
     args.zoo, args.out, args.config = (path.expanduser().resolve() for path in (args.zoo, args.out, args.config))
     args.images, args.test_images = (normalise(source)[0] for source in (args.images, args.test_images))
     known = _classes_of(args.zoo)
@@ -120,6 +120,5 @@ def _fingerprint(source: str) -> str:
     """Of the names, sizes and times of the source's files."""
     from kpu_fast.data.labelled import source_files
 
-    files, _ = source_files(source)
-    stats = [(str(Path(file.path).resolve()), file.size, file.mtime_ns) for file in files]
+    stats = [(str(Path(file.path).resolve()), file.size, file.mtime_ns) for file in source_files(source)]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()

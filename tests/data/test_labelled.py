@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from kpu_fast.data.labelled import LabelledImages, read_class_names, source_files, to_batch
+from kpu_fast.data.labelled import LabelledImages, cifar_part, read_class_names, source_files, to_batch
 from kpu_fast.data.sources import SourceError, list_files
 
 
@@ -155,17 +155,18 @@ def test_the_files_of_a_source(folders, tmp_path):
     archive.write_bytes(b"12345")
     batches = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
     for ending, part in (("", "train"), (":train", "train"), (":test", "test")):
-        (file,), found = source_files(f"{archive}{ending}")
+        (file,) = source_files(f"{archive}{ending}")
         assert (file.path, file.size, file.mtime_ns) == (str(archive), 5, archive.stat().st_mtime_ns)
-        assert found == part
-        files, found = source_files(f"{folder}{ending}")
+        assert cifar_part(f"{archive}{ending}") == part
+        files = source_files(f"{folder}{ending}")
         assert [file.path for file in files] == [str(folder / name) for name in ("batches.meta", *batches[part])]
-        assert found == part
+        assert cifar_part(f"{folder}{ending}") == part
     before = source_files(f"{folder}:test")
     with open(folder / "test_batch", "ab") as batch:
         batch.write(b"more")
     assert source_files(f"{folder}:test") != before
-    assert source_files(str(folders)) == (list_files(str(folders)), None)
+    assert source_files(str(folders)) == list_files(str(folders))
+    assert cifar_part(str(folders)) is None
     with pytest.raises(OSError, match="cifar-10-none"):
         source_files(f"{tmp_path}/cifar-10-none.tar.gz:test")
 
