@@ -1,6 +1,5 @@
 import argparse
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -148,7 +147,7 @@ def test_figures_of_other_settings_are_not_mixed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scores, "score_reference", lambda *_: seen)
     monkeypatch.setattr(scores, "score_run", lambda *_: seen)
     monkeypatch.setattr(report, "read_results", lambda *_: {"kpu": [seen]})
-    images = shutil.copy(ZOO / "images/train.tar", tmp_path)
+    images = shutil.copyfile(ZOO / "images/train.tar", tmp_path / "train.tar")
     same = ["--out", str(tmp_path / "out"), "--runs", "kpu", "--images", str(images)]
 
     def refused(*options):
@@ -161,8 +160,15 @@ def test_figures_of_other_settings_are_not_mixed(tmp_path, capsys, monkeypatch):
     config = json.loads(CONFIG.read_text()) | {"steps": 70}
     (tmp_path / "other.json").write_text(json.dumps(config))
     assert "made with different --config; choose" in refused("--config", str(tmp_path / "other.json"))
-    os.utime(images, (0, 0))
-    assert "made with different files of --images; choose" in refused()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    moved = ["--images", str(shutil.copyfile(images, elsewhere / images.name))]
+    assert command.main([*same, *moved]) == 0  # the same files in another place
+    with tarfile.open(images) as before, tarfile.open(elsewhere / images.name, "w") as after:
+        for member in before.getmembers()[::-1]:
+            after.addfile(member, before.extractfile(member))
+    assert (elsewhere / images.name).stat().st_size == images.stat().st_size
+    assert "made with different --images; choose" in refused(*moved)
     (tmp_path / "out/settings.json").write_text("{")
     assert "settings.json: damaged" in refused()
 

@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from kpu_fast.reproduce.ablation import CANVAS, GAP_BATCHES, MOSAICS_SEED, MOSAI
 from kpu_fast.reproduce.report import MARKS, split_page
 from kpu_fast.reproduce.train import config_of
 
-_KEPT = ("images", "test_images", "steps", "mosaics", "train_limit", "test_limit")
+_KEPT = ("steps", "mosaics", "train_limit", "test_limit")
+_HEAD = 1 << 20  # bytes of each image file or shard that are compared
 
 
 def check(args: argparse.Namespace) -> None:
@@ -59,7 +61,7 @@ def settle(args: argparse.Namespace) -> None:
     settings = {f"--{key.replace('_', '-')}": getattr(args, key) for key in _KEPT}
     settings |= {"canvas": CANVAS, "test mosaics": [MOSAICS_TEST, MOSAICS_SEED], "gap batches": GAP_BATCHES}
     for key in ("images", "test_images"):
-        settings[f"files of --{key.replace('_', '-')}"] = _fingerprint(getattr(args, key))
+        settings[f"--{key.replace('_', '-')}"] = _fingerprint(getattr(args, key))
     for name in REFERENCES:  # as loaded: weights, configs, tokenizers; not the cards
         files = sorted(path for path in (args.zoo / name).iterdir() if path.suffix in (".json", ".safetensors"))
         settings[f"{name} in the zoo"] = _digest(files)
@@ -117,8 +119,14 @@ def _digest(paths: list[Path]) -> str:
 
 
 def _fingerprint(source: str) -> str:
-    """Of the names, sizes and times of the source's files."""
-    from kpu_fast.data.labelled import source_files
+    """Of the source's files, wherever they lie: names below the folder they share, sizes, first _HEAD bytes."""
+    from kpu_fast.data.labelled import cifar_part, source_files
 
-    stats = [(str(Path(file.path).resolve()), file.size, file.mtime_ns) for file in source_files(source)]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    files = source_files(source)
+    top = os.path.commonpath([os.path.dirname(file.path) for file in files])
+    seen = hashlib.sha256(str(cifar_part(source)).encode())
+    for file in files:
+        seen.update(json.dumps([os.path.relpath(file.path, top), file.size]).encode())
+        with contextlib.suppress(FileNotFoundError), open(file.path, "rb") as content:  # a dead link, which is left out
+            seen.update(content.read(_HEAD))
+    return seen.hexdigest()
