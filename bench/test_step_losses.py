@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from kpu_fast import kernels
 
 # The paper's step on one GPU: CLIP B/16 on 224² and GroundingDINO on 800 × 1344. Grids are equal: the heads resize.
-# Teachers' maps have the strides that transformers gives them: CLIP's lies behind its cls token, Swin's are NCHW.
+# Teachers' maps have the strides that models/teachers.py gives them: CLIP's lies behind its cls token, Swin's is dense.
 WIDTH = 768  # of the student
 CLIP_X, CLIP_MAP = 512, (32, 14, 14, 768)
 GDINO_MAPS = ((100, 168, 192), (50, 84, 384), (25, 42, 768))  # height, width, channels
@@ -30,12 +30,10 @@ def pairs(device):
 def teachers_map(shape, device, dtype):
     """A random target with the strides of the teacher whose shape this is."""
     batch, *grid, channels = shape
-    if len(grid) == 2 and shape == CLIP_MAP:
+    if shape == CLIP_MAP:
         return torch.randn((batch, 1 + grid[0] * grid[1], channels), device=device, dtype=dtype)[:, 1:].unflatten(
             1, grid
         )
-    if len(grid) == 2:
-        return torch.randn((batch, channels, *grid), device=device, dtype=dtype).permute(0, 2, 3, 1)
     return torch.randn(shape, device=device, dtype=dtype)
 
 

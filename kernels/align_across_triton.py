@@ -6,7 +6,8 @@
 import triton
 import triton.language as tl
 
-from .align_triton import cosine, load_sides, smooth_l1, store_gradients, token_offset
+from .align_triton import cosine, load_sides, smooth_l1, store_gradients
+from .resize_triton import own_tokens, places, token_offset
 
 
 @triton.jit
@@ -31,15 +32,8 @@ def align_across_kernel(
     TOKENS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program: TOKENS tokens of a sample. FORWARD: their loss, and gradient if wanted; else the gradient alone."""
-    programs = tl.cdiv(height * width, TOKENS)  # a sample
-    batch = tl.program_id(0) // programs
-    token = (tl.program_id(0) % programs * TOKENS + tl.arange(0, TOKENS))[None, :]
-    if FLAT:  # lines follow one another as tokens do: without a division the compiler sees that neighbours are adjacent
-        x = token
-        y = tl.zeros_like(token)
-    else:
-        x = token % width
-        y = token // width
+    batch, token, y, x = own_tokens(height, width, FLAT, TOKENS)
+    token, y, x = token[None, :], y[None, :], x[None, :]
     inside = token < height * width
     row = batch.to(tl.int64) * (height * width) + token
     counts = inside
@@ -49,6 +43,8 @@ def align_across_kernel(
     u_l1 = tl.load(share_ptr + samples + batch) * l1_weight / channels
     u_cos = tl.where(counts, u_cos, 0.0)
     u_l1 = tl.where(counts, u_l1, 0.0)
+    s_at, s_weight = places(batch, y, x, s_sb, s_sh, s_sw, s_height, s_width, height, width, RESIZE == 1, CORNERS)
+    t_at, t_weight = places(batch, y, x, t_sb, t_sh, t_sw, t_height, t_width, height, width, RESIZE == 2, CORNERS)
 
     if FORWARD:
         st_tile = tl.zeros((CHUNK, TOKENS), dtype=tl.float32)
@@ -57,10 +53,9 @@ def align_across_kernel(
         smooth_tile = tl.zeros((CHUNK, TOKENS), dtype=tl.float32)
         for first in range(0, channels, CHUNK):
             channel = first + tl.arange(0, CHUNK)
-            s, t, std = load_sides(
-                s_ptr, t_ptr, mean_ptr, std_ptr, batch, y, x, channel, inside,
-                s_sb, s_sh, s_sw, s_sc, t_sb, t_sh, t_sw, t_sc,
-                s_height, s_width, t_height, t_width, height, width, channels, RESIZE, CORNERS, HAS_MEAN, HAS_STD, True,
+            s, t = load_sides(
+                s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_weight, t_at, t_weight, channel, inside,
+                s_sc, t_sc, channels, RESIZE, HAS_MEAN, HAS_STD, True,
             )  # fmt: skip
             if HAS_VALID:  # after the load: a mask that differs from token to token would make it load them one by one
                 s = tl.where(counts, s, 0.0)
@@ -99,16 +94,14 @@ def align_across_kernel(
         gt_at = token_offset(batch, y, x, gt_sb, gt_sh, gt_sw)
         for first in range(0, channels, CHUNK):
             channel = first + tl.arange(0, CHUNK)
-            s, t, std = load_sides(
-                s_ptr, t_ptr, mean_ptr, std_ptr, batch, y, x, channel, inside,
-                s_sb, s_sh, s_sw, s_sc, t_sb, t_sh, t_sw, t_sc,
-                s_height, s_width, t_height, t_width, height, width, channels, RESIZE, CORNERS, HAS_MEAN, HAS_STD, True,
+            s, t = load_sides(
+                s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_weight, t_at, t_weight, channel, inside,
+                s_sc, t_sc, channels, RESIZE, HAS_MEAN, HAS_STD, True,
             )  # fmt: skip
             if HAS_VALID:
                 s = tl.where(counts, s, 0.0)
                 t = tl.where(counts, t, 0.0)
-            cols = channel[:, None]
             store_gradients(
-                gs_ptr, gt_ptr, gs_at, gt_at, s, t, std, st, ss, tt, u_cos, u_l1, beta, inv_beta,
-                cols, gs_sc, gt_sc, inside & (cols < channels), GRAD_S, GRAD_T, HAS_STD,
+                gs_ptr, gt_ptr, gs_at, gt_at, s, t, std_ptr, channel, st, ss, tt, u_cos, u_l1, inv_beta,
+                gs_sc, gt_sc, channels, inside, GRAD_S, GRAD_T, HAS_STD, True,
             )  # fmt: skip

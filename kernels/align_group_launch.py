@@ -7,7 +7,16 @@ import triton
 from torch import Tensor
 
 from .align_group_triton import align_group_finish_kernel, align_group_kernel, align_group_scale_kernel
-from .launch import GROUP_FINISH_TILE, GROUP_TURNS, MAX_SLOTS, SCALE_TILE, align_tile, device_of, token_strides
+from .launch import (
+    GROUP_FINISH_TILE,
+    GROUP_TURNS,
+    MAX_SLOTS,
+    SCALE_TILE,
+    device_of,
+    inverse_beta,
+    token_strides,
+    token_tile,
+)
 
 
 def launch_group(
@@ -18,10 +27,10 @@ def launch_group(
     for i, (s, t) in enumerate(zip(sources, targets, strict=True)):
         options = tuple(x[i] if x[i] is None else x[i].dtype for x in (means, stds, valids))
         wanted = tuple(x[i].numel() > 0 for x in (grads_source, grads_target))
-        classes.setdefault((s.dtype, t.dtype, *options, *wanted, align_tile(s.shape[-1])), []).append(i)
+        classes.setdefault((s.dtype, t.dtype, *options, *wanted, token_tile(s.shape[-1])), []).append(i)
     rows = [s.numel() // s.shape[-1] for s in sources]
     channels = [s.shape[-1] for s in sources]
-    programs = [triton.cdiv(n, GROUP_TURNS * align_tile(c).rows) for n, c in zip(rows, channels, strict=True)]
+    programs = [triton.cdiv(n, GROUP_TURNS * token_tile(c).tokens) for n, c in zip(rows, channels, strict=True)]
     sides = [token_strides(x) for x in (*sources, *targets)]
     samples, strides = [n for n, *_ in sides[: len(rows)]], [steps for _, *steps in sides]
     partial = losses.new_empty(sum(programs))
@@ -47,10 +56,10 @@ def launch_group(
                     _coded(starts), _coded(take(rows)), _coded(take(samples)), _coded(some),
                     *(tuple(strides[side + i][d] for i in some) for side in (0, len(rows)) for d in (0, 1)),
                     take(channels), take(cos_weights), take(l1_weights),
-                    take(betas), take([1 / beta if beta > 0 else 0.0 for beta in betas]), filled,
+                    take(betas), take([inverse_beta(beta) for beta in betas]), filled,
                     HAS_MEAN=has_mean is not None, HAS_STD=has_std is not None, HAS_VALID=has_valid is not None,
                     GRAD_S=grad_s, GRAD_T=grad_t,
-                    COUNT=len(some), TURNS=GROUP_TURNS, ROWS=tile.rows, BLOCK_C=tile.channels,
+                    COUNT=len(some), TURNS=GROUP_TURNS, TOKENS=tile.tokens, CHUNK=tile.chunk, PIECES=tile.pieces,
                     num_warps=tile.num_warps,
                 )  # fmt: skip
                 filled += sum(programs[i] for i in some)

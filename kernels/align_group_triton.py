@@ -9,7 +9,7 @@
 import triton
 import triton.language as tl
 
-from .align_triton import cosine, smooth_l1, standardise, store_gradients
+from .align_triton import cosine, load_sides, store_gradients, token_sums
 
 
 @triton.jit
@@ -41,9 +41,9 @@ def align_group_kernel(
     first_partial,
     HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
     GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
-    COUNT: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    COUNT: tl.constexpr, TURNS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One program: TURNS × ROWS tokens of one term."""
+    """One program: TURNS × TOKENS tokens of one term."""
     program = tl.program_id(0)
     s_ptr = pick(s_ptrs, starts, program, COUNT)
     t_ptr = pick(t_ptrs, starts, program, COUNT)
@@ -63,41 +63,43 @@ def align_group_kernel(
     cos_weight = pick(cos_weights, starts, program, COUNT) * share
     l1_weight = pick(l1_weights, starts, program, COUNT) * share / size
 
-    first = (program - pick_coded(starts, starts, program, COUNT)) * (TURNS * ROWS)
+    first = (program - pick_coded(starts, starts, program, COUNT)) * (TURNS * TOKENS)
     s_sample = pick(s_samples, starts, program, COUNT)
     s_token = pick(s_tokens, starts, program, COUNT)
     t_sample = pick(t_samples, starts, program, COUNT)
     t_token = pick(t_tokens, starts, program, COUNT)
-    channel = tl.arange(0, BLOCK_C)
-    cols = channel[None, :]
-    total = tl.zeros((ROWS,), dtype=tl.float32)
+    total = tl.zeros((TOKENS,), dtype=tl.float32)
     for turn in range(TURNS):
-        row = first + turn * ROWS + tl.arange(0, ROWS)
+        row = first + turn * TOKENS + tl.arange(0, TOKENS)
         inside = row < tokens
         counts = inside
         if HAS_VALID:
             counts = inside & (tl.load(valid_ptr + row, mask=inside, other=0) != 0)
         sample = (row // of_sample).to(tl.int64)
         token = (row % of_sample).to(tl.int64)
-        s_at = (sample * s_sample + token * s_token)[:, None]
-        t_at = (sample * t_sample + token * t_token)[:, None]
-        mask = counts[:, None] & (cols < size)
-        s = tl.load(s_ptr + s_at + cols, mask=mask, other=0.0).to(tl.float32)
-        t = tl.load(t_ptr + t_at + cols, mask=mask, other=0.0).to(tl.float32)
-        t, std = standardise(t, mean_ptr, std_ptr, channel, mask, size, HAS_MEAN, HAS_STD, False)
-        st = tl.sum(s * t, axis=1)
-        ss = tl.sum(s * s, axis=1)
-        tt = tl.sum(t * t, axis=1)
-        smooth = tl.sum(smooth_l1(s - t, beta, inv_beta), axis=1)
+        s_at = ((sample * s_sample + token * s_token)[:, None],)
+        t_at = ((sample * t_sample + token * t_token)[:, None],)
+        s = ()
+        t = ()
+        for i in tl.static_range(PIECES):
+            s_piece, t_piece = load_sides(
+                s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_at, t_at, t_at, i * CHUNK + tl.arange(0, CHUNK),
+                counts[:, None], 1, 1, size, 0, HAS_MEAN, HAS_STD, False,
+            )  # fmt: skip
+            s += (s_piece,)
+            t += (t_piece,)
+        st, ss, tt, smooth = token_sums(s, t, beta, inv_beta, PIECES)
         u_cos = tl.where(counts, cos_weight, 0.0)
         u_l1 = tl.where(counts, l1_weight, 0.0)
         total += tl.where(counts, u_cos * (1.0 - cosine(st, ss, tt)) + u_l1 * smooth, 0.0)
         if GRAD_S or GRAD_T:
             at = row.to(tl.int64)[:, None] * size
-            store_gradients(
-                gs_ptr, gt_ptr, at, at, s, t, std, st[:, None], ss[:, None], tt[:, None], u_cos[:, None], u_l1[:, None],
-                beta, inv_beta, cols, 1, 1, inside[:, None] & (cols < size), GRAD_S, GRAD_T, HAS_STD,
-            )  # fmt: skip
+            for i in tl.static_range(PIECES):
+                store_gradients(
+                    gs_ptr, gt_ptr, at, at, s[i], t[i], std_ptr, i * CHUNK + tl.arange(0, CHUNK),
+                    st[:, None], ss[:, None], tt[:, None], u_cos[:, None], u_l1[:, None], inv_beta,
+                    1, 1, size, inside[:, None], GRAD_S, GRAD_T, HAS_STD, False,
+                )  # fmt: skip
     tl.store(partial_ptr + first_partial + program, tl.sum(total))
 
 

@@ -4,8 +4,8 @@ import triton
 from torch import Tensor
 
 from .align_across_triton import align_across_kernel
-from .align_triton import align_backward_kernel, align_forward_kernel, align_scale_kernel
-from .launch import ALIGN_TILE_ACROSS, SCALE_TILE, align_tile, device_of, flat_stride, tokens_adjacent
+from .align_triton import align_along_kernel, align_scale_kernel
+from .launch import ALIGN_TILE_ACROSS, SCALE_TILE, device_of, flat_stride, inverse_beta, token_tile, tokens_adjacent
 
 _RESIZE = {"none": 0, "source": 1, "target": 2}
 
@@ -15,20 +15,10 @@ def launch_forward(
     rows, stats, grad_source, grad_target,
 ):  # fmt: skip
     """As align_torch.forward: fill rows, and stats and the gradients where they are not empty."""
-    tensors = (source, target, *_constants(source, mean, std, valid), share, rows, stats, grad_source, grad_target)
-    weights = cos_weight, l1_weight, beta, 1 / beta if beta > 0 else 0.0
-    flags = _flags(mean, std, valid, resize, corners, by_map, grad_source, grad_target)
-    views = source, target, grad_source, grad_target
-    sizes = rows.numel(), *_sizes(source, target, resize)
-    if tokens_adjacent(source) or tokens_adjacent(target):
-        _launch_across(rows, tensors, views, sizes, weights, flags | {"FORWARD": True, "STATS": stats.numel() > 0})
-        return
-    tile = align_tile(source.shape[3])
-    with device_of(source):
-        align_forward_kernel[(triton.cdiv(rows.numel(), tile.rows),)](
-            *tensors, *_strides(views), *sizes, *weights, **flags, STATS=stats.numel() > 0,
-            ROWS=tile.rows, BLOCK_C=tile.channels, num_warps=tile.num_warps,
-        )  # fmt: skip
+    _launch(
+        rows, source, target, mean, std, valid, share, cos_weight, l1_weight, beta, resize, corners, by_map,
+        rows, stats, grad_source, grad_target, FORWARD=True, STATS=stats.numel() > 0,
+    )  # fmt: skip
 
 
 def launch_backward(
@@ -36,40 +26,50 @@ def launch_backward(
     grad_source, grad_target,
 ):  # fmt: skip
     """As align_torch.backward: fill the gradients that are not empty."""
-    if not (grad_source.numel() or grad_target.numel()):
-        return
-    constants = _constants(source, mean, std, valid)
-    weights = cos_weight, l1_weight, beta, 1 / beta if beta > 0 else 0.0
-    by_map = stats.shape[2:] != upstream.shape[1:]
-    flags = _flags(mean, std, valid, resize, corners, by_map, grad_source, grad_target)
-    views = source, target, grad_source, grad_target
-    sizes = upstream.numel(), *_sizes(source, target, resize)
-    if tokens_adjacent(source) or tokens_adjacent(target):
-        tensors = source, target, *constants, share, upstream, stats, grad_source, grad_target
-        _launch_across(upstream, tensors, views, sizes, weights, flags | {"FORWARD": False, "STATS": False})
-        return
-    tile = align_tile(source.shape[3])
-    with device_of(source):
-        align_backward_kernel[(triton.cdiv(upstream.numel(), tile.rows),)](
-            upstream, source, target, *constants, share, stats, grad_source, grad_target,
-            *upstream.stride(), *_strides(views), *sizes, *weights, **flags,
-            ROWS=tile.rows, BLOCK_C=tile.channels, num_warps=tile.num_warps,
+    if grad_source.numel() or grad_target.numel():
+        by_map = stats.shape[2:] != upstream.shape[1:]
+        _launch(
+            upstream, source, target, mean, std, valid, share, cos_weight, l1_weight, beta, resize, corners, by_map,
+            upstream, stats, grad_source, grad_target, FORWARD=False, STATS=False,
         )  # fmt: skip
 
 
-def _launch_across(upstream, tensors, views, sizes, weights, flags) -> None:
-    """upstream: (B, H, W) gradient of the backward, any tensor of that shape in the forward."""
-    rows, samples, channels, *sides, height, width = sizes
-    strides = *upstream.stride(), *_strides(views)
-    flat = flags["RESIZE"] == 0 and all(flat_stride(x) is not None for x in (upstream, *views) if x.numel())
+def _launch(
+    upstream, source, target, mean, std, valid, share, cos_weight, l1_weight, beta, resize, corners, by_map,
+    rows, stats, grad_source, grad_target, **flags,
+) -> None:  # fmt: skip
+    """upstream and rows: (B, H, W), one of them unread."""
+    # A pointer that a flag keeps the kernel from following still has to be a tensor.
+    constants = (
+        source if mean is None else mean.contiguous().resolve_neg(),
+        source if std is None else std.contiguous().resolve_neg(),
+        source if valid is None else valid.contiguous(),
+    )
+    samples, height, width = upstream.shape
+    views = source, target, grad_source, grad_target
+    flat = resize == "none" and all(flat_stride(x) is not None for x in (upstream, *views) if x.numel())
+    strides = upstream.stride(), *(x.stride() if x.numel() else (0, 0, 0, 0) for x in views)
     if flat:
-        strides = *_flattened(upstream), *(stride for x in views for stride in _flattened(x))
+        line = upstream, *views
+        strides = tuple(
+            (step[0], 0, flat_stride(x) if x.numel() else 0, *step[3:]) for x, step in zip(line, strides, strict=True)
+        )
         height, width = 1, height * width
-    tile = ALIGN_TILE_ACROSS["flat" if flat else "lines"]
-    with device_of(upstream):
-        align_across_kernel[(samples * triton.cdiv(height * width, tile.rows),)](
-            upstream, *tensors, *strides, rows, samples, channels, *sides, height, width, *weights, **flags, FLAT=flat,
-            TOKENS=tile.rows, CHUNK=tile.channels, num_warps=tile.num_warps,
+    flags |= {"FLAT": flat, "RESIZE": _RESIZE[resize], "CORNERS": corners, "BY_MAP": by_map}
+    flags |= {"HAS_MEAN": mean is not None, "HAS_STD": std is not None, "HAS_VALID": valid is not None}
+    flags |= {"GRAD_S": grad_source.numel() > 0, "GRAD_T": grad_target.numel() > 0}
+    if tokens_adjacent(source) or tokens_adjacent(target):
+        kernel, tile = align_across_kernel, ALIGN_TILE_ACROSS["plain" if resize == "none" else "resized"]
+        sizes = {"TOKENS": tile.rows, "CHUNK": tile.channels}
+    else:
+        kernel, tile = align_along_kernel, token_tile(source.shape[3])
+        sizes = {"TOKENS": tile.tokens, "CHUNK": tile.chunk, "PIECES": tile.pieces}
+    with device_of(source):
+        kernel[(samples * triton.cdiv(height * width, sizes["TOKENS"]),)](
+            upstream, source, target, *constants, share, rows, stats, grad_source, grad_target,
+            *(step for steps in strides for step in steps), upstream.numel(), samples, source.shape[3],
+            *source.shape[1:3], *target.shape[1:3], height, width,
+            cos_weight, l1_weight, beta, inverse_beta(beta), **flags, **sizes, num_warps=tile.num_warps,
         )  # fmt: skip
 
 
@@ -80,40 +80,3 @@ def launch_scale(grad: Tensor, factor: Tensor) -> None:
         align_scale_kernel[(triton.cdiv(grad.numel(), block),)](
             grad, factor, grad.numel(), BLOCK=block, num_warps=SCALE_TILE.num_warps
         )
-
-
-def _constants(source, mean, std, valid):
-    # A pointer that a flag keeps the kernel from following still has to be a tensor.
-    return (
-        source if mean is None else mean.contiguous().resolve_neg(),
-        source if std is None else std.contiguous().resolve_neg(),
-        source if valid is None else valid.contiguous(),
-    )
-
-
-def _strides(views) -> tuple[int, ...]:
-    return tuple(stride for x in views for stride in (x.stride() if x.numel() else (0, 0, 0, 0)))
-
-
-def _flattened(x: Tensor) -> tuple[int, ...]:
-    """Strides of the same view as one line of tokens."""
-    return (x.stride(0), 0, flat_stride(x), *x.stride()[3:]) if x.numel() else (0, 0, 0, 0)
-
-
-def _sizes(source, target, resize):
-    """samples, channels, both sides' grids and the common one."""
-    grid = (target if resize == "source" else source).shape[1:3]
-    return source.shape[0], source.shape[3], *source.shape[1:3], *target.shape[1:3], *grid
-
-
-def _flags(mean, std, valid, resize, corners, by_map, grad_source, grad_target):
-    return {
-        "RESIZE": _RESIZE[resize],
-        "CORNERS": corners,
-        "HAS_MEAN": mean is not None,
-        "HAS_STD": std is not None,
-        "HAS_VALID": valid is not None,
-        "BY_MAP": by_map,
-        "GRAD_S": grad_source.numel() > 0,
-        "GRAD_T": grad_target.numel() > 0,
-    }

@@ -3,75 +3,71 @@
 import triton
 import triton.language as tl
 
-from .resize_triton import load_tokens
+from .resize_triton import column_or_row, gather, own_tokens, places, token_offset
 
 
 @triton.jit
 def load_sides(
     s_ptr, t_ptr,  # (B, SH, SW, C), (B, TH, TW, C)
     mean_ptr, std_ptr,  # (C,)
-    batch, y, x,  # as in load_tokens
-    channel,  # (BLOCK_C,) or (CHUNK,)
-    mask,  # of the tokens, in the shape of y and x
-    s_sb, s_sh, s_sw, s_sc, t_sb, t_sh, t_sw, t_sc,
-    s_height, s_width, t_height, t_width, height, width, channels,
-    RESIZE: tl.constexpr, CORNERS: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, ACROSS: tl.constexpr,
+    s_at, s_weight, t_at, t_weight,  # of each side, what `places` gives for the tokens
+    channel,  # (CHUNK,)
+    mask,  # of the tokens: a column, or a row where ACROSS
+    s_sc, t_sc, channels,
+    RESIZE: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Source and standardised target on the common grid, and std; float32 tiles, 0 outside `mask`."""
-    cols = across_or_along(channel, ACROSS)
+    """Source and standardised target on the common grid; float32 tiles, 0 outside `mask` and beyond `channels`."""
+    cols = column_or_row(channel, ACROSS)
     mask = mask & (cols < channels)
-    s = load_tokens(
-        s_ptr, batch, y, x, cols, mask, s_sb, s_sh, s_sw, s_sc, s_height, s_width, height, width, RESIZE == 1, CORNERS
-    )  # fmt: skip
-    t = load_tokens(
-        t_ptr, batch, y, x, cols, mask, t_sb, t_sh, t_sw, t_sc, t_height, t_width, height, width, RESIZE == 2, CORNERS
-    )  # fmt: skip
-    t, std = standardise(t, mean_ptr, std_ptr, channel, mask, channels, HAS_MEAN, HAS_STD, ACROSS)
-    return s, t, std
-
-
-@triton.jit
-def across_or_along(channel, ACROSS: tl.constexpr):
-    """A vector over channels as a column where tokens lie along the last dimension, else as a row."""
-    if ACROSS:
-        placed = channel[:, None]
-    else:
-        placed = channel[None, :]
-    return placed
-
-
-@triton.jit
-def standardise(
-    t, mean_ptr, std_ptr, channel, mask, channels,
-    HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, ACROSS: tl.constexpr,
-):  # fmt: skip
-    """(t − mean)/std, 0 outside `mask`; and std."""
-    std = tl.full(channel.shape, 1.0, tl.float32)
+    s = gather(s_ptr, s_at, s_weight, cols.to(tl.int64) * s_sc, mask, RESIZE == 1)
+    t = gather(t_ptr, t_at, t_weight, cols.to(tl.int64) * t_sc, mask, RESIZE == 2)
     if HAS_MEAN:
-        mean = tl.load(mean_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
-        t = t - across_or_along(mean, ACROSS)
+        t = t - load_constants(mean_ptr, channel, mask, channels, 0.0, ACROSS)
     if HAS_STD:
-        std = tl.load(std_ptr + channel, mask=channel < channels, other=1.0).to(tl.float32)
-    std = across_or_along(std, ACROSS)
-    if HAS_STD:
-        t = t / std
+        t = t / load_constants(std_ptr, channel, mask, channels, 1.0, ACROSS)
     if HAS_MEAN or HAS_STD:
         t = tl.where(mask, t, 0.0)
-    return t, std
+    return s, t
+
+
+@triton.jit
+def load_constants(ptr, channel, mask, channels, beyond: tl.constexpr, ACROSS: tl.constexpr):
+    """(C,) constants in float32, for a tile of these channels, `beyond` where there are none."""
+    if ACROSS:
+        values = tl.load(ptr + channel, mask=channel < channels, other=beyond).to(tl.float32)[:, None]
+    else:  # by the tile, though its tokens read the same: then each thread has its own, and none passes through others
+        values = tl.load(ptr + tl.broadcast_to(channel[None, :], mask.shape), mask=mask, other=beyond).to(tl.float32)
+    return values
+
+
+# With c = φ'_β(d) = max(−1, min(d/β, 1)), φ_β(d) = c·(d − β·c/2). For β = 0, 1/β comes as the largest finite number.
+@triton.jit
+def smooth_l1_slope(difference, inv_beta):
+    """φ'_β."""
+    return tl.clamp(difference * inv_beta, -1.0, 1.0)
 
 
 @triton.jit
 def smooth_l1(difference, beta, inv_beta):
     """φ_β."""
-    size = tl.abs(difference)
-    return tl.where(size < beta, 0.5 * size * size * inv_beta, size - 0.5 * beta)
+    slope = smooth_l1_slope(difference, inv_beta)
+    return slope * (difference - 0.5 * beta * slope)
 
 
 @triton.jit
-def smooth_l1_slope(difference, beta, inv_beta):
-    """φ'_β."""
-    sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
-    return tl.where(tl.abs(difference) < beta, difference * inv_beta, sign)
+def token_sums(s, t, beta, inv_beta, PIECES: tl.constexpr):
+    """s·t, s·s, t·t and Σφ_β(s − t) of each token, (ROWS,), from its pieces."""
+    # Columns beyond C hold 0 on both sides, and φ_β(0) = 0 for every β.
+    st = s[0] * t[0]
+    ss = s[0] * s[0]
+    tt = t[0] * t[0]
+    smooth = smooth_l1(s[0] - t[0], beta, inv_beta)
+    for i in tl.static_range(1, PIECES):
+        st += s[i] * t[i]
+        ss += s[i] * s[i]
+        tt += t[i] * t[i]
+        smooth += smooth_l1(s[i] - t[i], beta, inv_beta)
+    return tl.sum(st, axis=1), tl.sum(ss, axis=1), tl.sum(tt, axis=1), tl.sum(smooth, axis=1)
 
 
 @triton.jit
@@ -93,15 +89,18 @@ def cosine_gradient(st, mine, other, u_cos):
 def store_gradients(
     gs_ptr, gt_ptr,  # (B, H, W, C) on the common grid
     gs_at, gt_at,  # offsets of the tokens, int64
-    s, t, std,
+    s, t,
+    std_ptr, channel,  # (CHUNK,)
     st, ss, tt,  # sums over the channels
     u_cos, u_l1,  # weights, 0 where a token does not count
-    beta, inv_beta,
-    cols, gs_sc, gt_sc, mask,
-    GRAD_S: tl.constexpr, GRAD_T: tl.constexpr, HAS_STD: tl.constexpr,
+    inv_beta,
+    gs_sc, gt_sc, channels, mask,
+    GRAD_S: tl.constexpr, GRAD_T: tl.constexpr, HAS_STD: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """Both gradients, from a tile of both sides and per-token values that broadcast to it."""
-    slope = smooth_l1_slope(s - t, beta, inv_beta) * u_l1
+    slope = smooth_l1_slope(s - t, inv_beta) * u_l1
+    cols = column_or_row(channel, ACROSS)
+    mask = mask & (cols < channels)
     if GRAD_S:
         a, b = cosine_gradient(st, ss, tt, u_cos)
         tl.store(gs_ptr + gs_at + cols.to(tl.int64) * gs_sc, a * s + b * t + slope, mask=mask)
@@ -109,130 +108,99 @@ def store_gradients(
         a, b = cosine_gradient(st, tt, ss, u_cos)
         grad = a * t + b * s - slope
         if HAS_STD:
-            grad = grad / std
+            grad = grad / load_constants(std_ptr, channel, mask, channels, 1.0, ACROSS)
         tl.store(gt_ptr + gt_at + cols.to(tl.int64) * gt_sc, grad, mask=mask)
 
 
 @triton.jit
-def token_offset(batch, y, x, stride_b, stride_h, stride_w):
-    """Offset of a token, int64."""
-    return batch.to(tl.int64) * stride_b + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-
-
-@triton.jit
-def align_forward_kernel(
+def align_along_kernel(
+    u_ptr,  # (B, H, W) float32 upstream gradient, often expanded; unread where FORWARD
     s_ptr, t_ptr,  # (B, SH, SW, C), (B, TH, TW, C)
     mean_ptr, std_ptr,  # (C,)
     valid_ptr,  # (B, H, W) bool
     share_ptr,  # (2, B) float32
-    rows_ptr,  # (B, H, W) float32, out: what each token adds to the loss
-    stats_ptr,  # (3, B, H, W) float32, out: s·t, s·s, t·t
+    rows_ptr,  # (B, H, W) float32, out: what each token adds to the loss; FORWARD only
+    stats_ptr,  # (3, B, H, W) float32, s·t, s·s, t·t: out where FORWARD and STATS, else in; (3, B) in where BY_MAP
     gs_ptr, gt_ptr,  # (B, H, W, C), out
+    u_sb, u_sh, u_sw,
     s_sb, s_sh, s_sw, s_sc, t_sb, t_sh, t_sw, t_sc,
     gs_sb, gs_sh, gs_sw, gs_sc, gt_sb, gt_sh, gt_sw, gt_sc,
     rows, samples, channels,  # B·H·W, B, C
     s_height, s_width, t_height, t_width, height, width,
     cos_weight, l1_weight, beta, inv_beta,
-    RESIZE: tl.constexpr, CORNERS: tl.constexpr,
+    FORWARD: tl.constexpr, FLAT: tl.constexpr, RESIZE: tl.constexpr, CORNERS: tl.constexpr,
     HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
     BY_MAP: tl.constexpr, STATS: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    TOKENS: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS whole tokens; the loss of each, and its gradient while both sides are in registers."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.arange(0, BLOCK_C)
-    cols = channel[None, :]
-    inside = row < rows
+    """One program: TOKENS whole tokens. FORWARD: the loss of each, and its gradient if wanted while both sides are in
+    registers; else the gradient alone, from the kept sums."""
+    batch, token, y, x = own_tokens(height, width, FLAT, TOKENS)
+    inside = token < height * width
+    row = batch.to(tl.int64) * (height * width) + token
     counts = inside
     if HAS_VALID:
         counts = inside & (tl.load(valid_ptr + row, mask=inside, other=0) != 0)
-    x = row % width
-    y = row // width % height
-    batch = row // (width * height)
-    s, t, std = load_sides(
-        s_ptr, t_ptr, mean_ptr, std_ptr, batch[:, None], y[:, None], x[:, None], channel, counts[:, None],
-        s_sb, s_sh, s_sw, s_sc, t_sb, t_sh, t_sw, t_sc,
-        s_height, s_width, t_height, t_width, height, width, channels, RESIZE, CORNERS, HAS_MEAN, HAS_STD, False,
-    )  # fmt: skip
-    st = tl.sum(s * t, axis=1)
-    ss = tl.sum(s * s, axis=1)
-    tt = tl.sum(t * t, axis=1)
-    # Columns beyond C hold 0 on both sides, and φ_β(0) = 0 for every β.
-    smooth = tl.sum(smooth_l1(s - t, beta, inv_beta), axis=1)
-
-    u_cos = tl.load(share_ptr + batch, mask=counts, other=0.0) * cos_weight
-    u_l1 = tl.load(share_ptr + samples + batch, mask=counts, other=0.0) * l1_weight / channels
-    value = u_l1 * smooth
-    if not BY_MAP:
-        value += u_cos * (1.0 - cosine(st, ss, tt))
-    tl.store(rows_ptr + row, tl.where(counts, value, 0.0), mask=inside)
-    if STATS:
-        plane = tl.cast(rows, tl.int64)
-        tl.store(stats_ptr + row, st, mask=inside)
-        tl.store(stats_ptr + plane + row, ss, mask=inside)
-        tl.store(stats_ptr + 2 * plane + row, tt, mask=inside)
-    if GRAD_S or GRAD_T:
-        store_gradients(
-            gs_ptr, gt_ptr,
-            token_offset(batch, y, x, gs_sb, gs_sh, gs_sw)[:, None],
-            token_offset(batch, y, x, gt_sb, gt_sh, gt_sw)[:, None],
-            s, t, std, st[:, None], ss[:, None], tt[:, None], u_cos[:, None], u_l1[:, None], beta, inv_beta,
-            cols, gs_sc, gt_sc, inside[:, None] & (cols < channels), GRAD_S, GRAD_T, HAS_STD,
-        )  # fmt: skip
-
-
-@triton.jit
-def align_backward_kernel(
-    u_ptr,  # (B, H, W) float32 upstream gradient, often expanded
-    s_ptr, t_ptr, mean_ptr, std_ptr, valid_ptr, share_ptr,  # as in the forward
-    stats_ptr,  # (3, B, H, W), or (3, B) where BY_MAP
-    gs_ptr, gt_ptr,  # (B, H, W, C), out
-    u_sb, u_sh, u_sw,
-    s_sb, s_sh, s_sw, s_sc, t_sb, t_sh, t_sw, t_sc,
-    gs_sb, gs_sh, gs_sw, gs_sc, gt_sb, gt_sh, gt_sw, gt_sc,
-    rows, samples, channels,
-    s_height, s_width, t_height, t_width, height, width,
-    cos_weight, l1_weight, beta, inv_beta,
-    RESIZE: tl.constexpr, CORNERS: tl.constexpr,
-    HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
-    BY_MAP: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """One program: ROWS whole tokens, read again; their gradient from the three kept sums."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.arange(0, BLOCK_C)
-    cols = channel[None, :]
-    inside = row < rows
-    counts = inside
-    if HAS_VALID:
-        counts = inside & (tl.load(valid_ptr + row, mask=inside, other=0) != 0)
-    x = row % width
-    y = row // width % height
-    batch = row // (width * height)
-    s, t, std = load_sides(
-        s_ptr, t_ptr, mean_ptr, std_ptr, batch[:, None], y[:, None], x[:, None], channel, counts[:, None],
-        s_sb, s_sh, s_sw, s_sc, t_sb, t_sh, t_sw, t_sc,
-        s_height, s_width, t_height, t_width, height, width, channels, RESIZE, CORNERS, HAS_MEAN, HAS_STD, False,
-    )  # fmt: skip
-    if BY_MAP:
-        stat = batch
-        plane = tl.cast(samples, tl.int64)
+    u_cos = tl.where(counts, tl.load(share_ptr + batch) * cos_weight, 0.0)
+    u_l1 = tl.where(counts, tl.load(share_ptr + samples + batch) * l1_weight / channels, 0.0)
+    line = y[:, None]
+    column = x[:, None]
+    s_at, s_weight = places(
+        batch, line, column, s_sb, s_sh, s_sw, s_height, s_width, height, width, RESIZE == 1, CORNERS
+    )
+    t_at, t_weight = places(
+        batch, line, column, t_sb, t_sh, t_sw, t_height, t_width, height, width, RESIZE == 2, CORNERS
+    )
+    plane = tl.cast(rows, tl.int64)
+    s_kept = ()
+    t_kept = ()
+    if FORWARD:
+        for i in tl.static_range(PIECES):
+            s, t = load_sides(
+                s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_weight, t_at, t_weight, i * CHUNK + tl.arange(0, CHUNK),
+                counts[:, None], s_sc, t_sc, channels, RESIZE, HAS_MEAN, HAS_STD, False,
+            )  # fmt: skip
+            s_kept += (s,)
+            t_kept += (t,)
+        st, ss, tt, smooth = token_sums(s_kept, t_kept, beta, inv_beta, PIECES)
+        value = u_l1 * smooth
+        if not BY_MAP:
+            value += u_cos * (1.0 - cosine(st, ss, tt))
+        tl.store(rows_ptr + row, tl.where(counts, value, 0.0), mask=inside)
+        if STATS:
+            tl.store(stats_ptr + row, st, mask=inside)
+            tl.store(stats_ptr + plane + row, ss, mask=inside)
+            tl.store(stats_ptr + 2 * plane + row, tt, mask=inside)
     else:
         stat = row
-        plane = tl.cast(rows, tl.int64)
-    st = tl.load(stats_ptr + stat, mask=inside, other=0.0)
-    ss = tl.load(stats_ptr + plane + stat, mask=inside, other=0.0)
-    tt = tl.load(stats_ptr + 2 * plane + stat, mask=inside, other=0.0)
-    upstream = tl.load(u_ptr + token_offset(batch, y, x, u_sb, u_sh, u_sw), mask=counts, other=0.0).to(tl.float32)
-    u_cos = upstream * tl.load(share_ptr + batch, mask=counts, other=0.0) * cos_weight
-    u_l1 = upstream * tl.load(share_ptr + samples + batch, mask=counts, other=0.0) * l1_weight / channels
-    store_gradients(
-        gs_ptr, gt_ptr,
-        token_offset(batch, y, x, gs_sb, gs_sh, gs_sw)[:, None],
-        token_offset(batch, y, x, gt_sb, gt_sh, gt_sw)[:, None],
-        s, t, std, st[:, None], ss[:, None], tt[:, None], u_cos[:, None], u_l1[:, None], beta, inv_beta,
-        cols, gs_sc, gt_sc, inside[:, None] & (cols < channels), GRAD_S, GRAD_T, HAS_STD,
-    )  # fmt: skip
+        if BY_MAP:
+            stat = tl.zeros_like(row) + batch
+            plane = tl.cast(samples, tl.int64)
+        st = tl.load(stats_ptr + stat, mask=inside, other=0.0)
+        ss = tl.load(stats_ptr + plane + stat, mask=inside, other=0.0)
+        tt = tl.load(stats_ptr + 2 * plane + stat, mask=inside, other=0.0)
+        upstream = tl.load(u_ptr + token_offset(batch, y, x, u_sb, u_sh, u_sw), mask=counts, other=0.0).to(tl.float32)
+        u_cos *= upstream
+        u_l1 *= upstream
+
+    if GRAD_S or GRAD_T:
+        gs_at = token_offset(batch, line, column, gs_sb, gs_sh, gs_sw)
+        gt_at = token_offset(batch, line, column, gt_sb, gt_sh, gt_sw)
+        for i in tl.static_range(PIECES):
+            channel = i * CHUNK + tl.arange(0, CHUNK)
+            if FORWARD:
+                s = s_kept[i]
+                t = t_kept[i]
+            else:
+                s, t = load_sides(
+                    s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_weight, t_at, t_weight, channel,
+                    counts[:, None], s_sc, t_sc, channels, RESIZE, HAS_MEAN, HAS_STD, False,
+                )  # fmt: skip
+            store_gradients(
+                gs_ptr, gt_ptr, gs_at, gt_at, s, t, std_ptr, channel,
+                st[:, None], ss[:, None], tt[:, None], u_cos[:, None], u_l1[:, None], inv_beta,
+                gs_sc, gt_sc, channels, inside[:, None], GRAD_S, GRAD_T, HAS_STD, False,
+            )  # fmt: skip
 
 
 @triton.jit

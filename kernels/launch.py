@@ -38,29 +38,36 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# NOT measured on any GPU yet. Chosen by the vector-width rule only: rows·channels / (32·num_warps) = 8 values per
-# thread, so that a thread loads 16 bytes of bf16 at once, and no more, so that two sides and two gradients stay in
-# registers. Compiled ahead of time for sm_80, sm_90 and sm_100: no spills, 128-bit loads
-# (tests/kernels/test_compile_targets.py). Keys: channels rounded up to a power of two.
-ALIGN_TILES = {
-    32: Tile(32, 32, 4),
-    64: Tile(16, 64, 4),
-    128: Tile(8, 128, 4),
-    256: Tile(4, 256, 4),
-    512: Tile(2, 512, 4),
-    1024: Tile(1, 1024, 4),
-    2048: Tile(1, 2048, 8),
-    4096: Tile(1, 4096, 16),
+class TokenTile(NamedTuple):
+    """One program's tokens, each in `pieces` tiles of `chunk` channels."""
+
+    tokens: int
+    chunk: int
+    pieces: int
+    num_warps: int
+
+
+# NOT measured on any GPU yet. What limits these kernels beside memory is the number of instructions they issue, so a
+# thread has 24 or 32 values of a token, over which what is done once per token is spread: with 8 values each and four
+# warps to a token it was 87 instructions per number of 768 bf16 channels, now 26 (an H100 has time for some 57 while
+# its memory moves 6 bytes). Three pieces or four fit the usual widths, 2ᵏ and 3·2ᵏ, without padding, and a token of up
+# to 1024 channels stays within one warp: its sums need no shared memory. A load moves 8 values, 16 bytes of bf16.
+# Compiled ahead of time for sm_80, sm_90 and sm_100: tests/kernels/test_compile_targets.py. Keys: channels, at most.
+TOKEN_TILES = {
+    chunk * pieces: TokenTile(1024 // chunk, chunk, pieces, 4)
+    for chunk in (32, 64, 128, 256, 512, 1024)
+    for pieces in ((1, 2, 3, 4) if chunk == 32 else (3, 4))
 }
-RESIZE_TILES = {width: tile for width, tile in ALIGN_TILES.items() if width <= 512}  # wider maps: several programs
+RESIZE_CHANNELS = 1024  # of one program; wider maps take several
 SCALE_TILE = Tile(1, 2048, 4)
 # NOT measured either. Views whose tokens, not channels, are adjacent in memory (NCHW): 64 neighbours side by side;
-# align_loss walks over the channels a chunk at a time. "lines": where a token's place takes a division, or four taps.
-ALIGN_TILE_ACROSS = {"flat": Tile(64, 16, 4), "lines": Tile(64, 8, 8)}
-GROUP_TURNS = 4  # tiles that one program of align_losses walks over, so that few partial sums are left to add
+# align_loss walks over the channels a chunk at a time and waits for memory once a chunk, so chunks are as large as 128
+# registers let them be: resized, a number takes four loads.
+ALIGN_TILE_ACROSS = {"plain": Tile(64, 64, 8), "resized": Tile(64, 8, 8)}
+GROUP_TURNS = 2  # tiles that one program of align_losses walks over, so that few partial sums are left to add
 GROUP_FINISH_TILE = Tile(32, 4096, 8)  # rows: terms in a launch
 MAX_SLOTS = 8  # terms in a launch of align_losses
-RESIZE_TILE_ACROSS = Tile(64, 16, 4)
+RESIZE_TILE_ACROSS = TokenTile(64, 16, 1, 4)
 # NOT measured on any GPU yet. Values per thread: 16 bytes at once of bf16 cells (forward), of float32 atomic adds
 # (backward) and of int64 ones ("fixed"). Then one layout serves every load, reduction and atomic of a pass, and nothing
 # in its loop goes through shared memory. `rows` are queries; keys: a head's channels rounded up.
@@ -79,14 +86,20 @@ MOMENTS_TILE = Tile(256, 32, 8)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def align_tile(channels: int) -> Tile:
-    """Tile for `channels` ≤ MAX_CHANNELS."""
-    return ALIGN_TILES[max(32, 1 << (channels - 1).bit_length())]
+def token_tile(channels: int) -> TokenTile:
+    """Tile of whole tokens of `channels` ≤ MAX_CHANNELS."""
+    return TOKEN_TILES[min(width for width in TOKEN_TILES if width >= channels)]
 
 
-def resize_tile(channels: int) -> Tile:
-    """Tile for any number of channels; more than 512 are split over programs."""
-    return RESIZE_TILES[min(512, max(32, 1 << (channels - 1).bit_length()))]
+def inverse_beta(beta: float) -> float:
+    """1/β as the kernels take it: of 0 the largest float32, by which any difference becomes ±1 when clamped."""
+    return 1 / beta if beta > 0 else torch.finfo(torch.float32).max
+
+
+def resize_tile(channels: int) -> TokenTile:
+    """Tile for any number of channels; more than RESIZE_CHANNELS are split evenly over programs."""
+    programs = -(-channels // RESIZE_CHANNELS)
+    return token_tile(-(-channels // programs))
 
 
 def deform_tile(channels: int, what: str) -> Tile:

@@ -70,7 +70,7 @@ class Teacher(nn.Module):
     # no_grad and not inference_mode: the student's losses save these features for their backward pass.
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        """images (B, 3, H, W) in [0, 1], any float dtype → Features; maps are views, channels last, finest first.
+        """images (B, 3, H, W) in [0, 1], any float dtype → Features; maps are channels last, finest first.
 
         Raises ValueError for images that are not floating point.
         """
@@ -83,7 +83,9 @@ class Teacher(nn.Module):
         if self.kind == "dinov2":
             out = self.net(pixel_values=pixels)
             return Features(out.pooler_output, (self._grid(out.last_hidden_state, pixels),))
-        return Features(None, tuple(m.permute(0, 2, 3, 1) for m in self.net(pixel_values=pixels).feature_maps))
+        maps = self.net(pixel_values=pixels).feature_maps  # NCHW in memory
+        # The one copy that h_t2s's Linear would make: with it, both losses that read a map share the launch of others.
+        return Features(None, tuple(m.permute(0, 2, 3, 1).contiguous() for m in maps))
 
     def _fit(self, images: Tensor) -> Tensor:
         p = self.patch_size
