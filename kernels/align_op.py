@@ -168,9 +168,16 @@ def _save(ctx, inputs, output):
     ctx.needs = need_s, need_t
     if ctx.early:
         ctx.save_for_backward(*grads)
-    else:  # running statistics may move on before the backward, which needs those of the forward
+    elif need_s or need_t:
+        # Running statistics may move on before the backward, which needs those of the forward.
         mean, std = (x if x is None else x.clone() for x in (mean, std))
+        source, target, valid = (keepable(x) for x in (source, target, valid))
         ctx.save_for_backward(source, target, mean, std, valid, share, stats)
+
+
+def keepable(x: Tensor | None) -> Tensor | None:
+    """x, or a copy of what was made under torch.inference_mode(): autograd keeps no such tensor."""
+    return x.clone() if x is not None and x.is_inference() else x
 
 
 def _backward(ctx, upstream, recompute, gather):
@@ -184,7 +191,7 @@ def _backward(ctx, upstream, recompute, gather):
                 ("source", "target"), ctx.sides, ctx.saved_tensors, ctx.needs, strict=True
             )
         )
-    elif upstream is not None:
+    elif upstream is not None and any(ctx.needs):
         grads = recompute(upstream, *ctx.saved_tensors, *ctx.weights, ctx.resize, ctx.corners, ctx.triton, *ctx.needs)
         grads = tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True))
     return (*grads, *[None] * 13)

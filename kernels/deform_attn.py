@@ -142,7 +142,9 @@ def _empty_gradients(value, locations, weights, *needed: bool) -> tuple[Tensor, 
 
 def _save(ctx, inputs, output):
     value, shapes, ctx.sizes, locations, weights, ctx.deterministic = inputs
-    ctx.save_for_backward(value, shapes, locations, weights)
+    # What was made under torch.inference_mode() autograd does not keep.
+    kept = (value, shapes, locations, weights)
+    ctx.save_for_backward(*(x.clone() if x is not None and x.is_inference() else x for x in kept))
 
 
 def _backward(ctx, grad):

@@ -223,6 +223,44 @@ def test_operator_and_direct_call_are_the_same(impl, device):
     assert all(torch.equal(a, b) for a, b in zip(direct, operator, strict=True))
 
 
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {"reduction": "sample"}),
+        (torch.float32, {"reduction": "token", "resize": "target"}),
+        (torch.float32, {"cos_over": "map"}),
+        (torch.float16, {}),  # the mean whose gradient is made in the backward
+    ],
+    ids=str,
+)
+def test_a_teacher_run_under_inference_mode(dtype, options, direct, impl, device):
+    source, target = sides((2, 3, 4, 24), (2, 5, 3, 24) if "resize" in options else (2, 3, 4, 24), device, dtype)
+    rest = [target.detach(), make((24,), device), make((24,), device).abs() + 0.5, mask((2, 3, 4), device)]
+    with torch.inference_mode():
+        inferred = [x.clone() for x in rest]
+
+    def one(target, mean, std, valid):
+        if direct:
+            chosen = options | {"target_mean": mean, "target_std": std, "valid": valid, "impl": impl}
+            return run(align_loss, source, target, **chosen)
+        resize, over, reduction = (
+            options.get(*x) for x in (("resize", "none"), ("cos_over", "token"), ("reduction", "mean"))
+        )
+        call = (mean, std, valid, 0.9, 0.1, 1.0, resize, False, over, reduction, impl == "triton", True, False)
+        return run(lambda s, t: align_op._forward(s, t, *call)[0], source, target)
+
+    assert all(x.is_inference() for x in inferred)
+    assert all(torch.equal(a, b) for a, b in zip(one(*inferred), one(*rest), strict=True))
+
+
+def test_nothing_is_kept_without_a_gradient(impl, device, monkeypatch):
+    with torch.inference_mode():
+        source, target = (make((2, 3, 4, 8), device, seed) for seed in (0, 1))
+        monkeypatch.setattr(torch.Tensor, "clone", lambda x: pytest.fail("copied"))
+        assert align_loss(source, target, target_mean=target[0, 0, 0], reduction="sample", impl=impl).isfinite().all()
+
+
 def test_strides_through_a_resize(impl, device):
     source, target = sides((2, 24, 3, 4), (2, 5, 3, 24), device)
     source = source.detach().permute(0, 2, 3, 1).requires_grad_()

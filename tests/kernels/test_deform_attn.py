@@ -175,6 +175,21 @@ def test_only_the_gradients_that_are_asked_for(wanted, impl, device):
             assert x.grad is None
 
 
+@pytest.mark.parametrize("learned", [0, 1, 2])
+def test_inputs_made_under_inference_mode(learned, device):
+    pytest.importorskip("triton", reason="triton is not installed")
+    inputs = [x.detach() for x in make(ODD, d=8, dtype=torch.float32, device=device)]
+    wanted = inputs[learned].requires_grad_()
+    with torch.inference_mode():
+        inferred = [x if x is wanted else x.clone() for x in inputs]
+        shapes = torch.tensor(ODD, device=device)
+    found, expected = (
+        torch.autograd.grad(deform_attn(x[0], shapes, *x[1:], impl="triton").sum(), wanted)[0]
+        for x in (inferred, inputs)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0 if device == "cpu" else 1e-6)  # float atomics
+
+
 def test_gradients_match_finite_differences():
     inputs = make([(3, 4), (2, 2)], b=1, q=2, m=2, d=2)
     assert torch.autograd.gradcheck(lambda v, s, w: deform_attn(v, [(3, 4), (2, 2)], s, w), inputs)
