@@ -365,6 +365,23 @@ def test_blocks_of_the_cpu_path_meet_without_a_seam(options, block, monkeypatch)
     check("torch", source, target, valid=mask(common.shape[:3], "cpu"), **options)
 
 
+@pytest.mark.parametrize("up", [True, False])
+def test_the_cpu_path_resizes_nchw_maps_channels_last(up, monkeypatch):
+    """A resize of an NCHW map takes 20 times as long; what is transposed for it is the smaller of the two maps."""
+    seen, resize = [], align_torch.resize_bilinear_reference
+
+    def watched(x, *args, **options):
+        seen.append(x.stride(3) == 1)
+        return resize(x, *args, **options)
+
+    source, target = sides((2, 24, *((3, 4) if up else (9, 8))), (2, 24, 6, 7), "cpu")
+    source, target = (x.detach().permute(0, 2, 3, 1).requires_grad_() for x in (source, target))
+    check("torch", source, target, resize="source")
+    monkeypatch.setattr(align_torch, "resize_bilinear_reference", watched)
+    align_loss(source, target, resize="source")
+    assert seen == [up]
+
+
 def test_nan_is_never_hidden(impl, device):
     source, target = sides((1, 2, 2, 24), (1, 2, 2, 24), device)
     with torch.no_grad():
