@@ -103,7 +103,7 @@ def align_loss(
     reduction: str = "mean",
     impl: str = "auto",
 ) -> Tensor:
-    """cos_weight·(1 − cosine) + l1_weight·smooth-L1 between two feature maps (KPU eq. 1; RADIO's and theia's too).
+    """cos_weight·(1 − cosine) + l1_weight·smooth-L1 between two feature maps (KPU eq. 1; AM-RADIO's and theia's too).
 
     source, target: (B, H, W, C), (B, N, C) or (B, C), any strides (NCHW as `.permute(0, 2, 3, 1)`), floating dtypes
     that may differ, up to 4096 channels in the kernels (more take the torch path); gradients to either or both.

@@ -1,4 +1,7 @@
-"""RADIO (NVlabs): cosine on the summary, cosine + smooth-L1 on the spatial features; as published, and as two calls."""
+"""AM-RADIO (arXiv 2312.06709): cosine on the summary, cosine + smooth-L1 on the spatial features; and as two calls.
+
+From the paper: NVlabs/RADIO has no training code. Which side is resized, and align_corners=False, are our choice.
+"""
 
 import torch.nn.functional as F
 from kpu_fast.kernels import align_loss

@@ -1,7 +1,8 @@
 """UNIC and DUNE (Naver): standardised teachers, losses per sample, teacher dropping; as published, and as ours.
 
 Features are {teacher: {"cls": (B, C), "patch": (B, N, C)}}, statistics {teacher: {"cls": (mean, std), ...}} of (C,).
-UNIC standardises with running averages, std + 1e-6; DUNE with those of the batch, std clamped at 1e-3.
+UNIC standardises with the running statistics from before the batch, which hold std + 1e-6, and adds another 1e-6. DUNE
+standardises with those of the batch in training and the stored ones in evaluation, std clamped at 1e-3.
 """
 
 import random
@@ -33,6 +34,26 @@ def our_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     found = moments(features).all_reduce()
     unbiased = found.std * (found.count / (found.count - 1)).sqrt()
     return found.mean.float(), unbiased.float()
+
+
+def published_standardise(features: Tensor, mean_ema: Tensor, std_ema: Tensor, momentum: float) -> Tensor:
+    """UNIC: features standardised with the running statistics, (1, C) or (1, 1, C), which then move on."""
+    out = (features - mean_ema) / (std_ema + 1e-6)
+    mean, std = published_statistics(features)
+    mean_ema.copy_(mean_ema * (1 - momentum) + mean * momentum)
+    std_ema.copy_(std_ema * (1 - momentum) + (std + 1e-6) * momentum)
+    return out
+
+
+def our_running_statistics(
+    features: Tensor, mean_ema: Tensor, std_ema: Tensor, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """UNIC: the (mean, std) of (C,) that these features take, and the running statistics moved on."""
+    taken = mean_ema.flatten().clone(), std_ema.flatten() + 1e-6
+    mean, std = our_statistics(features)
+    mean_ema.lerp_(mean.expand_as(mean_ema), momentum)
+    std_ema.lerp_((std + 1e-6).expand_as(std_ema), momentum)
+    return taken
 
 
 def published(

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 torch.set_num_threads(1)
-FOLDER = Path(__file__).parents[2] / "examples" / "swap"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "swap"
 
 
 def load(name):
@@ -45,9 +47,12 @@ def radio_case(batch, grid, teacher_grid, channels, summary):
     return radio, student, (make(batch, summary), make(batch, channels, *teacher_grid, axis=1))
 
 
-def tao_case(batch, grid, teacher_grid, channels):
+def tao_case(batch, grid, teacher_grid, channels, projected=None):
     make = features(1)
-    return tao, (make(batch, channels, *grid, axis=1),), (make(batch, channels, *teacher_grid, axis=1),)
+    teacher = make(batch, projected or channels, *teacher_grid, axis=1)
+    torch.manual_seed(1)
+    projector = projected and torch.nn.Linear(channels, projected)
+    return tao, (make(batch, channels, *grid, axis=1),), (teacher, *([projector] if projector else []))
 
 
 def unic_case(batch, tokens, channels):
@@ -72,31 +77,38 @@ def theia_case(batch, tokens, channels):
     return theia, (student,), (teacher, statistics)
 
 
-def sak_case(batch, channels, grids, teacher_grids):
+def sak_case(batch, channels, grid, teacher_grids, levels=1):
     make = features(4)
     student, teacher = (
-        {name: [make(batch, c, *grid, axis=1) for grid in maps] for name, c in channels.items()}
-        for maps in (grids, teacher_grids)
+        {name: [make(batch, channels, *grids[name], axis=1) for _ in range(levels)] for name in teacher_grids}
+        for grids in (dict.fromkeys(teacher_grids, grid), teacher_grids)
     )
     return sak, (student,), (teacher,)
 
 
+SAK_GRIDS = {"dinov2": (27, 27), "clip": (24, 24), "sam": (64, 64)}
 CASES = {
     "radio, 16² → CLIP's 14²": lambda: radio_case(2, (16, 16), (14, 14), 768, 512),
     "radio, 14² → SAM's 64²": lambda: radio_case(1, (14, 14), (64, 64), 256, 401),
-    "radio, one grid": lambda: radio_case(3, (5, 7), (5, 7), 41, 41),
+    "radio, one grid": lambda: radio_case(2, (14, 14), (14, 14), 768, 512),
+    "radio, one grid, odd": lambda: radio_case(3, (5, 7), (5, 7), 41, 41),
     "tao, student larger": lambda: tao_case(2, (16, 16), (14, 14), 384),
     "tao, teacher larger, odd": lambda: tao_case(3, (5, 7), (11, 9), 41),
     "tao, one higher, the other wider": lambda: tao_case(2, (9, 5), (6, 8), 33),
     "tao, one grid": lambda: tao_case(2, (7, 7), (7, 7), 768),
+    "tao, projector, student larger": lambda: tao_case(2, (14, 14), (7, 7), 64, 96),
+    "tao, projector, teacher larger": lambda: tao_case(2, (7, 7), (16, 16), 64, 96),
+    "tao, projector, one higher": lambda: tao_case(2, (9, 5), (6, 8), 33, 24),
+    "tao, projector, one grid": lambda: tao_case(2, (7, 7), (7, 7), 64, 96),
     "tao, down to a single line": lambda: tao_case(2, (1, 7), (4, 9), 24),
     "unic, four ViT-B of 14²": lambda: unic_case(3, 196, {"dino": 768, "deit": 768, "ibot": 768, "dbot": 768}),
     "unic, odd": lambda: unic_case(7, 13, {"a": 41, "b": 1024, "c": 24}),
     "theia, CLIP-L, DINOv2-L, ViT-H": lambda: theia_case(2, 196, {"clip": 1024, "dino": 1024, "vit": 1280}),
     "theia, odd": lambda: theia_case(5, 13, {"a": 41, "b": 3}),
-    "sak, four levels": lambda: sak_case(2, {"a": 96, "b": 41}, [(28, 28), (14, 14), (7, 7), (4, 4)], [(14, 14)] * 4),
-    "sak, one grid": lambda: sak_case(1, {"a": 768}, [(14, 14)], [(14, 14)]),
-    "sak, equal heights": lambda: sak_case(2, {"a": 24}, [(6, 9)], [(6, 5)]),
+    "sak, its grids for 384²": lambda: sak_case(1, 64, (24, 24), SAK_GRIDS, levels=4),
+    "sak, one grid": lambda: sak_case(1, 768, (14, 14), {"a": (14, 14)}),
+    "sak, student larger, odd": lambda: sak_case(2, 41, (9, 7), {"a": (6, 5), "b": (3, 9)}),
+    "sak, equal heights": lambda: sak_case(2, 24, (6, 9), {"a": (6, 5)}),
 }
 
 
@@ -147,6 +159,57 @@ def test_dropping_is_seen_in_the_gradients():
     _, gradients = evaluate(module.ours, student, rest, **same_draws(module, losses)[1])
     silent = [(g.flatten(1).abs().amax(1) == 0).sum().item() for g in gradients]
     assert 0 < sum(silent) < sum(len(g) for g in gradients)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("tao")])
+def test_tao_at_the_loss_alone(case):
+    _, student, rest = CASES[case]()
+
+    def ours(student, teacher, projector=None):
+        return tao.published(student, teacher, projector, balanced=tao.our_balanced)
+
+    for dtype, allowed in ((torch.float64, 1e-11), (torch.float32, 2e-6)):
+        (expected, *theirs), (found, *mine) = (evaluate(f, student, rest, dtype) for f in (tao.published, ours))
+        torch.testing.assert_close(found, expected, rtol=allowed, atol=0)
+        for a, b in zip(mine[0], theirs[0], strict=True):
+            assert (a - b).abs().max() <= allowed * b.abs().max()
+
+
+def test_tao_summary():
+    s, t = (features(seed)(5, 41) for seed in (7, 8))
+    expected, theirs = evaluate(tao.published_balanced, (s,), (t,))
+    found, mine = evaluate(tao.our_balanced, (s,), (t,))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (3, 49, 41)])
+def test_running_statistics_are_those_from_before_the_batch(shape):
+    buffers = [
+        [torch.zeros(1, *[1] * (len(shape) - 2), shape[-1]), torch.ones(1, *[1] * (len(shape) - 2), shape[-1])]
+        for _ in range(2)
+    ]
+    for step, momentum in enumerate((1.0, 0.3, 0.0)):
+        x = features(step)(*shape)
+        expected = unic.published_standardise(x, *buffers[0], momentum)
+        mean, std = unic.our_running_statistics(x, *buffers[1], momentum)
+        torch.testing.assert_close((x - mean) / std, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(buffers[1], buffers[0], rtol=2e-6, atol=1e-6)
+        if step == 0:  # which is not standardised: the buffers begin with 0 and 1
+            torch.testing.assert_close(expected, x, rtol=2e-6, atol=0)
+
+
+def test_a_teacher_run_under_inference_mode():
+    """DUNE's get_teacher_outputs."""
+    _, student, (teacher, statistics) = CASES["unic, odd"]()
+    with torch.inference_mode():
+        inferred = tree_map(torch.clone, teacher)
+    found, expected = (
+        evaluate(lambda s, t, f: unic.ours(s, t, f, p=0.0), student, (x, statistics)) for x in (inferred, teacher)
+    )
+    assert tree_leaves(inferred)[0].is_inference()
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
 
 
 @pytest.mark.parametrize("shape", [(5, 24), (3, 49, 41)])
@@ -242,10 +305,36 @@ def count(function, student, rest, **options):
     return counted.operators, counted.numbers / sum(x.numel() for x in tree_leaves(student))
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if "odd" not in name and "single line" not in name])
+COUNTED = [name for name in CASES if not re.search("odd|single line|projector", name)]
+
+
+@pytest.mark.parametrize("case", COUNTED)
 def test_ours_moves_a_quarter_or_less(case):
     module, student, rest = CASES[case]()
     theirs, ours = count(module.published, student, rest), count(module.ours, student, rest)
     print(f"{case}: {theirs[0]} operators, {theirs[1]:.1f} passes; ours {ours[0]}, {ours[1]:.1f}")
     assert ours[0] < theirs[0]
     assert 4 * ours[1] < theirs[1]
+
+
+ROWS = {
+    "AM-RADIO, summary and map, one grid": "radio, one grid",
+    "AM-RADIO, 16² → 14²": "radio, 16² → CLIP's 14²",
+    "TAO, one grid": "tao, one grid",
+    "TAO, 16² → 14²": "tao, student larger",
+    "UNIC, 4 teachers, cls and patches, 3 samples": "unic, four ViT-B of 14²",
+    "theia, 3 teachers": "theia, CLIP-L, DINOv2-L, ViT-H",
+    "SAK, 3 teachers × 4 levels, 24² → 27², 24² and 64²": "sak, its grids for 384²",
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_table_of_counts(row):
+    module, student, rest = CASES[ROWS[row]]()
+    options = same_draws(module, shape_of_losses(module, student))
+    cells = [row]
+    for function, chosen in zip((module.published, module.ours), options, strict=True):
+        operators, passes = count(function, student, rest, **chosen)
+        cells += [str(operators), f"{passes:.0f}" if passes >= 10 else f"{passes:.1f}".removesuffix(".0")]
+    lines = (ROOT / "docs" / "swap.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith(f"| {row} |")] == [f"| {' | '.join(cells)} |"]
