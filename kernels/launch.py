@@ -1,5 +1,6 @@
 """The one table of tile sizes, and the choice between Triton and plain torch."""
 
+import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -86,6 +87,7 @@ MOMENTS_TILE = Tile(256, 32, 8)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
 def token_tile(channels: int) -> TokenTile:
     """Tile of whole tokens of `channels` ≤ MAX_CHANNELS."""
     return TOKEN_TILES[min(width for width in TOKEN_TILES if width >= channels)]
