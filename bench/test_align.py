@@ -42,7 +42,7 @@ EXTRA_ROWS = {LIGER: ["cuda"]}
 
 
 def eager(source, target, resize):
-    """What RADIO, theia and others write."""
+    """What AM-RADIO, TAO and others write."""
     if resize:
         nchw = source.permute(0, 3, 1, 2)
         source = F.interpolate(nchw, size=target.shape[1:3], mode="bilinear").permute(0, 2, 3, 1)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import align_torch
-from .launch import NAMESPACE, batch_by_loop, is_differentiated, is_plain
+from .launch import NAMESPACE, batch_by_loop, is_differentiated, is_plain, keepable
 from .resize import channels_last, empty_map, resize_backward, run_resize_backward
 
 NO_DOUBLE = (
@@ -173,11 +173,6 @@ def _save(ctx, inputs, output):
         mean, std = (x if x is None else x.clone() for x in (mean, std))
         source, target, valid = (keepable(x) for x in (source, target, valid))
         ctx.save_for_backward(source, target, mean, std, valid, share, stats)
-
-
-def keepable(x: Tensor | None) -> Tensor | None:
-    """x, or a copy of what was made under torch.inference_mode(): autograd keeps no such tensor."""
-    return x.clone() if x is not None and x.is_inference() else x
 
 
 def _backward(ctx, upstream, recompute, gather):

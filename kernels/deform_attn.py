@@ -27,6 +27,7 @@ from .launch import (
     choose_impl,
     is_differentiated,
     is_transformed,
+    keepable,
 )
 
 Shapes = Sequence[tuple[int, int]]
@@ -142,9 +143,7 @@ def _empty_gradients(value, locations, weights, *needed: bool) -> tuple[Tensor, 
 
 def _save(ctx, inputs, output):
     value, shapes, ctx.sizes, locations, weights, ctx.deterministic = inputs
-    # What was made under torch.inference_mode() autograd does not keep.
-    kept = (value, shapes, locations, weights)
-    ctx.save_for_backward(*(x.clone() if x is not None and x.is_inference() else x for x in kept))
+    ctx.save_for_backward(*(keepable(x) for x in (value, shapes, locations, weights)))
 
 
 def _backward(ctx, grad):

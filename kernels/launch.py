@@ -169,6 +169,11 @@ def is_plain(*tensors: Tensor) -> bool:
     return all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg() and not _is_batched(x) for x in tensors)
 
 
+def keepable(x: Tensor | None) -> Tensor | None:
+    """x, or a copy of what was made under torch.inference_mode(): autograd keeps no such tensor."""
+    return x.clone() if x is not None and x.is_inference() else x
+
+
 def is_transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is under way.
 
