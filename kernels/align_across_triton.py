@@ -30,8 +30,15 @@ def align_across_kernel(
     HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
     BY_MAP: tl.constexpr, STATS: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
     TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+    WIDE: tl.constexpr,  # divides the width and the strides of samples and channels
 ):  # fmt: skip
     """One program: TOKENS tokens of a sample. FORWARD: their loss, and gradient if wanted; else the gradient alone."""
+    # Of its arguments Triton knows multiples of 16 only: of a map of 14² it would load tokens one by one.
+    width = width // WIDE * WIDE
+    s_sb, s_sc = s_sb // WIDE * WIDE, s_sc // WIDE * WIDE
+    t_sb, t_sc = t_sb // WIDE * WIDE, t_sc // WIDE * WIDE
+    gs_sb, gs_sc = gs_sb // WIDE * WIDE, gs_sc // WIDE * WIDE
+    gt_sb, gt_sc = gt_sb // WIDE * WIDE, gt_sc // WIDE * WIDE
     batch, token, y, x = own_tokens(height, width, FLAT, TOKENS)
     token, y, x = token[None, :], y[None, :], x[None, :]
     inside = token < height * width

@@ -1,5 +1,7 @@
 """Launches of align.py's kernels: along the channels, or across them where it is tokens that are adjacent in memory."""
 
+import math
+
 import triton
 from torch import Tensor
 
@@ -60,7 +62,8 @@ def _launch(
     flags |= {"GRAD_S": grad_source.numel() > 0, "GRAD_T": grad_target.numel() > 0}
     if tokens_adjacent(source) or tokens_adjacent(target):
         kernel, tile = align_across_kernel, ALIGN_TILE_ACROSS["plain" if resize == "none" else "resized"]
-        sizes = {"TOKENS": tile.rows, "CHUNK": tile.channels}
+        steps = (step for by_dim in strides[1:] for step in (by_dim[0], by_dim[3]))
+        sizes = {"TOKENS": tile.rows, "CHUNK": tile.channels, "WIDE": math.gcd(8, width, *steps)}
     else:
         kernel, tile = align_along_kernel, token_tile(source.shape[3])
         sizes = {"TOKENS": tile.tokens, "CHUNK": tile.chunk, "PIECES": tile.pieces}
