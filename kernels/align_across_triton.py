@@ -7,42 +7,41 @@ import triton
 import triton.language as tl
 
 from .align_triton import cosine, load_sides, smooth_l1, store_gradients
-from .resize_triton import own_tokens, places, token_offset
+from .resize_triton import token_offset
 
 
 @triton.jit
 def align_across_kernel(
     u_ptr,  # (B, H, W) float32 upstream gradient; unread where FORWARD
-    s_ptr, t_ptr,  # (B, SH, SW, C), (B, TH, TW, C)
+    s_ptr, t_ptr,  # (B, H, W, C), lines evenly spaced
     mean_ptr, std_ptr,  # (C,)
     valid_ptr,  # (B, H, W) bool
     share_ptr,  # (2, B) float32
     rows_ptr,  # (B, H, W) float32, out: what each token adds to the loss; FORWARD only
     stats_ptr,  # (3, B, H, W) float32, s·t, s·s, t·t: out where FORWARD and STATS, else in; (3, B) in where BY_MAP
     gs_ptr, gt_ptr,  # (B, H, W, C), out
-    u_sb, u_sh, u_sw,
-    s_sb, s_sh, s_sw, s_sc, t_sb, t_sh, t_sw, t_sc,
-    gs_sb, gs_sh, gs_sw, gs_sc, gt_sb, gt_sh, gt_sw, gt_sc,
-    rows, samples, channels,  # B·H·W, B, C
-    s_height, s_width, t_height, t_width, height, width,
+    u_sb, u_sw,
+    s_sb, s_sw, s_sc, t_sb, t_sw, t_sc,
+    gs_sb, gs_sw, gs_sc, gt_sb, gt_sw, gt_sc,
+    rows, samples, tokens, channels,  # B·H·W, B, H·W, C
     cos_weight, l1_weight, beta, inv_beta,
-    FORWARD: tl.constexpr, FLAT: tl.constexpr, RESIZE: tl.constexpr, CORNERS: tl.constexpr,
-    HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
+    FORWARD: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
     BY_MAP: tl.constexpr, STATS: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
     TOKENS: tl.constexpr, CHUNK: tl.constexpr,
-    WIDE: tl.constexpr,  # divides the width and the strides of samples and channels
+    WIDE: tl.constexpr,  # divides `tokens` and the strides of samples and channels
 ):  # fmt: skip
     """One program: TOKENS tokens of a sample. FORWARD: their loss, and gradient if wanted; else the gradient alone."""
     # Of its arguments Triton knows multiples of 16 only: of a map of 14² it would load tokens one by one.
-    width = width // WIDE * WIDE
+    tokens = tokens // WIDE * WIDE
     s_sb, s_sc = s_sb // WIDE * WIDE, s_sc // WIDE * WIDE
     t_sb, t_sc = t_sb // WIDE * WIDE, t_sc // WIDE * WIDE
     gs_sb, gs_sc = gs_sb // WIDE * WIDE, gs_sc // WIDE * WIDE
     gt_sb, gt_sc = gt_sb // WIDE * WIDE, gt_sc // WIDE * WIDE
-    batch, token, y, x = own_tokens(height, width, FLAT, TOKENS)
-    token, y, x = token[None, :], y[None, :], x[None, :]
-    inside = token < height * width
-    row = batch.to(tl.int64) * (height * width) + token
+    programs = tl.cdiv(tokens, TOKENS)  # of a sample
+    batch = tl.program_id(0) // programs
+    token = (tl.program_id(0) % programs * TOKENS + tl.arange(0, TOKENS))[None, :]
+    inside = token < tokens
+    row = batch.to(tl.int64) * tokens + token
     counts = inside
     if HAS_VALID:
         counts = inside & (tl.load(valid_ptr + row, mask=inside, other=0) != 0)
@@ -50,8 +49,8 @@ def align_across_kernel(
     u_l1 = tl.load(share_ptr + samples + batch) * l1_weight / channels
     u_cos = tl.where(counts, u_cos, 0.0)
     u_l1 = tl.where(counts, u_l1, 0.0)
-    s_at, s_weight = places(batch, y, x, s_sb, s_sh, s_sw, s_height, s_width, height, width, RESIZE == 1, CORNERS)
-    t_at, t_weight = places(batch, y, x, t_sb, t_sh, t_sw, t_height, t_width, height, width, RESIZE == 2, CORNERS)
+    s_at = (token_offset(batch, 0, token, s_sb, 0, s_sw),)
+    t_at = (token_offset(batch, 0, token, t_sb, 0, t_sw),)
 
     if FORWARD:
         st_tile = tl.zeros((CHUNK, TOKENS), dtype=tl.float32)
@@ -61,8 +60,8 @@ def align_across_kernel(
         for first in range(0, channels, CHUNK):
             channel = first + tl.arange(0, CHUNK)
             s, t = load_sides(
-                s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_weight, t_at, t_weight, channel, inside,
-                s_sc, t_sc, channels, RESIZE, HAS_MEAN, HAS_STD, True,
+                s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_at, t_at, t_at, channel, inside,
+                s_sc, t_sc, channels, 0, HAS_MEAN, HAS_STD, True,
             )  # fmt: skip
             if HAS_VALID:  # after the load: a mask that differs from token to token would make it load them one by one
                 s = tl.where(counts, s, 0.0)
@@ -92,18 +91,18 @@ def align_across_kernel(
         st = tl.load(stats_ptr + stat, mask=inside, other=0.0)
         ss = tl.load(stats_ptr + plane + stat, mask=inside, other=0.0)
         tt = tl.load(stats_ptr + 2 * plane + stat, mask=inside, other=0.0)
-        upstream = tl.load(u_ptr + token_offset(batch, y, x, u_sb, u_sh, u_sw), mask=counts, other=0.0).to(tl.float32)
+        upstream = tl.load(u_ptr + token_offset(batch, 0, token, u_sb, 0, u_sw), mask=counts, other=0.0).to(tl.float32)
         u_cos *= upstream
         u_l1 *= upstream
 
     if GRAD_S or GRAD_T:
-        gs_at = token_offset(batch, y, x, gs_sb, gs_sh, gs_sw)
-        gt_at = token_offset(batch, y, x, gt_sb, gt_sh, gt_sw)
+        gs_at = token_offset(batch, 0, token, gs_sb, 0, gs_sw)
+        gt_at = token_offset(batch, 0, token, gt_sb, 0, gt_sw)
         for first in range(0, channels, CHUNK):
             channel = first + tl.arange(0, CHUNK)
             s, t = load_sides(
-                s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_weight, t_at, t_weight, channel, inside,
-                s_sc, t_sc, channels, RESIZE, HAS_MEAN, HAS_STD, True,
+                s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_at, t_at, t_at, channel, inside,
+                s_sc, t_sc, channels, 0, HAS_MEAN, HAS_STD, True,
             )  # fmt: skip
             if HAS_VALID:
                 s = tl.where(counts, s, 0.0)

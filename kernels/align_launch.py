@@ -47,33 +47,62 @@ def _launch(
         source if std is None else std.contiguous().resolve_neg(),
         source if valid is None else valid.contiguous(),
     )
-    samples, height, width = upstream.shape
-    views = source, target, grad_source, grad_target
-    flat = resize == "none" and all(flat_stride(x) is not None for x in (upstream, *views) if x.numel())
-    strides = upstream.stride(), *(x.stride() if x.numel() else (0, 0, 0, 0) for x in views)
-    if flat:
-        line = upstream, *views
-        strides = tuple(
-            (step[0], 0, flat_stride(x) if x.numel() else 0, *step[3:]) for x, step in zip(line, strides, strict=True)
-        )
-        height, width = 1, height * width
-    flags |= {"FLAT": flat, "RESIZE": _RESIZE[resize], "CORNERS": corners, "BY_MAP": by_map}
     flags |= {"HAS_MEAN": mean is not None, "HAS_STD": std is not None, "HAS_VALID": valid is not None}
-    flags |= {"GRAD_S": grad_source.numel() > 0, "GRAD_T": grad_target.numel() > 0}
-    if tokens_adjacent(source) or tokens_adjacent(target):
-        kernel, tile = align_across_kernel, ALIGN_TILE_ACROSS["plain" if resize == "none" else "resized"]
-        steps = (step for by_dim in strides[1:] for step in (by_dim[0], by_dim[3]))
-        sizes = {"TOKENS": tile.rows, "CHUNK": tile.channels, "WIDE": math.gcd(8, width, *steps)}
-    else:
-        kernel, tile = align_along_kernel, token_tile(source.shape[3])
-        sizes = {"TOKENS": tile.tokens, "CHUNK": tile.chunk, "PIECES": tile.pieces}
+    flags |= {"GRAD_S": grad_source.numel() > 0, "GRAD_T": grad_target.numel() > 0, "BY_MAP": by_map}
+    made = grad_source, grad_target
+    across = tokens_adjacent(source) and tokens_adjacent(target)
+    across &= resize == "none" and _evenly_spaced(upstream, source, target, *made)
+    if not across:  # an NCHW side that is resized, or whose partner is not, is turned by a copy first
+        source, target = (x.contiguous() if tokens_adjacent(x) else x for x in (source, target))
+        made = tuple(x.new_empty(x.shape) if x.numel() and tokens_adjacent(x) else x for x in made)
+    tensors = upstream, source, target, *constants, share, rows, stats, *made
+    run = _launch_across if across else _launch_along
+    weights = cos_weight, l1_weight, beta, inverse_beta(beta)
     with device_of(source):
-        kernel[(samples * triton.cdiv(height * width, sizes["TOKENS"]),)](
-            upstream, source, target, *constants, share, rows, stats, grad_source, grad_target,
-            *(step for steps in strides for step in steps), upstream.numel(), samples, source.shape[3],
-            *source.shape[1:3], *target.shape[1:3], height, width,
-            cos_weight, l1_weight, beta, inverse_beta(beta), **flags, **sizes, num_warps=tile.num_warps,
-        )  # fmt: skip
+        run(tensors, (upstream, source, target, *made), weights, flags, resize, corners)
+    for grad, here in zip((grad_source, grad_target), made, strict=True):
+        if here is not grad:
+            grad.copy_(here)
+
+
+def _launch_along(tensors, views, weights, flags, resize, corners) -> None:
+    upstream, source, target, *_ = views
+    samples, height, width = upstream.shape
+    flat = resize == "none" and _evenly_spaced(*views)
+    strides = [step for x in views for step in _strides(x, flat)]
+    if flat:
+        height, width = 1, height * width
+    tile = token_tile(source.shape[3])
+    align_along_kernel[(samples * triton.cdiv(height * width, tile.tokens),)](
+        *tensors, *strides, upstream.numel(), samples, source.shape[3], *source.shape[1:3], *target.shape[1:3],
+        height, width, *weights, **flags, FLAT=flat, RESIZE=_RESIZE[resize], CORNERS=corners,
+        TOKENS=tile.tokens, CHUNK=tile.chunk, PIECES=tile.pieces, num_warps=tile.num_warps,
+    )  # fmt: skip
+
+
+def _launch_across(tensors, views, weights, flags, *_) -> None:
+    upstream, source, *_ = views
+    samples, height, width = upstream.shape
+    strides = [(first, *rest) for first, _, *rest in (_strides(x, True) for x in views)]
+    wide = math.gcd(8, height * width, *(step for first, _, last in strides[1:] for step in (first, last)))
+    tile = ALIGN_TILE_ACROSS
+    align_across_kernel[(samples * triton.cdiv(height * width, tile.rows),)](
+        *tensors, *(step for steps in strides for step in steps),
+        upstream.numel(), samples, height * width, source.shape[3], *weights, **flags,
+        TOKENS=tile.rows, CHUNK=tile.channels, WIDE=wide, num_warps=tile.num_warps,
+    )  # fmt: skip
+
+
+def _evenly_spaced(*views: Tensor) -> bool:
+    """Whether the lines of each, if it is not empty, follow one another as its tokens do."""
+    return all(flat_stride(x) is not None for x in views if x.numel())
+
+
+def _strides(x: Tensor, flat: bool) -> tuple[int, ...]:
+    """Those of (B, H, W) or (B, H, W, C); flat: as one line; 0 of an empty tensor."""
+    if not x.numel():
+        return (0, 0, 0, 0)
+    return (x.stride(0), 0, flat_stride(x), *x.stride()[3:]) if flat else x.stride()
 
 
 def launch_scale(grad: Tensor, factor: Tensor) -> None:

@@ -62,9 +62,9 @@ TOKEN_TILES = {
 RESIZE_CHANNELS = 1024  # of one program; wider maps take several
 SCALE_TILE = Tile(1, 2048, 4)
 # NOT measured either. Views whose tokens, not channels, are adjacent in memory (NCHW): 64 neighbours side by side;
-# align_loss walks over the channels a chunk at a time and waits for memory once a chunk, so chunks are as large as 128
-# registers let them be: resized, a number takes four loads.
-ALIGN_TILE_ACROSS = {"plain": Tile(64, 64, 8), "resized": Tile(64, 8, 8)}
+# align_loss walks over the channels a chunk at a time and waits for memory once a chunk, so chunks are as large as the
+# registers let them be without spilling.
+ALIGN_TILE_ACROSS = Tile(64, 32, 8)
 GROUP_TURNS = 2  # tiles that one program of align_losses walks over, so that few partial sums are left to add
 GROUP_FINISH_TILE = Tile(32, 4096, 8)  # rows: terms in a launch
 MAX_SLOTS = 8  # terms in a launch of align_losses

@@ -157,6 +157,8 @@ def run_resize_backward(grad, scale, h, w, adjacent, corners, triton):
     if triton:
         from .resize_triton import launch_resize_backward
 
+        if channels_last(grad) and not adjacent:  # threads lie along one or the other: dense first, then turned
+            return out.copy_(launch_resize_backward(grad, scale, _empty_gradient(grad, h, w, True), corners))
         return launch_resize_backward(grad, scale, out, corners)
     compute = torch.promote_types(grad.dtype, torch.float32)
     batch, height, width, channels = grad.shape

@@ -31,7 +31,7 @@ def taps(o, n_in, n_out, CORNERS: tl.constexpr):
 @triton.jit
 def token_offset(batch, y, x, stride_b, stride_h, stride_w):
     """Offset of a token, int64."""
-    return batch.to(tl.int64) * stride_b + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+    return batch.to(tl.int64) * stride_b + tl.cast(y, tl.int64) * stride_h + x.to(tl.int64) * stride_w
 
 
 @triton.jit

@@ -72,13 +72,12 @@ def cases():
         off = {name: False for name in ("HAS_MEAN", "HAS_STD", "HAS_VALID", "GRAD_T", "CORNERS")}
         plain = {**off, **block, "FORWARD": True, "FLAT": case["RESIZE"] == 0, "GRAD_S": True, **case}
         yield align_triton.align_along_kernel, plain, tile.num_warps, (SPILL_FREE,)
-    for what, tile in launch.ALIGN_TILE_ACROSS.items():
-        flat = {"FLAT": what == "plain", "RESIZE": int(what != "plain"), "TOKENS": tile.rows, "CHUNK": tile.channels}
-        for forward, stats in ((True, False), (True, True), (False, False)):
-            across = {**flags, **flat, "FORWARD": forward, "STATS": stats, "GRAD_S": not stats, "GRAD_T": not stats}
-            yield align_across_triton.align_across_kernel, across | {"WIDE": 1}, tile.num_warps, everywhere
-            if what == "plain":  # 14² tokens
-                yield align_across_triton.align_across_kernel, across | {"WIDE": 4}, tile.num_warps, (SPILL_FREE,)
+    tile = launch.ALIGN_TILE_ACROSS
+    for forward, stats in ((True, False), (True, True), (False, False)):
+        across = {**flags, "TOKENS": tile.rows, "CHUNK": tile.channels, "FORWARD": forward, "STATS": stats, "WIDE": 1}
+        across |= {"GRAD_S": not stats, "GRAD_T": not stats}
+        yield align_across_triton.align_across_kernel, across, tile.num_warps, everywhere
+        yield align_across_triton.align_across_kernel, across | {"WIDE": 4}, tile.num_warps, (SPILL_FREE,)  # 14² tokens
     tile = launch.GROUP_FINISH_TILE
     finish = {"COUNT": tile.rows, "BLOCK": tile.channels}
     yield align_group_triton.align_group_finish_kernel, finish, tile.num_warps, everywhere
@@ -154,7 +153,7 @@ def compile_one(kernel, constants, num_warps, target):
         multiple &= not kernel.params[place].do_not_specialize
         if constants.get("WIDE", 1) > 1:
             multiple = name.endswith("_ptr")
-        multiple |= adjacent == "_sw" and name == "width" and constants.get("WIDE", 1) == 1
+        multiple |= adjacent == "_sw" and name in ("width", "tokens") and constants.get("WIDE", 1) == 1
         if name not in constants and multiple:
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
