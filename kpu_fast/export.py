@@ -198,7 +198,7 @@ def _check_out(out: Path) -> None:
         raise ExportError(f"--out {out}: expected a name that ends in {' or '.join(FORMATS)}")
     missing = [name for name in FORMATS[out.suffix] if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f"--out {out}: {out.suffix} needs {', '.join(missing)}; pip install 'kpu_fast[export]'")
+        raise ExportError(f"--out {out}: {out.suffix} needs {', '.join(missing)}; pip install {' '.join(missing)}")
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ExportError(f"--out {out}: expected a file in a folder that exists")
 

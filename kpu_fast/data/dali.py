@@ -8,7 +8,7 @@ def import_dali():
         from nvidia.dali import fn, types  # noqa: F401 - attributes of the package from here on
     except ImportError as error:
         raise ImportError(
-            f"reading images needs NVIDIA DALI ({error}): pip install 'kpu_fast[train]' "
-            "(CUDA 12: pip install nvidia-dali-cuda120). The PyPI package 'nvidia-dali' is not it."
+            f"reading images needs NVIDIA DALI ({error}): pip install nvidia-dali-cuda130 "
+            "(CUDA 12: nvidia-dali-cuda120). The PyPI package 'nvidia-dali' is not it."
         ) from error
     return dali

@@ -30,7 +30,7 @@ def import_transformers(key: str):
     try:
         import transformers
     except ImportError as error:
-        raise WeightsError(f"{key}: needs transformers, which is missing: pip install 'kpu_fast[train]'") from error
+        raise WeightsError(f"{key}: needs transformers, which is missing: pip install transformers") from error
     return transformers
 
 

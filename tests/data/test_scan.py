@@ -372,5 +372,5 @@ def test_command_line_on_a_missing_source_is_one_line_and_exit_2(tmp_path):
 
 def test_without_dali_the_error_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia", None)
-    with pytest.raises(ImportError, match=r"pip install 'kpu_fast\[train\]'"):
+    with pytest.raises(ImportError, match="pip install nvidia-dali-cuda130"):
         scan(str(folder))
