@@ -56,7 +56,7 @@ def smooth_l1(difference, beta, inv_beta):
 
 @triton.jit
 def token_sums(s, t, beta, inv_beta, PIECES: tl.constexpr):
-    """s·t, s·s, t·t and Σφ_β(s − t) of each token, (ROWS,), from its pieces."""
+    """s·t, s·s, t·t and Σφ_β(s − t) of each token, (TOKENS,), from its pieces."""
     # Columns beyond C hold 0 on both sides, and φ_β(0) = 0 for every β.
     st = s[0] * t[0]
     ss = s[0] * s[0]
