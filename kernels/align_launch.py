@@ -49,10 +49,12 @@ def _launch(
     )
     flags |= {"HAS_MEAN": mean is not None, "HAS_STD": std is not None, "HAS_VALID": valid is not None}
     flags |= {"GRAD_S": grad_source.numel() > 0, "GRAD_T": grad_target.numel() > 0, "BY_MAP": by_map}
+    if flat_stride(upstream) is None:  # a number per token: no reason to read whole maps line by line
+        upstream = upstream.contiguous()
     made = grad_source, grad_target
     across = tokens_adjacent(source) and tokens_adjacent(target)
-    across &= resize == "none" and _evenly_spaced(upstream, source, target, *made)
-    if not across:  # an NCHW side that is resized, or whose partner is not, is turned by a copy first
+    across &= resize == "none" and _evenly_spaced(source, target, *made)
+    if not across:  # an NCHW side is turned by a copy first
         source, target = (x.contiguous() if tokens_adjacent(x) else x for x in (source, target))
         made = tuple(x.new_empty(x.shape) if x.numel() and tokens_adjacent(x) else x for x in made)
     tensors = upstream, source, target, *constants, share, rows, stats, *made
@@ -86,10 +88,10 @@ def _launch_across(tensors, views, weights, flags, *_) -> None:
     strides = [(first, *rest) for first, _, *rest in (_strides(x, True) for x in views)]
     wide = math.gcd(8, height * width, *(step for first, _, last in strides[1:] for step in (first, last)))
     tile = ALIGN_TILE_ACROSS
-    align_across_kernel[(samples * triton.cdiv(height * width, tile.rows),)](
+    align_across_kernel[(samples * triton.cdiv(height * width, tile.tokens),)](
         *tensors, *(step for steps in strides for step in steps),
         upstream.numel(), samples, height * width, source.shape[3], *weights, **flags,
-        TOKENS=tile.rows, CHUNK=tile.channels, WIDE=wide, num_warps=tile.num_warps,
+        TOKENS=tile.tokens, CHUNK=tile.chunk, WIDE=wide, num_warps=tile.num_warps,
     )  # fmt: skip
 
 
@@ -99,10 +101,11 @@ def _evenly_spaced(*views: Tensor) -> bool:
 
 
 def _strides(x: Tensor, flat: bool) -> tuple[int, ...]:
-    """Those of (B, H, W) or (B, H, W, C); flat: as one line; 0 of an empty tensor."""
+    """Those of (B, H, W) or (B, H, W, C); flat: as one line; 0 of an empty tensor, and from one sample to none."""
     if not x.numel():
         return (0, 0, 0, 0)
-    return (x.stride(0), 0, flat_stride(x), *x.stride()[3:]) if flat else x.stride()
+    sample = x.stride(0) if len(x) > 1 else 0
+    return (sample, 0, flat_stride(x), *x.stride()[3:]) if flat else (sample, *x.stride()[1:])
 
 
 def launch_scale(grad: Tensor, factor: Tensor) -> None:

@@ -49,10 +49,11 @@ class TokenTile(NamedTuple):
 
 
 # NOT measured on any GPU yet. What limits these kernels beside memory is the number of instructions they issue, so a
-# thread has 24 or 32 values of a token, over which what is done once per token is spread: with 8 values each and four
-# warps to a token it was 87 instructions per number of 768 bf16 channels, now 25 (an H100 has time for some 55 while
-# its memory moves 6 bytes). Three pieces or four fit the usual widths, 2ᵏ and 3·2ᵏ, without padding, and a token of up
-# to 1024 channels stays within one warp: its sums need no shared memory. A load moves 8 values, 16 bytes of bf16.
+# thread has 24 or 32 values of a token (of up to 64 channels 8 or 16), over which what is done once per token is
+# spread: with 8 values and four warps to a token it was 87 instructions per number of 768 bf16 channels, now 25 (an
+# H100 has time for some 51 while its memory moves 6 bytes). Three pieces or four fit the usual widths, 2ᵏ and 3·2ᵏ,
+# without padding, and a token of up to 1024 channels stays within one warp: its sums need no shared memory. A load
+# moves 8 values, 16 bytes of bf16.
 # Compiled ahead of time for sm_80, sm_90 and sm_100: tests/kernels/test_compile_targets.py. Keys: channels, at most.
 TOKEN_TILES = {
     chunk * pieces: TokenTile(1024 // chunk, chunk, pieces, 4)
@@ -60,11 +61,12 @@ TOKEN_TILES = {
     for pieces in ((1, 2, 3, 4) if chunk == 32 else (3, 4))
 }
 RESIZE_CHANNELS = 1024  # of one program; wider maps take several
+MAX_RESIZE_CHANNELS = 65535 * 16  # programs of a grid's second axis, of 16 channels where these are not adjacent
 SCALE_TILE = Tile(1, 2048, 4)
 # NOT measured either. Views whose tokens, not channels, are adjacent in memory (NCHW): 64 neighbours side by side;
 # align_loss walks over the channels a chunk at a time and waits for memory once a chunk, so chunks are as large as the
 # registers let them be without spilling.
-ALIGN_TILE_ACROSS = Tile(64, 32, 8)
+ALIGN_TILE_ACROSS = TokenTile(64, 32, 1, 8)
 GROUP_TURNS = 2  # tiles that one program of align_losses walks over, so that few partial sums are left to add
 GROUP_FINISH_TILE = Tile(32, 4096, 8)  # rows: terms in a launch
 MAX_SLOTS = 8  # terms in a launch of align_losses
@@ -94,7 +96,7 @@ def token_tile(channels: int) -> TokenTile:
 
 
 def inverse_beta(beta: float) -> float:
-    """1/β as the kernels take it: of 0 the largest float32, by which any difference becomes ±1 when clamped."""
+    """1/β as the kernels take it: of 0 the largest float32, which makes ±1 of any difference that is not denormal."""
     return 1 / beta if beta > 0 else torch.finfo(torch.float32).max
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .launch import (
+    MAX_RESIZE_CHANNELS,
     MAX_SIDE,
     MAX_TOKENS,
     NAMESPACE,
@@ -67,6 +68,7 @@ def resize_bilinear(
     nhwc = x if layout == "NHWC" else x.permute(0, 2, 3, 1)
     tokens = x.shape[0] * max(height * width, nhwc.shape[1] * nhwc.shape[2])
     fits = max(height, width, *nhwc.shape[1:3]) <= MAX_SIDE and tokens <= MAX_TOKENS
+    fits &= nhwc.shape[3] <= MAX_RESIZE_CHANNELS
     chosen = "torch" if is_transformed() else choose_impl(impl, x, supported=fits)
     if (height, width) == tuple(nhwc.shape[1:3]):
         return x

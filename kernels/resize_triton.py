@@ -1,4 +1,4 @@
-"""Triton kernels of resize.py, and the two helpers that every kernel with a fused resize shares."""
+"""Triton kernels of resize.py, and how every kernel finds and reads its tokens."""
 
 import triton
 import triton.language as tl

@@ -74,7 +74,7 @@ def cases():
         yield align_triton.align_along_kernel, plain, tile.num_warps, (SPILL_FREE,)
     tile = launch.ALIGN_TILE_ACROSS
     for forward, stats in ((True, False), (True, True), (False, False)):
-        across = {**flags, "TOKENS": tile.rows, "CHUNK": tile.channels, "FORWARD": forward, "STATS": stats, "WIDE": 1}
+        across = {**flags, "TOKENS": tile.tokens, "CHUNK": tile.chunk, "FORWARD": forward, "STATS": stats, "WIDE": 1}
         across |= {"GRAD_S": not stats, "GRAD_T": not stats}
         yield align_across_triton.align_across_kernel, across, tile.num_warps, everywhere
         yield align_across_triton.align_across_kernel, across | {"WIDE": 4}, tile.num_warps, (SPILL_FREE,)  # 14² tokens
@@ -357,14 +357,21 @@ def test_no_spills_and_128_bit_accesses_on_sm_90(compiled):
 
 
 def test_few_instructions_per_number(compiled):
-    """Of 768 bf16 channels. An H100 can issue some 55 while its memory moves the 6 bytes of a forward with gradient."""
+    """Of 768 bf16 channels. An H100 can issue some 51 while its memory moves the 6 bytes of a forward with gradient."""
     found = {}
     for c in compiled:
         if c["kernel"] == "align_along_kernel" and c["CHUNK"] * c["PIECES"] == 768 and not c["GRAD_T"] and c["GRAD_S"]:
             assert c["registers"] <= 80, c  # six programs of four warps on a multiprocessor
             # No loop: every instruction of the code runs once, in each of four warps.
             found[c["RESIZE"], c["FORWARD"]] = c["instructions"] * 4 * 32 / (c["TOKENS"] * 768)
-    assert found.keys() == {(0, True), (1, True), (0, False)}
+        elif (
+            c["kernel"] == "resize_forward_kernel"
+            and c["target"] == SPILL_FREE
+            and (c["CHUNK"], c["PIECES"]) == (256, 3)
+        ):
+            found["resize"] = c["instructions"] * 4 * 32 / (c["TOKENS"] * 768)
+    assert found.keys() == {(0, True), (1, True), (0, False), "resize"}
+    assert found["resize"] <= 23, found
     assert found[0, True] <= 27, found
     assert found[0, False] <= 19, found
     assert found[1, True] <= 43, found

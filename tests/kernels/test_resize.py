@@ -1,3 +1,6 @@
+import itertools
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +81,25 @@ def test_expanded_gradient(impl, device):
     x = make((1, 3, 4, 8), device)
     grad = torch.autograd.grad(resize_bilinear(x, (5, 9), impl=impl).sum(), x)[0]  # a gradient of strides 0
     assert abs(grad.sum().item() - 5 * 9 * 8) < 1e-3  # the weights of an output sum to 1
+
+
+@pytest.mark.parametrize("corners", [False, True])
+def test_the_backward_visits_hardly_more_than_what_reads(corners):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from kpu_fast.kernels.resize_triton import _reach
+
+    def readers(i, n_in, n_out):  # outputs between inputs i − 1 and i + 1
+        places = [Fraction(o * (n_in - 1), max(n_out - 1, 1)) for o in range(n_out)]
+        if not corners:
+            places = [Fraction((2 * o + 1) * n_in - n_out, 2 * n_out) for o in range(n_out)]
+        return sum(i - 1 < place < i + 1 for place in places)
+
+    for n_in, n_out in itertools.product(range(1, 20), repeat=2):
+        most = max(readers(i, n_in, n_out) for i in range(n_in))
+        assert most <= _reach(n_in, n_out, corners), (n_in, n_out)
+        if n_in > 2:  # of fewer inputs none has all its readers
+            assert _reach(n_in, n_out, corners) <= most + 1, (n_in, n_out)
+    assert corners or (_reach(16, 14, corners), _reach(14, 16, corners)) == (2, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
