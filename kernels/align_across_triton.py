@@ -6,8 +6,8 @@
 import triton
 import triton.language as tl
 
-from .align_triton import cosine, load_sides, smooth_l1, store_gradients
-from .resize_triton import token_offset
+from .align_triton import load_sides, load_sums, smooth_l1, store_gradients, store_sums, token_weights
+from .resize_triton import own_tokens, token_offset
 
 
 @triton.jit
@@ -37,18 +37,13 @@ def align_across_kernel(
     t_sb, t_sc = t_sb // WIDE * WIDE, t_sc // WIDE * WIDE
     gs_sb, gs_sc = gs_sb // WIDE * WIDE, gs_sc // WIDE * WIDE
     gt_sb, gt_sc = gt_sb // WIDE * WIDE, gt_sc // WIDE * WIDE
-    programs = tl.cdiv(tokens, TOKENS)  # of a sample
-    batch = tl.program_id(0) // programs
-    token = (tl.program_id(0) % programs * TOKENS + tl.arange(0, TOKENS))[None, :]
+    batch, token, _, _ = own_tokens(1, tokens, True, TOKENS)
+    token = token[None, :]
     inside = token < tokens
     row = batch.to(tl.int64) * tokens + token
-    counts = inside
-    if HAS_VALID:
-        counts = inside & (tl.load(valid_ptr + row, mask=inside, other=0) != 0)
-    u_cos = tl.load(share_ptr + batch) * cos_weight
-    u_l1 = tl.load(share_ptr + samples + batch) * l1_weight / channels
-    u_cos = tl.where(counts, u_cos, 0.0)
-    u_l1 = tl.where(counts, u_l1, 0.0)
+    counts, u_cos, u_l1 = token_weights(
+        share_ptr, valid_ptr, row, batch, inside, samples, channels, cos_weight, l1_weight, HAS_VALID
+    )
     s_at = (token_offset(batch, 0, token, s_sb, 0, s_sw),)
     t_at = (token_offset(batch, 0, token, t_sb, 0, t_sw),)
 
@@ -73,24 +68,12 @@ def align_across_kernel(
         st = tl.sum(st_tile, axis=0)[None, :]
         ss = tl.sum(ss_tile, axis=0)[None, :]
         tt = tl.sum(tt_tile, axis=0)[None, :]
-        value = u_l1 * tl.sum(smooth_tile, axis=0)[None, :]
-        if not BY_MAP:
-            value += u_cos * (1.0 - cosine(st, ss, tt))
-        tl.store(rows_ptr + row, tl.where(counts, value, 0.0), mask=inside)
-        if STATS:
-            plane = tl.cast(rows, tl.int64)
-            tl.store(stats_ptr + row, st, mask=inside)
-            tl.store(stats_ptr + plane + row, ss, mask=inside)
-            tl.store(stats_ptr + 2 * plane + row, tt, mask=inside)
+        smooth = tl.sum(smooth_tile, axis=0)[None, :]
+        store_sums(
+            rows_ptr, stats_ptr, row, rows, st, ss, tt, smooth, u_cos, u_l1, counts, inside, BY_MAP, STATS
+        )  # fmt: skip
     else:
-        stat = row
-        plane = tl.cast(rows, tl.int64)
-        if BY_MAP:
-            stat = tl.zeros_like(row) + batch
-            plane = tl.cast(samples, tl.int64)
-        st = tl.load(stats_ptr + stat, mask=inside, other=0.0)
-        ss = tl.load(stats_ptr + plane + stat, mask=inside, other=0.0)
-        tt = tl.load(stats_ptr + 2 * plane + stat, mask=inside, other=0.0)
+        st, ss, tt = load_sums(stats_ptr, row, batch, rows, samples, inside, BY_MAP)
         upstream = tl.load(u_ptr + token_offset(batch, 0, token, u_sb, 0, u_sw), mask=counts, other=0.0).to(tl.float32)
         u_cos *= upstream
         u_l1 *= upstream

@@ -9,7 +9,7 @@
 import triton
 import triton.language as tl
 
-from .align_triton import cosine, load_sides, store_gradients, token_sums
+from .align_triton import cosine, load_pieces, store_gradients, token_sums
 
 
 @triton.jit
@@ -79,15 +79,10 @@ def align_group_kernel(
         token = (row % of_sample).to(tl.int64)
         s_at = ((sample * s_sample + token * s_token)[:, None],)
         t_at = ((sample * t_sample + token * t_token)[:, None],)
-        s = ()
-        t = ()
-        for i in tl.static_range(PIECES):
-            s_piece, t_piece = load_sides(
-                s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_at, t_at, t_at, i * CHUNK + tl.arange(0, CHUNK),
-                counts[:, None], 1, 1, size, 0, HAS_MEAN, HAS_STD, False,
-            )  # fmt: skip
-            s += (s_piece,)
-            t += (t_piece,)
+        s, t = load_pieces(
+            s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_at, t_at, t_at, counts[:, None], 1, 1, size,
+            0, HAS_MEAN, HAS_STD, CHUNK, PIECES,
+        )  # fmt: skip
         st, ss, tt, smooth = token_sums(s, t, beta, inv_beta, PIECES)
         u_cos = tl.where(counts, cos_weight, 0.0)
         u_l1 = tl.where(counts, l1_weight, 0.0)

@@ -31,6 +31,24 @@ def load_sides(
 
 
 @triton.jit
+def load_pieces(
+    s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_weight, t_at, t_weight, mask, s_sc, t_sc, channels,  # as in load_sides
+    RESIZE: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """`load_sides` of whole tokens: PIECES tiles (TOKENS, CHUNK) of each side."""
+    s_pieces = ()
+    t_pieces = ()
+    for i in tl.static_range(PIECES):
+        s, t = load_sides(
+            s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_weight, t_at, t_weight, i * CHUNK + tl.arange(0, CHUNK),
+            mask, s_sc, t_sc, channels, RESIZE, HAS_MEAN, HAS_STD, False,
+        )  # fmt: skip
+        s_pieces += (s,)
+        t_pieces += (t,)
+    return s_pieces, t_pieces
+
+
+@triton.jit
 def load_constants(ptr, channel, mask, channels, beyond: tl.constexpr, ACROSS: tl.constexpr):
     """(C,) constants in float32, for a tile of these channels, `beyond` where there are none."""
     if ACROSS:
@@ -74,6 +92,50 @@ def token_sums(s, t, beta, inv_beta, PIECES: tl.constexpr):
 def cosine(st, ss, tt):
     """From the three sums, norms clamped."""
     return st / (tl.maximum(tl.sqrt(ss), 1e-8) * tl.maximum(tl.sqrt(tt), 1e-8))
+
+
+@triton.jit
+def token_weights(
+    share_ptr, valid_ptr, row, batch, inside, samples, channels, cos_weight, l1_weight, HAS_VALID: tl.constexpr
+):  # fmt: skip
+    """Which tokens count; and what a cosine and one channel's smooth-L1 of each weigh in the result, 0 where not."""
+    counts = inside
+    if HAS_VALID:
+        counts = inside & (tl.load(valid_ptr + row, mask=inside, other=0) != 0)
+    u_cos = tl.where(counts, tl.load(share_ptr + batch) * cos_weight, 0.0)
+    u_l1 = tl.where(counts, tl.load(share_ptr + samples + batch) * l1_weight / channels, 0.0)
+    return counts, u_cos, u_l1
+
+
+@triton.jit
+def store_sums(
+    rows_ptr, stats_ptr, row, rows, st, ss, tt, smooth, u_cos, u_l1, counts, inside,
+    BY_MAP: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """What each token adds to the loss, and its three sums if they are kept."""
+    value = u_l1 * smooth
+    if not BY_MAP:
+        value += u_cos * (1.0 - cosine(st, ss, tt))
+    tl.store(rows_ptr + row, tl.where(counts, value, 0.0), mask=inside)
+    if STATS:
+        plane = tl.cast(rows, tl.int64)
+        tl.store(stats_ptr + row, st, mask=inside)
+        tl.store(stats_ptr + plane + row, ss, mask=inside)
+        tl.store(stats_ptr + 2 * plane + row, tt, mask=inside)
+
+
+@triton.jit
+def load_sums(stats_ptr, row, batch, rows, samples, inside, BY_MAP: tl.constexpr):
+    """The three sums that were kept of each token, or of its sample."""
+    stat = row
+    plane = tl.cast(rows, tl.int64)
+    if BY_MAP:
+        stat = tl.zeros_like(row) + batch
+        plane = tl.cast(samples, tl.int64)
+    st = tl.load(stats_ptr + stat, mask=inside, other=0.0)
+    ss = tl.load(stats_ptr + plane + stat, mask=inside, other=0.0)
+    tt = tl.load(stats_ptr + 2 * plane + stat, mask=inside, other=0.0)
+    return st, ss, tt
 
 
 @triton.jit
@@ -138,11 +200,9 @@ def align_along_kernel(
     batch, token, y, x = own_tokens(height, width, FLAT, TOKENS)
     inside = token < height * width
     row = batch.to(tl.int64) * (height * width) + token
-    counts = inside
-    if HAS_VALID:
-        counts = inside & (tl.load(valid_ptr + row, mask=inside, other=0) != 0)
-    u_cos = tl.where(counts, tl.load(share_ptr + batch) * cos_weight, 0.0)
-    u_l1 = tl.where(counts, tl.load(share_ptr + samples + batch) * l1_weight / channels, 0.0)
+    counts, u_cos, u_l1 = token_weights(
+        share_ptr, valid_ptr, row, batch, inside, samples, channels, cos_weight, l1_weight, HAS_VALID
+    )
     line = y[:, None]
     column = x[:, None]
     s_at, s_weight = places(
@@ -151,34 +211,17 @@ def align_along_kernel(
     t_at, t_weight = places(
         batch, line, column, t_sb, t_sh, t_sw, t_height, t_width, height, width, RESIZE == 2, CORNERS
     )
-    plane = tl.cast(rows, tl.int64)
-    s_kept = ()
-    t_kept = ()
     if FORWARD:
-        for i in tl.static_range(PIECES):
-            s, t = load_sides(
-                s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_weight, t_at, t_weight, i * CHUNK + tl.arange(0, CHUNK),
-                counts[:, None], s_sc, t_sc, channels, RESIZE, HAS_MEAN, HAS_STD, False,
-            )  # fmt: skip
-            s_kept += (s,)
-            t_kept += (t,)
-        st, ss, tt, smooth = token_sums(s_kept, t_kept, beta, inv_beta, PIECES)
-        value = u_l1 * smooth
-        if not BY_MAP:
-            value += u_cos * (1.0 - cosine(st, ss, tt))
-        tl.store(rows_ptr + row, tl.where(counts, value, 0.0), mask=inside)
-        if STATS:
-            tl.store(stats_ptr + row, st, mask=inside)
-            tl.store(stats_ptr + plane + row, ss, mask=inside)
-            tl.store(stats_ptr + 2 * plane + row, tt, mask=inside)
+        s_pieces, t_pieces = load_pieces(
+            s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_weight, t_at, t_weight, counts[:, None], s_sc, t_sc, channels,
+            RESIZE, HAS_MEAN, HAS_STD, CHUNK, PIECES,
+        )  # fmt: skip
+        st, ss, tt, smooth = token_sums(s_pieces, t_pieces, beta, inv_beta, PIECES)
+        store_sums(
+            rows_ptr, stats_ptr, row, rows, st, ss, tt, smooth, u_cos, u_l1, counts, inside, BY_MAP, STATS
+        )  # fmt: skip
     else:
-        stat = row
-        if BY_MAP:
-            stat = tl.zeros_like(row) + batch
-            plane = tl.cast(samples, tl.int64)
-        st = tl.load(stats_ptr + stat, mask=inside, other=0.0)
-        ss = tl.load(stats_ptr + plane + stat, mask=inside, other=0.0)
-        tt = tl.load(stats_ptr + 2 * plane + stat, mask=inside, other=0.0)
+        st, ss, tt = load_sums(stats_ptr, row, batch, rows, samples, inside, BY_MAP)
         upstream = tl.load(u_ptr + token_offset(batch, y, x, u_sb, u_sh, u_sw), mask=counts, other=0.0).to(tl.float32)
         u_cos *= upstream
         u_l1 *= upstream
@@ -189,8 +232,8 @@ def align_along_kernel(
         for i in tl.static_range(PIECES):
             channel = i * CHUNK + tl.arange(0, CHUNK)
             if FORWARD:
-                s = s_kept[i]
-                t = t_kept[i]
+                s = s_pieces[i]
+                t = t_pieces[i]
             else:
                 s, t = load_sides(
                     s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_weight, t_at, t_weight, channel,

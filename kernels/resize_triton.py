@@ -169,10 +169,11 @@ def resize_backward_kernel(
     first_y = first_reader(y, height, out_height, CORNERS)
     first_x = first_reader(x, width, out_width, CORNERS)
     first = tl.program_id(1) * (PIECES * CHUNK)
+    cols = ()
     totals = ()
     for i in tl.static_range(PIECES):
-        cols = column_or_row(first + i * CHUNK + tl.arange(0, CHUNK), ACROSS)
-        totals += (tl.zeros((inside & (cols < channels)).shape, dtype=tl.float32),)
+        cols += (column_or_row(first + i * CHUNK + tl.arange(0, CHUNK), ACROSS),)
+        totals += (tl.zeros((inside & (cols[i] < channels)).shape, dtype=tl.float32),)
     for dy in range(reach_y):
         oy = first_y + dy
         wy = reader_weight(oy, y, height, out_height, CORNERS)
@@ -183,8 +184,7 @@ def resize_backward_kernel(
             at = (token_offset(batch, oy, ox, g_sb, g_sh, g_sw),)
             added = ()
             for i in tl.static_range(PIECES):
-                cols = column_or_row(first + i * CHUNK + tl.arange(0, CHUNK), ACROSS)
-                grad = gather(grad_ptr, at, at, cols.to(tl.int64) * g_sc, reads & (cols < channels), False)
+                grad = gather(grad_ptr, at, at, cols[i].to(tl.int64) * g_sc, reads & (cols[i] < channels), False)
                 added += (totals[i] + weight * grad,)
             totals = added
     scale = 1.0
@@ -192,8 +192,7 @@ def resize_backward_kernel(
         scale = tl.load(scale_ptr).to(tl.float32)
     at = token_offset(batch, y, x, d_sb, d_sh, d_sw)
     for i in tl.static_range(PIECES):
-        cols = column_or_row(first + i * CHUNK + tl.arange(0, CHUNK), ACROSS)
-        tl.store(dx_ptr + at + cols.to(tl.int64) * d_sc, totals[i] * scale, mask=inside & (cols < channels))
+        tl.store(dx_ptr + at + cols[i].to(tl.int64) * d_sc, totals[i] * scale, mask=inside & (cols[i] < channels))
 
 
 def launch_resize(x: Tensor, out: Tensor, corners: bool) -> Tensor:
