@@ -30,6 +30,7 @@ DRY_SECONDS = {"tests": 15, "benches": 30, "step": 60, "profile": 15}
 # The folders of tests that can meet the GPU, and what each needs beside torch and triton.
 TESTS = {
     "tests/kernels": ("hypothesis",),
+    "tests/data": ("nvidia.dali", "PIL", "skimage", "tqdm"),
     "tests/models": ("transformers", "safetensors"),
     "tests/objectives": ("transformers", "pydantic"),
     "tests/engine": ("transformers", "pydantic", "deepspeed", "nvidia.dali", "tqdm", "tensorboard"),

@@ -243,6 +243,8 @@ class Config(_Strict):
             "train_micro_batch_size_per_gpu": self.images_per_step(),
             "bf16": {"enabled": self.precision == "bf16"},
             "steps_per_print": self.steps + 1,  # our own monitor reports
+            # It would wait for the GPU before every forward and after every step.
+            "timers": {"throughput": {"enabled": False}},
         }
         if self.optimizer.clip_grad_norm is not None:
             ours["gradient_clipping"] = self.optimizer.clip_grad_norm

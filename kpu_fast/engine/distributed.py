@@ -37,9 +37,11 @@ def init_distributed() -> World:
     from deepspeed.accelerator import get_accelerator
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed would compile its shared-memory all-reduce at the first start on a CPU: over a minute, and only where a
-    # C++ compiler and ninja are at hand. gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.cuda.is_available():
+        # DeepSpeed would compile its shared-memory all-reduce at the first start on a CPU: over a minute, and only
+        # where a C++ compiler and ninja are at hand. gloo does the same work. (On a GPU nothing asks for it, and
+        # reading this table would try every operator DeepSpeed has, with a warning for each.)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device(get_accelerator().device_name(local_rank))
     if device.type == "cuda":

@@ -83,7 +83,7 @@ def train(cfg: Config, resume: str | None = None) -> None:
             write_result(cfg, folder, world, parts.engine.module, parts.teachers, parts.indexes)
         except OSError as error:
             raise OutputError(f"{folder}: the result cannot be written ({error}); go on with --resume auto") from error
-    dist.barrier()
+    dist.barrier(group=world.patient)  # rank 0 makes the pictures
     if lock is not None:
         lock.close()
 

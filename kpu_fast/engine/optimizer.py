@@ -58,11 +58,15 @@ def _deepspeed_adam(groups, options, device):
         if device.type == "cpu":
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
         return FusedAdam(groups, adam_w_mode=True, **options)
-    except (RuntimeError, ImportError, OSError) as error:
+    except Exception as error:  # DeepSpeed's own for an nvcc unlike torch's CUDA is a bare Exception
         raise OptimizerError(
-            f'optimizer.impl: found "deepspeed", whose Adam could not be compiled here ({str(error).splitlines()[0]}); '
+            f'optimizer.impl: found "deepspeed", whose Adam could not be compiled here ({_first_line(error)}); '
             'it needs ninja and a C++ compiler (CUDA: nvcc). Set it to "torch"'
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _apex_adam(groups, options, device):

@@ -67,6 +67,7 @@ def test_two_ranks_equal_plain_torch(stage, switches, plain, tiny, environment, 
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found, (before, after) = torch.load(out), plain
     assert found["stage"] == stage
+    assert found["waits"] == []
     assert found["state"].keys() == after.keys()
     moved = 0
     for name, expected in after.items():

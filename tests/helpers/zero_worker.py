@@ -30,6 +30,7 @@ def fixed_batches(cfg: Config, step: int, ranks: int, rank: int | None) -> dict[
 def main(config: str, stage: str, out: str, *switches: str) -> None:
     """Train and save."""
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
     from kpu_fast.engine.distributed import init_distributed
     from kpu_fast.engine.loop import build, train_step
@@ -40,6 +41,8 @@ def main(config: str, stage: str, out: str, *switches: str) -> None:
     cfg = load_config(config, ["deepspeed=" + json.dumps({"zero_optimization": zero}), *switches])
     world = init_distributed()
     parts = build(cfg, world)
+    waits = []
+    get_accelerator().synchronize = lambda *_: waits.append(step)  # of the host for the device
     for step in range(STEPS):
         batches = fixed_batches(cfg, step, world.size, world.rank)
         train_step(parts, batches)
@@ -49,8 +52,7 @@ def main(config: str, stage: str, out: str, *switches: str) -> None:
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
         if world.rank == 0:
             state = {name: p.detach().clone() for name, p in module.named_parameters()}
-            optimised = [p for group in parts.engine.optimizer.param_groups for p in group["params"]]
-            torch.save({"state": state, "stage": parts.engine.zero_optimization_stage(), "groups": len(optimised)}, out)
+            torch.save({"state": state, "stage": parts.engine.zero_optimization_stage(), "waits": waits}, out)
 
 
 if __name__ == "__main__":
