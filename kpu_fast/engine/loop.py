@@ -114,7 +114,7 @@ def build(cfg: Config, world: World) -> Parts:
         optimizer = build_optimizer(cfg.optimizer, module, world.device)
         scheduler = build_scheduler(cfg.optimizer, optimizer, cfg.steps)
     if cfg.compile:
-        for compiled in (student, *teachers.values()):
+        for compiled in (module, *teachers.values()):
             compiled.compile(dynamic=False)  # a teacher's shape never changes: one graph for each, no symbols
     # In bf16 at stage 0 DeepSpeed takes a step with gradient 0 to allocate the optimiser's state: it must move nothing.
     for group in optimizer.param_groups:

@@ -56,7 +56,9 @@ def plain(tiny) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "switches"), [(0, []), (1, []), (2, []), (3, []), (3, ["activation_checkpointing=true"])], ids=str
+    ("stage", "switches"),
+    [(0, []), (1, []), (2, []), (3, []), (1, ["compile=true"]), (3, ["activation_checkpointing=true"])],
+    ids=str,
 )
 def test_two_ranks_equal_plain_torch(stage, switches, plain, tiny, environment, tmp_path):
     out = tmp_path / "after.pt"

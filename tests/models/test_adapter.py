@@ -65,8 +65,10 @@ def deformable_cross(p, name, query, query_shapes, memory, shapes, heads=2, poin
     b, n, _ = query.shape
     levels = len(shapes)
     value = linear(p, f"{name}.value", memory).view(b, -1, heads, 32 // heads)
-    offsets = linear(p, f"{name}.offsets", query).view(b, n, heads, levels, points, 2)
-    weights = linear(p, f"{name}.weights", query).view(b, n, heads, -1).softmax(-1).view(b, n, heads, levels, points)
+    samples = linear(p, f"{name}.samples", query)
+    offsets = samples[..., : 2 * heads * levels * points].view(b, n, heads, levels, points, 2)
+    weights = samples[..., 2 * heads * levels * points :].view(b, n, heads, -1).softmax(-1)
+    weights = weights.view(b, n, heads, levels, points)
     centres = [((i + 0.5) / w, (j + 0.5) / h) for h, w in query_shapes for j in range(h) for i in range(w)]
     centres = torch.tensor(centres, dtype=torch.float64)[None, :, None, None]
     out, start = 0, 0
@@ -215,11 +217,11 @@ def test_at_the_start_the_vit_is_left_alone(cross_attention):
 def test_offsets_start_as_a_square_ring():
     adapter = Adapter(64, 4, heads=8, cross_attention="deformable", interactions=2, points=2)
     cross = adapter.interactions[0].injector.cross
-    assert cross.offsets.weight.count_nonzero() == 0
-    assert cross.weights.weight.count_nonzero() == cross.weights.bias.count_nonzero() == 0
+    offsets, weights = cross.samples.bias.split([8 * 3 * 2 * 2, 8 * 3 * 2])
+    assert cross.samples.weight.count_nonzero() == weights.count_nonzero() == 0
     ring = [[1, 0], [1, 1], [0, 1], [-1, 1], [-1, 0], [-1, -1], [0, -1], [1, -1]]  # eight heads, 45° apart
     expected = torch.tensor(ring).float()[:, None, None] * torch.tensor([1.0, 2.0])[:, None]  # points 1 and 2 cells out
-    torch.testing.assert_close(cross.offsets.bias.view(8, 3, 2, 2), expected.expand(8, 3, 2, 2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(offsets.view(8, 3, 2, 2), expected.expand(8, 3, 2, 2), rtol=0, atol=1e-5)
 
 
 def test_a_ring_of_one_cell_reads_the_neighbour():
