@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, distributed
 
-from .launch import NAMESPACE, check_float, choose_impl
+from .launch import MAX_TOKENS, NAMESPACE, check_float, choose_impl
 
 # Numbers at once in the torch path. Of 2¹⁶…2²¹ within 20 % of the fastest for (32, 14, 14, 768), channels last and
 # first, and (4, 100, 168, 192), float32, on 1 thread of a shared x86 server, November 2026.
@@ -162,7 +162,7 @@ def moments(x: Tensor, *, valid: Tensor | None = None, impl: str = "auto") -> Mo
             raise TypeError(f"valid: expected torch.bool, True where a token counts, found {valid.dtype}")
         if valid.device != x.device:
             raise ValueError(f"valid: expected the device of x, {x.device}, found {valid.device}; move it first")
-    chosen = choose_impl(impl, x)
+    chosen = choose_impl(impl, x, supported=math.prod(x.shape[:-1]) <= MAX_TOKENS)
     x = _four_dimensions(x.detach())
     valid = None if valid is None else valid.reshape(x.shape[:3])
     return _unpack(_moments(x, valid, chosen == "triton"))

@@ -87,7 +87,7 @@ def test_dry_run(tmp_path):
 
 def test_a_stage_that_hangs_ends_alone(tmp_path):
     tests = tmp_path / "test_stub.py"
-    tests.write_text("import time\ndef test_hang():\n    time.sleep(1000)\n")
+    tests.write_text("import time\ndef test_first():\n    pass\ndef test_hang():\n    time.sleep(1000)\n")
     broken = tmp_path / "test_broken.py"
     broken.write_text("raise ImportError('of the bench')\n")
     stages = ["--stages", "tests", "benches", "profile"]
@@ -96,6 +96,7 @@ def test_a_stage_that_hangs_ends_alone(tmp_path):
     sections = json.loads(next((tmp_path / "out").iterdir()).read_text())["sections"]
     assert sections["tests"]["exit"] == 124
     assert "ended after its" in sections["tests"]["result"]["failed"][0]
+    assert sections["tests"]["result"]["counts"]["passed"] == 1  # what was known when time ran out
     assert sections["benches"]["exit"] != 0
     assert sections["profile"] == {
         "exit": None, "note": "no benchmark to profile; compute-sanitizer: no GPU", "result": {},

@@ -56,7 +56,10 @@ def check(impl, source, target, upstream=None, **options):
         error, allowed = (got.double() - truth).abs().max(), (torchs.double() - truth).abs().max()
         # Triton's interpreter cuts float32 → bfloat16 off where every GPU rounds.
         cut = 2.0**-8 if impl == "triton" and not source.is_cuda and got.dtype == torch.bfloat16 else 0
-        assert error <= 2 * allowed + (2e-6 + cut) * truth.abs().max(), (error, allowed)
+        # The cosine of one channel has no gradient: two equal numbers cancel, and leave the last bits of a root and a
+        # quotient, which a GPU does not round exactly.
+        few = 1e-5 if source.shape[-1] == 1 else 2e-6
+        assert error <= 2 * allowed + (few + cut) * truth.abs().max(), (error, allowed)
     return ours
 
 
@@ -744,9 +747,9 @@ def test_import_is_light_and_works_without_triton():
     assert done.returncode == 0, done.stderr
 
 
-def test_more_tokens_than_a_resize_could_take(impl):
+def test_more_tokens_than_a_resize_could_take(impl, device):
     """128 images of 257 tokens, flattened, are 32 896: without a resize there is no limit on a side."""
-    source, target = torch.randn(1, 23001, 3), torch.randn(1, 23001, 3)
+    source, target = torch.randn(1, 23001, 3, device=device), torch.randn(1, 23001, 3, device=device)
     expected = align_loss_reference(source.double(), target.double())
     torch.testing.assert_close(align_loss(source, target, impl=impl).double(), expected, rtol=1e-5, atol=1e-6)
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kpu_fast.kernels import Moments, moments, moments_reference
+from kpu_fast.kernels.launch import MAX_TOKENS
 from moments_worker import TOKENS, features
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -296,3 +297,10 @@ def test_bad_input_is_named(change, error, message):
     with pytest.raises(error) as raised:
         moments(**({"x": torch.zeros(4, 5)} | change))
     assert message in str(raised.value)
+
+
+def test_more_tokens_than_int32_counts_take_the_torch_path(device):
+    pytest.importorskip("triton", reason="triton is not installed")
+    x = torch.zeros((1, 1), device=device).expand(MAX_TOKENS + 1, 1)
+    with pytest.raises(RuntimeError, match=f"at most {MAX_TOKENS} tokens"):
+        moments(x, impl="triton")
