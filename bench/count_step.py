@@ -1,0 +1,206 @@
+"""What a step asks of a GPU, counted without one:  python bench/count_step.py --config configs/h100_random.json
+
+Runs teachers, student, losses and backward once on tensors without values, in the sizes and dtype of the config, and
+counts for every operator the launches, the bytes of its inputs and outputs and the operations of its products. The
+floor of an operator is the larger of bytes / bandwidth and operations / rate; their sum is what a step without fusion
+cannot go below. Nothing is measured: caches, occupancy and the host are left out, and so are the optimiser, the data
+and torch.compile.
+"""
+
+import argparse
+import sys
+import traceback
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import kpu_fast.kernels
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from kpu_fast.config import Config, ConfigError, load_config
+from kpu_fast.models.student import Student
+from kpu_fast.models.teachers import build_teacher
+from kpu_fast.objectives.kpu import KPU
+
+META = torch.device("meta")
+# These make or rename a tensor; every other operator that writes is at least one kernel.
+NO_KERNEL = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+ROOT = str(Path(kpu_fast.__file__).parent)
+
+
+@dataclass
+class Count:
+    """Of some operators together: kernels (one for each call), bytes, operations, seconds of their floors."""
+
+    launches: int = 0
+    bytes: int = 0
+    flop: int = 0
+    seconds: float = 0.0
+
+
+class Counting(TorchDispatchMode):
+    """Counts what is dispatched, by (part, kind, line): set `part` from outside; rates in bytes/s and operations/s."""
+
+    def __init__(self, bandwidth: float, rate: float):
+        super().__init__()
+        self.bandwidth, self.rate = bandwidth, rate
+        self.part = ""
+        self.counts: dict[tuple[str, str, str], Count] = defaultdict(Count)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        name = function.overloadpacket.__name__
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        known = {x.untyped_storage()._cdata for x in inputs}
+        fresh = [x for x in outputs if x.untyped_storage()._cdata not in known]
+        in_place = function._schema.is_mutable
+        if name in NO_KERNEL or not (fresh or in_place):
+            return out  # a view, or memory that nothing was written to yet
+        moved = sum(map(_bytes, inputs)) + sum(map(_bytes, outputs if in_place else fresh))
+        rule = flop_registry.get(function.overloadpacket)
+        flop = int(rule(*args, **kwargs, out_val=out)) if rule else 0
+        count = self.counts[self.part, _kind(function, name), _line()]
+        count.launches += 1
+        count.bytes += moved
+        count.flop += flop
+        count.seconds += max(moved / self.bandwidth, flop / self.rate)
+        return out
+
+    def by(self, *places: int) -> dict[tuple[str, ...], Count]:
+        """Sums over the keys' other places: 0 part, 1 kind, 2 line."""
+        sums: dict[tuple[str, ...], Count] = defaultdict(Count)
+        for key, count in self.counts.items():
+            into = sums[tuple(key[place] for place in places)]
+            for field in vars(count):
+                setattr(into, field, getattr(into, field) + getattr(count, field))
+        return sums
+
+
+def main() -> int:
+    """Count, print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s that a copy reaches (an H100: 3.0)")
+    parser.add_argument("--rate", type=float, default=790, help="TFLOP/s that a large product reaches (bf16: 790)")
+    parser.add_argument("--lines", type=int, default=12, help="how many of the costliest lines to print")
+    args = parser.parse_args()
+    try:
+        cfg = load_config(args.config, args.set)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    counting = count_step(cfg, 1e12 * args.bandwidth, 1e12 * args.rate)
+    print(f"{cfg.name}: one step of one rank, {cfg.precision}. Floor: {args.bandwidth} TB/s, {args.rate:g} TFLOP/s")
+    for title, places in (("part", (0,)), ("kind", (1,))):
+        _print(title, counting.by(*places))
+    _print("line", counting.by(0, 2, 1), args.lines)
+    _print("", counting.by())
+    return 0
+
+
+def count_step(cfg: Config, bandwidth: float, rate: float) -> Counting:
+    """One step of `cfg` on tensors without values, with the operators that a GPU would run."""
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    teachers = {
+        name: build_teacher(name, teacher, device=META, dtype=dtype, image_size=teacher.data.size)
+        for name, teacher in cfg.teachers.items()
+    }
+    specs = {name: teacher.spec for name, teacher in teachers.items()}
+    student = Student.from_config(cfg.student, specs, activation_checkpointing=cfg.activation_checkpointing)
+    module = KPU(student, specs, cfg.objective).to(META, dtype)
+    counting, terms = Counting(bandwidth, rate), {}
+    warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")  # it tells a node's line
+    with _AsOnAGPU(), counting, torch.autograd.detect_anomaly(check_nan=False):
+        for name, teacher in cfg.teachers.items():
+            batch, (height, width) = teacher.data.batch_size, teacher.data.size
+            images = torch.empty(batch, 3, height, width, device=META)
+            valid = torch.empty(batch, height, width, dtype=torch.bool, device=META)
+            counting.part = f"{name}: teacher"
+            target = teachers[name](images)
+            counting.part = f"{name}: student and losses"
+            terms |= module(name, images, target, valid if teacher.data.fit == "pad" else None)
+        counting.part = "backward"
+        module.total(terms).backward()
+    return counting
+
+
+class _AsOnAGPU:
+    """Inside, tensors without values go where tensors on a GPU go: to our kernels, and to fused attention."""
+
+    def __enter__(self):
+        self.before = []
+        kernels = vars(kpu_fast.kernels)
+        for room in {sys.modules[f.__module__] for f in kernels.values() if isinstance(f, Callable)}:
+            if hasattr(room, "choose_impl"):
+                self._put(
+                    room, "choose_impl", lambda impl, *tensors, supported=True: "triton" if supported else "torch"
+                )
+        # The losses' kept gradients: an upstream gradient of 1 leaves them as they are.
+        self._put(sys.modules["kpu_fast.kernels.align_group"], "scaled", lambda grad, factor: grad)
+        self._put(torch.nn.functional, "scaled_dot_product_attention", _fused_attention)
+
+    def __exit__(self, *error):
+        for place, name, value in self.before:
+            setattr(place, name, value)
+
+    def _put(self, place, name, value):
+        self.before.append((place, name, getattr(place, name)))
+        setattr(place, name, value)
+
+
+def _fused_attention(query, key, value, attn_mask=None, **options):
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+
+def _bytes(x: Tensor) -> int:
+    elements = 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        elements *= size if stride else 1  # what is expanded lies in memory once
+    return elements * x.element_size()
+
+
+def _kind(function, name: str) -> str:
+    if function.namespace.startswith("kpu_fast"):
+        return "this project's kernels"
+    if "attention" in name:
+        return "attention"
+    if "convolution" in name:
+        return "convolutions"
+    return "matrix products" if name in PRODUCTS else "all else"
+
+
+def _line() -> str:
+    """The innermost line of this package that runs, or that made what backward runs now."""
+    node = torch._C._current_autograd_node()
+    if node is not None and "traceback_" in node.metadata:
+        frames = [line for entry in node.metadata["traceback_"] for line in entry.splitlines()]
+        places = [line.split('"') for line in frames if f'File "{ROOT}' in line]
+        if places:
+            _, file, rest = places[-1]
+            return f"{file[len(ROOT) + 1 :]}:{rest.split('line ')[1].partition(',')[0]}"
+    for frame in reversed(traceback.extract_stack()):
+        if frame.filename.startswith(ROOT):
+            return f"{frame.filename[len(ROOT) + 1 :]}:{frame.lineno}"
+    return "elsewhere"
+
+
+def _print(title: str, counts: dict[tuple[str, ...], Count], most: int | None = None) -> None:
+    print(f"\n{title:<64}{'launches':>9}{'GB':>9}{'TFLOP':>9}{'floor, ms':>11}")
+    for key, count in sorted(counts.items(), key=lambda item: -item[1].seconds)[:most]:
+        what = ", ".join(key) or "all"
+        numbers = f"{count.launches:>9}{count.bytes / 1e9:>9.1f}{count.flop / 1e12:>9.2f}{1e3 * count.seconds:>11.1f}"
+        print(f"{what:<64}{numbers}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
