@@ -29,6 +29,9 @@ class BackendError(RuntimeError):
     """The attention backend asked for cannot run on this machine."""
 
 
+# Older ones touch memory beyond sequences that are no multiple of 128 (github.com/pytorch/pytorch/issues/169849), as
+# ours are. From here on torch 2.11 prefers cuDNN by itself on compute capability 9.0 and 10.0.
+_CUDNN = 91501
 _HALF = (torch.float16, torch.bfloat16)
 _SCORES = 2**24  # elements of q·kᵀ that `_products` may keep for backward: 32 MiB in bf16
 
@@ -47,10 +50,10 @@ def check_backend(name: str) -> None:
         raise BackendError(f"attention backend {name!r} needs a CUDA device and torch sees none; use 'auto' here.")
     major, minor = torch.cuda.get_device_capability()
     if name == "cudnn":
-        if major < 8 or not torch.backends.cudnn.is_available():
+        if major < 8 or not torch.backends.cudnn.is_available() or torch.backends.cudnn.version() < _CUDNN:
             raise BackendError(
-                "attention backend 'cudnn' needs cuDNN and compute capability 8.0 or higher; "
-                f"found {major}.{minor}, cuDNN {torch.backends.cudnn.version()}; use 'auto' here."
+                f"attention backend 'cudnn' needs cuDNN {_CUDNN} (9.15.1) or newer and compute capability 8.0 or "
+                f"higher; found {major}.{minor}, cuDNN {torch.backends.cudnn.version()}; use 'auto' here."
             )
     elif name == "fa2":
         if major < 8:
@@ -95,6 +98,8 @@ def describe(name: str) -> str:
     check_backend(name)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     where = f"torch {torch.__version__} on {device}"
+    if torch.cuda.is_available():
+        where += f", cuDNN {torch.backends.cudnn.version()}"  # the system's own, on LD_LIBRARY_PATH, may hide torch's
     if name in ("auto", "sdpa"):
         flash = current_flash_attention_impl()
         note = f", with {flash} as its flash kernel" if flash else ""

@@ -1,6 +1,7 @@
 import functools
 import sys
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -138,6 +139,15 @@ def test_the_error_says_what_is_missing(machine, backend, capability, packages, 
     machine(capability, packages)
     with pytest.raises(BackendError, match=message):
         check_backend(backend)
+
+
+def test_an_old_cudnn_is_refused(machine, monkeypatch):
+    machine((9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    for version, usable in ((91500, False), (91501, True)):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        with nullcontext() if usable else pytest.raises(BackendError, match=r"needs cuDNN 91501.* cuDNN 91500"):
+            assert "cuDNN 91501" in describe("cudnn")
 
 
 def test_fa3_and_fa4_are_activated_once_and_never_both(machine, monkeypatch):
