@@ -1,4 +1,5 @@
-# docker build -t kpu_fast . && docker run --gpus all --ipc=host -v /data:/data -v $PWD/runs:/opt/kpu_fast/runs kpu_fast \
+# docker build -t kpu_fast . && docker run --gpus all --ipc=host -v /data:/data -v $PWD/runs:/opt/kpu_fast/runs \
+#     -v $HOME/.cache:/root/.cache kpu_fast \
 #     deepspeed kpu_fast/train.py --config configs/h100.json --set 'source=/data/train-*.tar'
 FROM nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 

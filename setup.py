@@ -47,7 +47,7 @@ setup(
     extras_require={
         "train": TRAIN,
         # Pre-release, Hopper and Blackwell only; FlashAttention 2 has no wheel and is built by hand (see README).
-        "flash": ["flash-attn-4>=4.0.0b1; sys_platform == 'linux'"],
+        "flash": ["flash-attn-4[cu13]>=4.0.0b1; sys_platform == 'linux'"],
         "export": EXPORT,  # ONNX; a .pt2 needs nothing beyond torch
         "dev": [
             *EXPORT,

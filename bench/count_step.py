@@ -2,9 +2,9 @@
 
 Runs teachers, student, losses and backward once on tensors without values, in the sizes and dtype of the config, and
 counts for every operator the launches, the bytes of its inputs and outputs and the operations of its products. The
-floor of an operator is the larger of bytes / bandwidth and operations / rate; their sum is what a step without fusion
-cannot go below. Nothing is measured: caches, occupancy and the host are left out, and so are the optimiser, the data
-and torch.compile.
+floor of an operator is the larger of bytes / bandwidth and operations / rate, as if nothing stayed in a cache. Nothing
+is measured: occupancy, several kernels in one call and the host are left out, and so are the optimiser, the data and
+torch.compile.
 """
 
 import argparse
@@ -18,19 +18,23 @@ from pathlib import Path
 
 import kpu_fast.kernels
 import torch
+from flop import RULES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from kpu_fast.config import Config, ConfigError, load_config
+from kpu_fast.models.hub import WeightsError
 from kpu_fast.models.student import Student
 from kpu_fast.models.teachers import build_teacher
 from kpu_fast.objectives.kpu import KPU
 
 META = torch.device("meta")
 # These make or rename a tensor; every other operator that writes is at least one kernel.
-NO_KERNEL = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
+NO_KERNEL = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+WRITE_ONLY = {"copy_", "fill_", "zero_"}  # of the operators that write to an input, those that do not read it
+FLOP = flop_registry | {operator: shape_wrapper(rule) for operator, rule in RULES.items()}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 ROOT = str(Path(kpu_fast.__file__).parent)
 
@@ -65,8 +69,9 @@ class Counting(TorchDispatchMode):
         in_place = function._schema.is_mutable
         if name in NO_KERNEL or not (fresh or in_place):
             return out  # a view, or memory that nothing was written to yet
-        moved = sum(map(_bytes, inputs)) + sum(map(_bytes, outputs if in_place else fresh))
-        rule = flop_registry.get(function.overloadpacket)
+        read = inputs[1:] if name in WRITE_ONLY else inputs
+        moved = sum(map(_bytes, read)) + sum(map(_bytes, outputs if in_place else fresh))
+        rule = FLOP.get(function.overloadpacket)
         flop = int(rule(*args, **kwargs, out_val=out)) if rule else 0
         count = self.counts[self.part, _kind(function, name), _line()]
         count.launches += 1
@@ -91,16 +96,19 @@ def main() -> int:
     parser.add_argument("--config", required=True)
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s that a copy reaches (an H100: 3.0)")
-    parser.add_argument("--rate", type=float, default=790, help="TFLOP/s that a large product reaches (bf16: 790)")
+    parser.add_argument("--rate", type=float, help="TFLOP/s that a large product reaches (bf16: 790, fp32: no default)")
     parser.add_argument("--lines", type=int, default=12, help="how many of the costliest lines to print")
     args = parser.parse_args()
     try:
         cfg = load_config(args.config, args.set)
-    except ConfigError as error:
+        if args.rate is None and cfg.precision != "bf16":
+            raise ConfigError(f"--rate: none given, and 790 TFLOP/s are of bf16, not of {cfg.precision}")
+        rate = args.rate or 790.0
+        counting = count_step(cfg, 1e12 * args.bandwidth, 1e12 * rate)
+    except (ConfigError, WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    counting = count_step(cfg, 1e12 * args.bandwidth, 1e12 * args.rate)
-    print(f"{cfg.name}: one step of one rank, {cfg.precision}. Floor: {args.bandwidth} TB/s, {args.rate:g} TFLOP/s")
+    print(f"{cfg.name}: one step of one rank, {cfg.precision}. Floor: {args.bandwidth} TB/s, {rate:g} TFLOP/s")
     for title, places in (("part", (0,)), ("kind", (1,))):
         _print(title, counting.by(*places))
     _print("line", counting.by(0, 2, 1), args.lines)
@@ -118,9 +126,10 @@ def count_step(cfg: Config, bandwidth: float, rate: float) -> Counting:
     specs = {name: teacher.spec for name, teacher in teachers.items()}
     student = Student.from_config(cfg.student, specs, activation_checkpointing=cfg.activation_checkpointing)
     module = KPU(student, specs, cfg.objective).to(META, dtype)
-    counting, terms = Counting(bandwidth, rate), {}
+    counting, terms, seen = Counting(bandwidth, rate), {}, []
+    equal = cfg.objective.balance == "equal"
     warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")  # it tells a node's line
-    with _AsOnAGPU(), counting, torch.autograd.detect_anomaly(check_nan=False):
+    with _AsOnAGPU(upstream_of_one=equal), counting, torch.autograd.detect_anomaly(check_nan=False):
         for name, teacher in cfg.teachers.items():
             batch, (height, width) = teacher.data.batch_size, teacher.data.size
             images = torch.empty(batch, 3, height, width, device=META)
@@ -128,14 +137,24 @@ def count_step(cfg: Config, bandwidth: float, rate: float) -> Counting:
             counting.part = f"{name}: teacher"
             target = teachers[name](images)
             counting.part = f"{name}: student and losses"
-            terms |= module(name, images, target, valid if teacher.data.fit == "pad" else None)
+            seen.append((name, images, target, valid if teacher.data.fit == "pad" else None))
+            terms |= module(*seen[-1])
         counting.part = "backward"
-        module.total(terms).backward()
+        shares = None if equal else torch.empty(len(teachers), device=META)
+        module.total(terms, shares).backward()
+        if cfg.objective.balance == "famo":
+            counting.part = "famo: what the step did"
+            with torch.no_grad():
+                for batch in seen:
+                    module(*batch)
     return counting
 
 
 class _AsOnAGPU:
     """Inside, tensors without values go where tensors on a GPU go: to our kernels, and to fused attention."""
+
+    def __init__(self, upstream_of_one: bool):
+        self.upstream_of_one = upstream_of_one
 
     def __enter__(self):
         self.before = []
@@ -145,8 +164,8 @@ class _AsOnAGPU:
                 self._put(
                     room, "choose_impl", lambda impl, *tensors, supported=True: "triton" if supported else "torch"
                 )
-        # The losses' kept gradients: an upstream gradient of 1 leaves them as they are.
-        self._put(sys.modules["kpu_fast.kernels.align_group"], "scaled", lambda grad, factor: grad)
+        if self.upstream_of_one:  # leaves the losses' kept gradients as they are
+            self._put(sys.modules["kpu_fast.kernels.align_group"], "scaled", lambda grad, factor: grad)
         self._put(torch.nn.functional, "scaled_dot_product_attention", _fused_attention)
 
     def __exit__(self, *error):
@@ -181,17 +200,17 @@ def _kind(function, name: str) -> str:
 
 def _line() -> str:
     """The innermost line of this package that runs, or that made what backward runs now."""
-    node = torch._C._current_autograd_node()
-    if node is not None and "traceback_" in node.metadata:
-        frames = [line for entry in node.metadata["traceback_"] for line in entry.splitlines()]
-        places = [line.split('"') for line in frames if f'File "{ROOT}' in line]
-        if places:
-            _, file, rest = places[-1]
-            return f"{file[len(ROOT) + 1 :]}:{rest.split('line ')[1].partition(',')[0]}"
     for frame in reversed(traceback.extract_stack()):
         if frame.filename.startswith(ROOT):
             return f"{frame.filename[len(ROOT) + 1 :]}:{frame.lineno}"
-    return "elsewhere"
+    node = torch._C._current_autograd_node()
+    entries = [] if node is None else node.metadata.get("traceback_", [])
+    frames = [line for entry in entries for line in entry.splitlines()]
+    places = [line.split('"') for line in frames if f'File "{ROOT}' in line]
+    if not places:
+        return "elsewhere"
+    _, file, rest = places[-1]
+    return f"{file[len(ROOT) + 1 :]}:{rest.split('line ')[1].partition(',')[0]}"
 
 
 def _print(title: str, counts: dict[tuple[str, ...], Count], most: int | None = None) -> None:

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -147,28 +146,28 @@ class Visit:
             else:
                 folders.append(folder)
         counts, failed, skipped, status = {}, [], {}, 0
+        kept = min(KEPT_SECONDS["tests"], self.seconds["tests"] / (2 * max(1, len(folders))))
         # Compiles for three GPUs and asks none: nothing for a visit.
-        options = ["-q", f"--ignore={ROOT / 'tests/kernels/test_compile_targets.py'}"]
+        options = ["-q", "-p", "visit_report", f"--ignore={ROOT / 'tests/kernels/test_compile_targets.py'}"]
         if self.gpu and not _missing(("xdist",)):  # for the 700 kernels that these tests compile, about a second each
             options += ["-n", str(min(16, os.cpu_count() or 1))]
         for number, folder in enumerate(folders):
-            report = self.scratch / f"tests-{number}.xml"
-            until = deadline - KEPT_SECONDS["tests"] * (len(folders) - 1 - number)
-            run = self._pytest([folder, f"--junitxml={report}", *options], until)
+            report = self.scratch / f"tests-{number}.jsonl"
+            until = deadline - kept * (len(folders) - 1 - number)
+            run = self._pytest([folder, *options], until, extra={"KPU_FAST_VISIT_REPORT": str(report)})
             status = status or run["exit"]
             if not report.exists():
                 failed.append(f"{folder}: no result, {run['note'] or run['tail']}")
                 continue
             if run["note"]:
                 failed.append(f"{folder}: {run['note']}, the rest is not known")
-            for case in ElementTree.parse(report).iterfind(".//testcase[@name]"):  # one that was cut off has no name
-                outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+            whole_lines = report.read_text(encoding="utf-8").rpartition("\n")[0]
+            for name, outcome, message in map(json.loads, whole_lines.splitlines()):
                 counts[outcome] = counts.get(outcome, 0) + 1
-                detail = case.find(outcome).get("message", "") if outcome != "passed" else ""
                 if outcome == "skipped":
-                    skipped[detail] = skipped.get(detail, 0) + 1
+                    skipped[message] = skipped.get(message, 0) + 1
                 elif outcome != "passed":
-                    failed.append(f"{case.get('classname')}::{case.get('name')}: {detail[:300]}")
+                    failed.append(f"{name}: {message}")
         note = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
         result = {"counts": counts, "failed": failed[:50], "skipped": skipped, "left_out": left_out}
         return {
@@ -287,11 +286,11 @@ class Visit:
             coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=88)
         return folder
 
-    def _pytest(self, options: list[str], deadline: float, prefix: list[str] | None = None) -> dict:
+    def _pytest(self, options: list[str], deadline: float, prefix: list[str] | None = None, extra=None) -> dict:
         # Not `python -m pytest`: that would put the checkout on sys.path, where kernels/ shadows another library.
         start = "import sys; sys.path.remove(''); import pytest; sys.exit(pytest.main())"
         options = ["-p", "no:cacheprovider", f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml"), *options]
-        return self._run([*(prefix or []), sys.executable, "-c", start, *options], deadline)
+        return self._run([*(prefix or []), sys.executable, "-c", start, *options], deadline, extra)
 
     def _run(self, command: list[str], deadline: float, extra: dict[str, str] | None = None) -> dict:
         """Run in a process group of its own and end the whole group at the deadline."""
@@ -309,7 +308,7 @@ class Visit:
             except subprocess.TimeoutExpired:
                 status, note = 124, f"ended after its {left:.0f} s"
             finally:
-                _end_group(process, gently=status == 124)
+                _end_group(process)
         text = output.read_text(encoding="utf-8", errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
         return {
@@ -329,10 +328,9 @@ def _worst(benchmarks: list[dict]) -> dict | None:
     return min(large, key=lambda bench: bench["extra_info"]["percent_of_copy"], default=None)
 
 
-def _end_group(process: subprocess.Popen, gently: bool) -> None:
-    """End what the process started, compile workers included, and wait for it; gently: pytest may write its report."""
-    steps = ((signal.SIGINT, 8), (signal.SIGTERM, 3), (signal.SIGKILL, None))
-    for sign, patience in steps if gently else steps[1:]:
+def _end_group(process: subprocess.Popen) -> None:
+    """End what the process started, compile workers included, and wait for it."""
+    for sign, patience in ((signal.SIGTERM, 3), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, sign)
         except ProcessLookupError:
@@ -344,13 +342,14 @@ def _end_group(process: subprocess.Popen, gently: bool) -> None:
 
 
 def _importable(folder: Path) -> str:
-    """A folder for PYTHONPATH in which `kpu_fast` is this checkout, with kernels/ as kpu_fast.kernels."""
+    """A folder for PYTHONPATH: our plugin, and this checkout as `kpu_fast`, with kernels/ as kpu_fast.kernels."""
     package = folder / "kpu_fast"
     package.mkdir(parents=True)
     for entry in (ROOT / "kpu_fast").iterdir():
         if entry.name != "__pycache__":
             (package / entry.name).symlink_to(entry)
     (package / "kernels").symlink_to(ROOT / "kernels")
+    (folder / "visit_report.py").symlink_to(ROOT / "bench/visit_report.py")
     return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
 
 

@@ -15,7 +15,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from flop import RULES
+from torch.utils.flop_counter import FlopCounterMode
 
 from kpu_fast.config import ConfigError, load_config
 from kpu_fast.engine.distributed import World, init_distributed
@@ -139,15 +140,8 @@ def _count_flop(parts, streams) -> int:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's, which counts attention on a GPU and not on a CPU, with the same rules for that on a CPU."""
-    aten = torch.ops.aten
-    rules = {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-        ),
-    }
-    return FlopCounterMode(display=False, custom_mapping=rules)
+    """torch's, with the rules of flop.py."""
+    return FlopCounterMode(display=False, custom_mapping=RULES)
 
 
 def _wait(world: World) -> None:

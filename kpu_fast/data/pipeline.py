@@ -6,6 +6,7 @@ a stream continues exactly from a position, whatever DALI had in flight, and sha
 
 import json
 import warnings
+import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -67,9 +68,11 @@ class Stream:
         crop = data_cfg.fit == "crop"
         self._handed_out: list[torch.Tensor] = []  # on a GPU: of the last batch, in DALI's memory
         self._in_use: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()  # of those before it
-        # The reader does not know the stream: a stream that is dropped goes at once, and DALI's memory and threads with
-        # it, where a cycle would keep them until Python looks for cycles, which may be never.
-        self._pipe = _build(data_cfg, self._device, _Reader(index, sampler, self._images_seen, self._stride, crop))
+        self._reader = _Reader(index, sampler, self._images_seen, self._stride, crop)
+        # A stream that is dropped goes at once, DALI's memory and all threads with it. A cycle would keep them until
+        # Python looks for cycles, which may be never, and DALI has one that holds what it calls.
+        reader = weakref.ref(self._reader)
+        self._pipe = _build(data_cfg, self._device, lambda: reader()())
 
     def __iter__(self):
         return self
@@ -168,7 +171,7 @@ class _Reader:
         return (data, plan.target, plan.flip) + ((plan.start, plan.shape) if self._crop else ())
 
 
-def _build(data_cfg, device: torch.device, reader: _Reader):
+def _build(data_cfg, device: torch.device, read):
     """The DALI graph; the same on both devices but for where the decoder runs."""
     dali = import_dali()
     fn, types = dali.fn, dali.types
@@ -177,7 +180,7 @@ def _build(data_cfg, device: torch.device, reader: _Reader):
     device_id = (device.index if device.index is not None else torch.cuda.current_device()) if gpu else None
     pipe = dali.Pipeline(data_cfg.batch_size, data_cfg.threads, device_id, prefetch_queue_depth=PREFETCH)
     with pipe:
-        data, target, flip, *part = fn.external_source(reader, num_outputs=5 if crop else 3, batch=True)
+        data, target, flip, *part = fn.external_source(read, num_outputs=5 if crop else 3, batch=True)
         images = fn.decoders.image(
             data,
             device="mixed" if gpu else "cpu",

@@ -114,6 +114,9 @@ def build(cfg: Config, world: World) -> Parts:
         optimizer = build_optimizer(cfg.optimizer, module, world.device)
         scheduler = build_scheduler(cfg.optimizer, optimizer, cfg.steps)
     if cfg.compile:
+        # torch stops compiling a module after 8 graphs, without an error; FAMO's second look is one more per teacher.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 2 * len(teachers))
         for compiled in (module, *teachers.values()):
             compiled.compile(dynamic=False)  # a teacher's shape never changes: one graph for each, no symbols
     # In bf16 at stage 0 DeepSpeed takes a step with gradient 0 to allocate the optimiser's state: it must move nothing.

@@ -21,7 +21,7 @@ BACKENDS = ("auto", "sdpa", "cudnn", "fa2", "fa3", "fa4")
 # name: (module that torch loads the kernels from, compute capability majors they run on, how to get them)
 _FLASH = {
     "fa3": ("flash_attn_interface", (9,), "build the hopper/ folder of Dao-AILab/flash-attention"),
-    "fa4": ("flash_attn.cute.interface", (9, 10), "pip install --pre flash-attn-4"),
+    "fa4": ("flash_attn.cute.interface", (9, 10), "pip install --pre 'flash-attn-4[cu13]'"),
 }
 
 

@@ -50,21 +50,21 @@ def find_folder(key: str, weights: str | Path) -> Path:
     if isinstance(weights, Path) or weights.startswith((".", "/", "~")) or folder.exists():
         raise WeightsError(f'{key}: {str(weights)!r} is not a folder; give a folder, a hub id, or "random"')
     import_transformers(key)  # it brings huggingface_hub
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        # The cache first: with no network, transformers itself retries each file for some 20 s.
-        cached = Path(snapshot_download(weights, local_files_only=True))
-        if _is_complete(cached):
-            return cached
+        # The cache first: with no network, transformers itself retries each file for some 20 s. Not snapshot_download,
+        # which wants every file of the repository there, read or not.
+        config = try_to_load_from_cache(weights, "config.json")
     except HFValidationError as error:
         raise WeightsError(f"{key}: {weights!r} is neither a folder nor a hub id ({error})") from error
-    except LocalEntryNotFoundError:
-        pass
+    if isinstance(config, str) and _is_complete(Path(config).parent):
+        return Path(config).parent
     try:
         files = [sibling.rfilename for sibling in HfApi().model_info(weights, timeout=10).siblings]
-        return Path(snapshot_download(weights, allow_patterns=_wanted_files(files)))
+        for wanted in _wanted_files(files):
+            folder = Path(snapshot_download(weights, allow_patterns=wanted))
     except RepositoryNotFoundError as error:
         raise WeightsError(
             f"{key}: the hub has no model {weights!r} that you may read; check the id, or log in with `hf auth login`"
@@ -75,17 +75,28 @@ def find_folder(key: str, weights: str | Path) -> Path:
             f"({type(error).__name__}: {error}). Run `hf download {weights}` on a machine with network and copy the "
             'cache, or give a local folder or "random"'
         ) from error
+    if not _is_complete(folder):
+        raise WeightsError(
+            f"{key}: the hub's {weights!r} has {', '.join(sorted(files)[:20]) or 'no file'}; expected config.json and "
+            f"{_WEIGHT_FILES[0]} (or {_WEIGHT_FILES[2]})"
+        )
+    return folder
 
 
 def _is_complete(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any((folder / file).is_file() for file in _WEIGHT_FILES)
 
 
-def _wanted_files(files: list[str]) -> list[str]:
-    """Of a hub repository's files, those that are read: safetensors, or pickled weights where there are none."""
+def _wanted_files(files: list[str]) -> list[list[str]]:
+    """Of a hub repository's files, those that are read: safetensors, or pickled weights where there are none.
+
+    In the order in which they are fetched, so that a cache that looks complete to another process is.
+    """
     weights = [f for f in files if f.startswith("model") and f.endswith((".safetensors", ".safetensors.index.json"))]
     weights = weights or [f for f in files if f.startswith("pytorch_model") and f.endswith((".bin", ".bin.index.json"))]
-    return weights + [f for f in files if f in ("config.json", "preprocessor_config.json", "processor_config.json")]
+    small = [f for f in files if f in ("config.json", "preprocessor_config.json", "processor_config.json")]
+    shards, lists = ([f for f in weights if f.endswith(".json") == is_list] for is_list in (False, True))
+    return [some for some in (small, shards, lists) if some]
 
 
 def read_json(key: str, path: Path) -> dict:

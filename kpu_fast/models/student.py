@@ -236,7 +236,7 @@ class Student(nn.Module):
         if problems:
             raise ValueError(
                 f"{weights_path} does not fit {config_path} in {len(problems)} tensors "
-                f"({'; '.join(problems[:3])}); the two files must come from one export."
+                f"({'; '.join(problems[:3])}); they must come from one export, made by this version of kpu_fast."
             )
         student.load_state_dict(state, assign=True)
         return student.eval()

@@ -268,10 +268,13 @@ def _load_net(name: str, cfg, folder: Path, dtype: torch.dtype) -> nn.Module:
         net_class = hf.MODEL_FOR_BACKBONE_MAPPING[type(config)]
         # A classifier's checkpoint has no norms for its stages: the backbone's are then scale 1 and shift 0. A saved
         # backbone may have norms for stages that `levels` leaves out.
-        return load_net(key, net_class, folder, dtype=dtype, config=config, optional=("hidden_states_norms.",))
+        unread = "hidden_states_norms.", "beit.pooler."
+        return load_net(key, net_class, folder, dtype=dtype, config=config, optional=unread)
     if cfg.kind == "grounding_dino":
         # Only the image backbone is kept: text tower, neck, encoder and decoder are freed here.
-        net = load_net(key, hf.GroundingDinoModel, folder, dtype=dtype, part=_DINO_BACKBONE)
+        # The published checkpoints are older than the Swin's last norm in transformers, which no feature map passes.
+        norm = (_DINO_BACKBONE + "model.swin.layernorm.",)
+        net = load_net(key, hf.GroundingDinoModel, folder, dtype=dtype, part=_DINO_BACKBONE, optional=norm)
         return net.backbone.conv_encoder.model
     if cfg.kind == "clip":
         return load_net(key, hf.CLIPVisionModelWithProjection, folder, dtype=dtype)

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", type=Path, default=ROOT / "configs/zoo.json", help="of the trainings (default: configs/zoo.json)")
     add("--out", type=Path, default=Path("runs/reproduce"), help="default %(default)s")
     add("--report", type=Path, metavar="PAGE", help="also write the table between the marker lines of this page")
-    add("--device", default="cpu", help="of the evaluations (default %(default)s)")
+    add("--device", default="auto", help="of the evaluations (default: a GPU if there is one, as the trainings)")
     return parser
 
 

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--classes", metavar="FILE", help="class names, one per line, where the images name none")
     parser.add_argument("--only", choices=("clip", "gdino", "dinov2"), help="this one alone")
     parser.add_argument("--minutes", type=float, help="training time of each, in place of the recipe's steps")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 …")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     args = parser.parse_args(argv)

@@ -10,10 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @pytest.fixture
-def flop_counter():
+def flop_counter(monkeypatch):
     for library in ("deepspeed", "pydantic", "nvidia.dali", "transformers"):
         pytest.importorskip(library, reason=f"{library} is not installed")
     file = Path(__file__).resolve().parents[2] / "bench/step.py"
+    monkeypatch.syspath_prepend(file.parent)
     spec = importlib.util.spec_from_file_location("bench_step", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -32,3 +33,16 @@ def test_attention_counts_whatever_computes_it(flop_counter, backend):
         out.sum().backward()
     # two for each product of the forward; the fused kernel computes q·kᵀ once more
     assert counter.get_total_flops() == (4 if backend == SDPBackend.MATH else 5) * product
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_convolutions_count_their_groups(flop_counter, groups):
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    weight = torch.randn(8, 8 // groups, 3, 3, requires_grad=True)
+    product = 2 * (2 * 8 * 6 * 6) * (8 // groups * 9)
+    with flop_counter() as counter:
+        out = F.conv2d(x, weight, padding=1, groups=groups)
+    assert counter.get_total_flops() == product
+    with flop_counter() as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * product  # to the input and to the weight

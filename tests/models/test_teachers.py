@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import time
 from types import SimpleNamespace
@@ -547,6 +548,20 @@ def test_hub_id_without_network_fails_fast(monkeypatch, tmp_path):
     assert '"random"' in text
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "offline" in message("clip", "openai/clip-vit-base-patch16").lower()
+
+
+def test_a_published_grounding_dino_lacks_a_norm_that_no_map_passes(saved, tmp_path):
+    def as_published(weights):
+        kept = {
+            name: w for name, w in weights.items() if not re.search(r"conv_encoder\.model\.(swin\.)?layernorm\.", name)
+        }
+        assert len(kept) == len(weights) - 2
+        return kept
+
+    images = pictures(SQUARE)
+    found = build("grounding_dino", edited(saved, "grounding_dino", tmp_path, as_published))(images)
+    for got, expected in zip(found.maps, build("grounding_dino", saved["grounding_dino"][1])(images).maps, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_hub_cache_is_used_without_asking_the_network(saved, monkeypatch, tmp_path):
