@@ -13,8 +13,10 @@ import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import kpu_fast.kernels
 import torch
@@ -25,10 +27,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from kpu_fast.config import Config, ConfigError, load_config
+from kpu_fast.engine.loop import build_models
 from kpu_fast.models.hub import WeightsError
-from kpu_fast.models.student import Student
-from kpu_fast.models.teachers import build_teacher
-from kpu_fast.objectives.kpu import KPU
 
 META = torch.device("meta")
 # These make or rename a tensor; every other operator that writes is at least one kernel.
@@ -118,18 +118,13 @@ def main() -> int:
 
 def count_step(cfg: Config, bandwidth: float, rate: float) -> Counting:
     """One step of `cfg` on tensors without values, with the operators that a GPU would run."""
-    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    teachers = {
-        name: build_teacher(name, teacher, device=META, dtype=dtype, image_size=teacher.data.size)
-        for name, teacher in cfg.teachers.items()
-    }
-    specs = {name: teacher.spec for name, teacher in teachers.items()}
-    student = Student.from_config(cfg.student, specs, activation_checkpointing=cfg.activation_checkpointing)
-    module = KPU(student, specs, cfg.objective).to(META, dtype)
+    teachers, module = build_models(cfg, META)
+    if cfg.precision == "bf16":
+        module.bfloat16()  # as DeepSpeed does
     counting, terms, seen = Counting(bandwidth, rate), {}, []
     equal = cfg.objective.balance == "equal"
     warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")  # it tells a node's line
-    with _AsOnAGPU(upstream_of_one=equal), counting, torch.autograd.detect_anomaly(check_nan=False):
+    with _as_on_a_gpu(upstream_of_one=equal), counting, torch.autograd.detect_anomaly(check_nan=False):
         for name, teacher in cfg.teachers.items():
             batch, (height, width) = teacher.data.batch_size, teacher.data.size
             images = torch.empty(batch, 3, height, width, device=META)
@@ -150,31 +145,21 @@ def count_step(cfg: Config, bandwidth: float, rate: float) -> Counting:
     return counting
 
 
-class _AsOnAGPU:
+@contextmanager
+def _as_on_a_gpu(upstream_of_one: bool):
     """Inside, tensors without values go where tensors on a GPU go: to our kernels, and to fused attention."""
+    with ExitStack() as changes:
 
-    def __init__(self, upstream_of_one: bool):
-        self.upstream_of_one = upstream_of_one
+        def put(place, name: str, value: Callable) -> None:
+            changes.enter_context(patch.object(place, name, value))
 
-    def __enter__(self):
-        self.before = []
-        kernels = vars(kpu_fast.kernels)
-        for room in {sys.modules[f.__module__] for f in kernels.values() if isinstance(f, Callable)}:
+        for room in {sys.modules[f.__module__] for f in vars(kpu_fast.kernels).values() if isinstance(f, Callable)}:
             if hasattr(room, "choose_impl"):
-                self._put(
-                    room, "choose_impl", lambda impl, *tensors, supported=True: "triton" if supported else "torch"
-                )
-        if self.upstream_of_one:  # leaves the losses' kept gradients as they are
-            self._put(sys.modules["kpu_fast.kernels.align_group"], "scaled", lambda grad, factor: grad)
-        self._put(torch.nn.functional, "scaled_dot_product_attention", _fused_attention)
-
-    def __exit__(self, *error):
-        for place, name, value in self.before:
-            setattr(place, name, value)
-
-    def _put(self, place, name, value):
-        self.before.append((place, name, getattr(place, name)))
-        setattr(place, name, value)
+                put(room, "choose_impl", lambda impl, *tensors, supported=True: "triton" if supported else "torch")
+        if upstream_of_one:  # leaves the losses' kept gradients as they are
+            put(sys.modules["kpu_fast.kernels.align_group"], "scaled", lambda grad, factor: grad)
+        put(torch.nn.functional, "scaled_dot_product_attention", _fused_attention)
+        yield
 
 
 def _fused_attention(query, key, value, attn_mask=None, **options):

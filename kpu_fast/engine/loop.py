@@ -101,16 +101,8 @@ def build(cfg: Config, world: World) -> Parts:
                 if turn and source not in found:
                     found[source] = load_or_scan(cfg.teachers[name].data.source)
     indexes = {name: found[source] for name, source in sources.items()}
-    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     with _together(world):
-        teachers = {
-            name: build_teacher(name, teacher, device=world.device, dtype=dtype, image_size=teacher.data.size)
-            for name, teacher in cfg.teachers.items()
-        }
-        specs = {name: teacher.spec for name, teacher in teachers.items()}
-        torch.manual_seed(cfg.seed)  # all ranks start from the same weights
-        student = Student.from_config(cfg.student, specs, activation_checkpointing=cfg.activation_checkpointing)
-        module = KPU(student, specs, cfg.objective).to(world.device)
+        teachers, module = build_models(cfg, world.device)
         optimizer = build_optimizer(cfg.optimizer, module, world.device)
         scheduler = build_scheduler(cfg.optimizer, optimizer, cfg.steps)
     if cfg.compile:
@@ -134,6 +126,19 @@ def build(cfg: Config, world: World) -> Parts:
     if engine.zero_optimization_stage() == 0:
         optimizer.state.clear()
     return Parts(indexes, teachers, engine, build_balance(cfg.objective.balance, len(teachers), world.device))
+
+
+def build_models(cfg: Config, device: torch.device) -> tuple[dict[str, Teacher], KPU]:
+    """The teachers, in the run's precision, and the trainable module, in fp32. Raises as what builds them does."""
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    teachers = {
+        name: build_teacher(name, teacher, device=device, dtype=dtype, image_size=teacher.data.size)
+        for name, teacher in cfg.teachers.items()
+    }
+    specs = {name: teacher.spec for name, teacher in teachers.items()}
+    torch.manual_seed(cfg.seed)  # all ranks start from the same weights
+    student = Student.from_config(cfg.student, specs, activation_checkpointing=cfg.activation_checkpointing)
+    return teachers, KPU(student, specs, cfg.objective).to(device)
 
 
 def _calibrate(cfg: Config, world: World, parts: Parts) -> None:

@@ -96,10 +96,10 @@ def activate_backend(name: str) -> None:
 def describe(name: str) -> str:
     """One line for the log: what attention backend `name` runs on this machine. Raises as `check_backend` does."""
     check_backend(name)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    device = "CPU"
+    if torch.cuda.is_available():  # a system's cuDNN, on LD_LIBRARY_PATH, may hide torch's
+        device = f"{torch.cuda.get_device_name()}, cuDNN {torch.backends.cudnn.version()}"
     where = f"torch {torch.__version__} on {device}"
-    if torch.cuda.is_available():
-        where += f", cuDNN {torch.backends.cudnn.version()}"  # the system's own, on LD_LIBRARY_PATH, may hide torch's
     if name in ("auto", "sdpa"):
         flash = current_flash_attention_impl()
         note = f", with {flash} as its flash kernel" if flash else ""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for library in ("pydantic", "transformers"):
+for library in ("pydantic", "transformers", "tqdm"):
     pytest.importorskip(library, reason=f"{library} is not installed")
 ROOT = Path(__file__).resolve().parents[2]
 

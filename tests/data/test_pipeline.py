@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import weakref
 
 import numpy as np
@@ -239,21 +238,19 @@ def test_on_a_gpu_a_batch_lives_until_the_gpu_has_read_it(folder, make, monkeypa
 
 
 def test_a_dropped_stream_goes_at_once(make, folder):
-    others = set(threading.enumerate())
+    before = set(threading.enumerate())
     source = stream(scan(str(folder)), make.config())
     next(source)
+    readers = [t for t in threading.enumerate() if t not in before and t.name.startswith("kpu_fast-read")]
+    assert readers
     gone = [weakref.ref(part) for part in (source, source._pipe, source._reader)]
     gc.disable()  # nothing may be left to the search for cycles, which a training loop hardly ever sets off
     try:
         del source
         assert [part() for part in gone] == [None] * 3
-        for _ in range(100):  # threads need a moment to end
-            if not (
-                left := {thread for thread in threading.enumerate() if thread.name.startswith("kpu_fast-read")} - others
-            ):
-                break
-            time.sleep(0.05)
-        assert not left
+        for reader in readers:
+            reader.join(5)
+            assert not reader.is_alive()
     finally:
         gc.enable()
 

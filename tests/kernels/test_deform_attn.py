@@ -389,7 +389,8 @@ def test_deterministic_sums_do_not_depend_on_the_order_of_programs(by_flag, devi
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(*fixed)
-    assert (fixed[0] - exact).abs().max() <= 1.2 * (floats - exact).abs().max()  # by luck the floats may be nearer
+    luck = 1.2 if device == "cuda" else 1  # there the floats are added in any order, and may come nearer
+    assert (fixed[0] - exact).abs().max() <= luck * (floats - exact).abs().max()
 
 
 def test_torch_path_on_cuda_refuses_to_be_deterministic():

@@ -132,7 +132,7 @@ def test_without_a_gpu_nothing_else_is_taken_instead(backend, monkeypatch):
         ("fa3", (10, 0), ("flash_attn_interface",), r"compute capability 9.x; found 10.0"),
         ("fa3", (9, 0), (), "needs the module flash_attn_interface"),
         ("fa4", (8, 9), ("flash_attn.cute.interface",), r"compute capability 9.x or 10.x; found 8.9"),
-        ("fa4", (9, 0), ("flash_attn_interface",), "pip install --pre 'flash-attn-4"),
+        ("fa4", (9, 0), ("flash_attn_interface",), r"pip install --pre 'flash-attn-4\[cu13\]'"),
     ],
 )
 def test_the_error_says_what_is_missing(machine, backend, capability, packages, message):
