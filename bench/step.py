@@ -98,6 +98,7 @@ def _step_in_parts(parts, streams, mark) -> None:
     parts.engine.backward(total)
     mark("backward")
     parts.engine.step()
+    parts.engine.module.after_step()
     mark("optimizer")
 
 

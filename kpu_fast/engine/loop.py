@@ -206,6 +206,7 @@ def train_step(
     total = objective.total(terms, shares)
     engine.backward(total)
     engine.step()
+    objective.after_step()
     if isinstance(balance, FAMO):  # what has this step done to each teacher's loss on this batch?
         with torch.no_grad():
             balance.learn(objective.losses(forward(engine, batches, targets)))

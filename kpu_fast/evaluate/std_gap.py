@@ -124,7 +124,8 @@ def _read_settings(run: Path) -> SimpleNamespace:
         teachers = {name: SimpleNamespace(**teacher) for name, teacher in tree["teachers"].items()}
         for teacher in teachers.values():
             teacher.data = SimpleNamespace(**{**teacher.data, "size": tuple(teacher.data["size"])})
-        objective = SimpleNamespace(**{**ObjectiveConfig().model_dump(), **tree["objective"]})
+        # Runs from before `centre` have none.
+        objective = SimpleNamespace(**{**ObjectiveConfig(centre=False).model_dump(), **tree["objective"]})
         return SimpleNamespace(student=student, teachers=teachers, objective=objective)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluateError(

@@ -9,8 +9,10 @@
 X = {x, V} is the student, X_t a teacher. Each h resizes bilinearly to the grid where the comparison happens and then
 runs one MLP per map and one for x. A teacher without x has no l1 term; several maps of one teacher are averaged.
 
-With `objective.standardize`, X_t stands for the teacher's standardised features everywhere above (standardize.py); with
-`objective.balance`, 1/T gives way to shares that change from step to step (balance.py).
+With `objective.centre` every h subtracts a running mean from what comes in, which its first bias could do as well: the
+same functions, learned faster (docs/objectives.md). With `objective.standardize`, X_t stands for the teacher's
+standardised features everywhere above (standardize.py); with `objective.balance`, 1/T gives way to shares that change
+from step to step (balance.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from kpu_fast.kernels import AlignTerm, align_losses
 from kpu_fast.models.features import Features, FeatureSpec
-from kpu_fast.models.projector import FeatureHeads
+from kpu_fast.models.projector import Centre, FeatureHeads, Projector, move_centres
 from kpu_fast.models.student import Student
 from kpu_fast.objectives.cells import grid, valid_cells
 from kpu_fast.objectives.standardize import FeatureStandardizer
@@ -48,6 +50,10 @@ class KPU(nn.Module):
             self.h_t2s.update({name: FeatureHeads(specs[name], common[name], hidden) for name in specs})
         if cfg.rec:
             self.h_rec.update({name: FeatureHeads(common[name], specs[name], hidden) for name in specs})
+        if cfg.centre:
+            for head in self._projectors():
+                head.centre = Centre(head.fc1.in_features)
+            self.register_buffer("steps", torch.zeros(()))
         self.standardize = nn.ModuleDict()
         if cfg.standardize != "none":
             kind = cfg.standardize
@@ -80,6 +86,12 @@ class KPU(nn.Module):
         sums = losses.view(len(terms), -1).sum(1)  # s2t, t2s and rec compare the same maps, and x or not
         return {f"{name}/{term}": value for term, value in zip(terms, sums.unbind(), strict=True)}
 
+    def after_step(self) -> None:
+        """What is not learned by gradient moves on: the centres. Every rank calls this once a step."""
+        if self.cfg.centre:
+            self.steps += 1
+            move_centres([head.centre for head in self._projectors()], self.steps)
+
     def total(self, terms: Mapping[str, Tensor], shares: Tensor | None = None) -> Tensor:
         """L_KPU: the sum of all teachers' terms; with shares (T,), those take the place of 1/T each."""
         if shares is None:
@@ -98,16 +110,26 @@ class KPU(nn.Module):
     def in_own_spaces(self) -> Student:
         """The student as others use it: `project` ends in each teacher's own space, not in the standardised one.
 
-        The way back is one more Linear, so it goes into the weights of each head's last. The student in training keeps
-        its own; all other weights are shared with it. Under ZeRO 3 call with the student's parameters gathered.
+        The way back is one more Linear, so it goes into the weights of each head's last, and a centre goes into the
+        bias of its first. The student in training keeps its own; all other weights are shared with it. Under ZeRO 3
+        call with the student's parameters gathered.
         """
         with torch.device("meta"):
             student = Student(**self.student.config)
-        student.load_state_dict(self.student.state_dict(), assign=True)
+        state = self.student.state_dict()
+        student.load_state_dict({name: state[name] for name in student.state_dict()}, assign=True)
+        for name, heads in self.student.heads.items():
+            for head, own in zip(student.heads[name].projectors(), heads.projectors(), strict=True):
+                if own.centre is not None:
+                    head.fc1.bias = nn.Parameter(own.plain_bias())
         for name, standardizer in self.standardize.items():
             for last, (weight, bias) in standardizer.undone(student.heads[name]).items():
                 last.weight, last.bias = nn.Parameter(weight), nn.Parameter(bias)
         return student
+
+    def _projectors(self) -> list[Projector]:
+        groups = (self.student.heads, self.h_t2s, self.h_rec)
+        return [head for group in groups for heads in group.values() for head in heads.projectors()]
 
     def _terms(
         self, source: Features, target: Features, valid: Sequence[Tensor | None], weight: float

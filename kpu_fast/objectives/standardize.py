@@ -119,8 +119,7 @@ class FeatureStandardizer(nn.Module):
 
     def undone(self, heads: FeatureHeads) -> dict[nn.Linear, tuple[Tensor, Tensor]]:
         """The last Linear of each of `heads`, with the weight and bias that end in the teacher's own space."""
-        projectors = [*([heads.x] if self.x is not None else []), *heads.maps]
-        return {head.fc2: one.undone(head.fc2) for one, head in zip(self._ones(), projectors, strict=True)}
+        return {head.fc2: one.undone(head.fc2) for one, head in zip(self._ones(), heads.projectors(), strict=True)}
 
     def _ones(self) -> list[Standardizer]:
         return [*([self.x] if self.x is not None else []), *self.maps]

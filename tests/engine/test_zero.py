@@ -52,6 +52,7 @@ def plain(tiny) -> tuple[dict, dict]:
         torch.nn.utils.clip_grad_norm_(trainable, cfg.optimizer.clip_grad_norm)
         optimizer.step()
         scheduler.step()
+        module.after_step()
     return before, {name: p.detach() for name, p in module.named_parameters()}
 
 

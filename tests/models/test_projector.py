@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kpu_fast.models.features import Features, FeatureSpec
-from kpu_fast.models.projector import FeatureHeads, Projector
+from kpu_fast.models.projector import Centre, FeatureHeads, Projector, move_centres
 
 
 def mlp(head, x):
@@ -104,3 +104,77 @@ def test_wrong_numbers_of_maps_are_named():
     heads = FeatureHeads(FeatureSpec(6, (6, 6), (4.0, 8.0)), FeatureSpec(3, (10, 9), (8.0, 8.0))).double()
     with pytest.raises(ValueError, match="built for 2 maps, got 2 maps and 1 sizes"):
         heads(features(), [(4, 6)])
+
+
+def centred(head, mean):
+    head.centre = Centre(head.fc1.in_features).to(head.fc1.weight.dtype)
+    head.centre.mean.copy_(mean)
+    return head
+
+
+@pytest.mark.parametrize("size", [None, (4, 6), (10, 7)], ids=str)
+def test_a_centre_is_a_bias_of_the_first_linear(size):
+    """On either side of the resize: what `plain_bias` promises an export."""
+    head = perturbed(Projector(6, 10, hidden=16))
+    m, mean = torch.randn(2, 8, 6, 6, dtype=torch.float64), torch.linspace(-9, 30, 6, dtype=torch.float64)
+    shifted = head(m - mean, size)
+    with_centre = centred(head, mean)(m, size)
+    torch.testing.assert_close(with_centre, shifted, rtol=1e-12, atol=1e-12)
+    plain = Projector(6, 10, hidden=16).double()
+    plain.load_state_dict({name: value for name, value in head.state_dict().items() if "centre" not in name})
+    plain.fc1.bias.data = head.plain_bias()
+    torch.testing.assert_close(plain(m, size), with_centre, rtol=1e-11, atol=1e-11)
+
+
+def test_a_plain_bias_undoes_the_mean_that_a_bf16_forward_subtracted():
+    mean = torch.linspace(50, 60, 64)  # bf16 has steps of a quarter there
+    head = centred(Projector(64, 8, hidden=16).bfloat16(), mean)
+    head.centre.float()  # as in training: weights in bf16, buffers in fp32
+    head.centre.mean.copy_(mean)
+    x = 55 + torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = (x.double() - mean.bfloat16().double()) @ head.fc1.weight.double().T + head.fc1.bias.double()
+    found = x.double() @ head.fc1.weight.double().T + head.plain_bias().double()
+    assert (found - expected).abs().max() <= head.plain_bias().double().abs().max() / 256
+
+
+def test_centres_follow_what_all_steps_saw():
+    """1 / steps at first, so that the first step's mean counts whole; a twentieth from then on; only in training."""
+    centre, steps = Centre(3), torch.zeros(())
+    expected = torch.zeros(3)
+    for step in range(1, 41):
+        x = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(step)) + 7
+        assert torch.equal(centre(x), x - centre.mean)
+        with torch.no_grad():
+            centre(x - 100)  # a look without gradient, as FAMO's after the step
+        steps += 1
+        move_centres([centre], steps)
+        expected += (x.mean((0, 1)) - expected) * max(1 / step, 0.05)
+        torch.testing.assert_close(centre.mean, expected)
+    centre.eval()(x + 100)
+    move_centres([centre], steps)
+    torch.testing.assert_close(centre.mean, expected + (x.mean((0, 1)) - expected) * 0.05)
+
+
+def test_a_head_learns_faster_centred_where_inputs_have_much_in_common():
+    """The reason for it: inputs whose cosines are 0.97, as the student's are when L_t2s is trained."""
+    torch.manual_seed(0)
+    common = 6 * torch.randn(32)
+    teach = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), torch.nn.Linear(32, 8))
+    losses = {}
+    for centre in (False, True):
+        torch.manual_seed(1)
+        head, steps = Projector(32, 8, hidden=64), torch.zeros(())
+        if centre:
+            head.centre = Centre(32)
+        optimizer = torch.optim.Adam(head.parameters(), lr=2e-3)
+        for _ in range(150):
+            x = torch.randn(64, 32)
+            loss = (1 - F.cosine_similarity(head(x + common), teach(x).detach())).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if centre:
+                steps += 1
+                move_centres([head.centre], steps)
+        losses[centre] = loss.item()
+    assert losses[True] < 0.7 * losses[False], losses

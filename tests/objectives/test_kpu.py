@@ -184,3 +184,40 @@ def test_a_teacher_without_x_has_no_x_term():
     model.cfg = ObjectiveConfig(t2s=False, rec=False)
     torch.testing.assert_close(model("one", images, Features(None, target.maps))["one/s2t"], weightless)
     assert model("one", images, target)["one/s2t"] > weightless + 0.1
+
+
+def test_centres_change_what_is_learned_from_and_nothing_else():
+    """Every head has one; after a step it is the mean of what the head saw; an export is the same student without."""
+    model, plain = make(), make(centre=False)
+    batches = {name: batch(name) for name in SPECS}
+    for _ in range(3):
+        for name, (images, target, _) in batches.items():
+            model(name, images, target)
+        model.after_step()
+    for name, (images, target, _) in batches.items():
+        for heads in (model.student.heads[name], model.h_t2s[name], model.h_rec[name]):
+            assert all(head.centre.mean.abs().max() > 1e-3 for head in heads.projectors())
+        torch.testing.assert_close(model.h_t2s[name].maps[0].centre.seen, seen_by_fc1(target.maps[0], model, name))
+        ours = model.student.project(model.student(images), name, GRIDS[name])
+        exported = model.in_own_spaces()
+        theirs = exported.project(exported(images), name, GRIDS[name])
+        for found, expected in zip((*theirs.maps, theirs.x), (*ours.maps, ours.x), strict=True):
+            if expected is not None:
+                torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert not any("centre" in name for name in exported.state_dict())
+    assert exported.state_dict().keys() == plain.student.state_dict().keys()
+    with torch.no_grad():  # a centre of 0 is none: the same losses and gradients
+        for head in model._projectors():
+            head.centre.mean.zero_()
+    for name, (images, target, valid) in batches.items():
+        found, expected = (m(name, images, target, valid) for m in (model, plain))
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], rtol=0, atol=0)
+
+
+def seen_by_fc1(v, model, name):
+    """Mean over a teacher's map as h_t2s's first Linear gets it: on the smaller of the two grids."""
+    level = {"one": 1, "many": 0, "odd": 1}[name]
+    side = 96 // (8, 16, 32)[level]
+    own = (side, side)
+    return (resized(v, own) if own[0] * own[1] <= v.shape[1] * v.shape[2] else v).mean((0, 1, 2))
