@@ -148,7 +148,7 @@ class ObjectiveConfig(_Strict):
     cos_weight: float = Field(default=0.9, ge=0.0)
     l1_weight: float = Field(default=0.1, ge=0.0)
     beta: float = Field(default=1.0, ge=0.0)
-    centre: bool = True  # the heads subtract a running mean from what comes in
+    centre: bool = True  # where t2s is on, the heads subtract a running mean from what comes in
     balance: Literal["equal", "famo", "teacher_drop"] = "equal"  # how much each teacher's loss counts
     standardize: Literal["none", "meanstd", "phi_s"] = "none"  # teachers' features, before they are targets
     standardize_batches: int = Field(default=50, ge=1)  # of each teacher, read before step 1 for the statistics

@@ -20,7 +20,7 @@ from kpu_fast.engine.distributed import World, first_problem, from_rank0, init_d
 from kpu_fast.engine.monitor import Diverged, Monitor
 from kpu_fast.engine.optimizer import build_optimizer, build_scheduler, restore_settings
 from kpu_fast.engine.result import write_result
-from kpu_fast.engine.run_folder import OutputError, claim_run_folder, record_run
+from kpu_fast.engine.run_folder import OutputError, changed_settings, claim_run_folder, record_run
 from kpu_fast.engine.terminal import say_from_handler, terminal_may_go
 from kpu_fast.models.attention import BackendError, describe
 from kpu_fast.models.features import Features
@@ -162,7 +162,9 @@ def _resume(cfg: Config, world: World, parts: Parts, checkpoints: Checkpoints, c
     try:
         state = checkpoints.load(engine, checkpoint)
     except CheckpointError as error:
-        raise shared(RunError(str(error))) from error
+        changed = changed_settings(checkpoint.parents[1], cfg)
+        hint = f"; its run had another {', '.join(changed[:3])}" if changed else ""
+        raise shared(RunError(f"{error}{hint}")) from error
     if state["step"] > cfg.steps:
         raise shared(RunError(f"steps: found {cfg.steps}, but {checkpoint} is already at step {state['step']}"))
     restore_settings(cfg.optimizer, engine.lr_scheduler)
@@ -206,10 +208,10 @@ def train_step(
     total = objective.total(terms, shares)
     engine.backward(total)
     engine.step()
-    objective.after_step()
     if isinstance(balance, FAMO):  # what has this step done to each teacher's loss on this batch?
         with torch.no_grad():
             balance.learn(objective.losses(forward(engine, batches, targets)))
+    objective.after_step()
     return terms, total, shares
 
 

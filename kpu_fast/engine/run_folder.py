@@ -7,12 +7,14 @@ import logging
 import os
 import platform
 import subprocess
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
 from kpu_fast.config import Config
 
 RESOLVED = "config.resolved.json"
+_SHAPING = ("student", "teachers", "objective")  # what the trained weights, and so a checkpoint, depend on
 LIBRARIES = ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "transformers", "numpy", "kpu_fast")
 
 
@@ -55,6 +57,26 @@ def record_run(folder: Path, cfg: Config) -> None:
         raise OSError(
             f"output: {folder} cannot be written ({error.strerror}); set `output` to a folder that can"
         ) from error
+
+
+def changed_settings(folder: Path, cfg: Config) -> list[str]:
+    """The keys of student, teachers and objective that the run in the folder had otherwise; [] if it tells nothing."""
+    try:
+        before = json.loads((folder / RESOLVED).read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    now = cfg.model_dump(mode="json")
+    both = [dict(_leaves({part: tree.get(part) for part in _SHAPING})) for tree in (before, now)]
+    return sorted(key for key in both[0].keys() | both[1].keys() if both[0].get(key) != both[1].get(key))
+
+
+def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
+    if not isinstance(tree, Mapping):
+        yield path, tree
+        return
+    for key, value in tree.items():
+        if path.count(".") != 1 or key != "data":  # teachers.NAME.data: what a batch looks like, not a model
+            yield from _leaves(value, f"{path}.{key}" if path else key)
 
 
 def circumstances() -> dict[str, object]:

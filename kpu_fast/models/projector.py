@@ -22,11 +22,11 @@ class Centre(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("seen", torch.zeros(dim))
+        self.register_buffer("seen", torch.zeros(dim), persistent=False)  # made anew in every step
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
-            self.seen.copy_(x.detach().flatten(0, -2).mean(0, dtype=self.seen.dtype))
+            self.seen.copy_(x.detach().mean(tuple(range(x.dim() - 1)), dtype=self.seen.dtype))
         return x - self.mean.to(x.dtype)
 
 

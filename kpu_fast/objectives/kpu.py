@@ -9,10 +9,10 @@
 X = {x, V} is the student, X_t a teacher. Each h resizes bilinearly to the grid where the comparison happens and then
 runs one MLP per map and one for x. A teacher without x has no l1 term; several maps of one teacher are averaged.
 
-With `objective.centre` every h subtracts a running mean from what comes in, which its first bias could do as well: the
-same functions, learned faster (docs/objectives.md). With `objective.standardize`, X_t stands for the teacher's
-standardised features everywhere above (standardize.py); with `objective.balance`, 1/T gives way to shares that change
-from step to step (balance.py).
+Where L_t2s is on, every h subtracts a running mean from what comes in (`objective.centre`), which its first bias could
+do as well: the same functions, learned faster (docs/objectives.md). With `objective.standardize`, X_t stands for the
+teacher's standardised features everywhere above (standardize.py); with `objective.balance`, 1/T gives way to shares
+that change from step to step (balance.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,9 +31,10 @@ from kpu_fast.objectives.standardize import FeatureStandardizer
 class KPU(nn.Module):
     """Everything trainable: the student with its heads h_s2t, and the heads h_t2s and h_rec.
 
-    student: its `heads` name the teachers; the maps that none of them reads are dropped. specs: what each teacher's
-    features look like. cfg: `Config.objective`. Raises ValueError, naming the teacher, for features that
-    `objective.standardize` cannot handle.
+    student: its `heads` name the teachers; the maps that none of them reads are dropped, and its heads may get centres,
+    so what others can load is `in_own_spaces()`, not the student itself. specs: what each teacher's features look like.
+    cfg: `Config.objective`. Raises ValueError, naming the teacher, for features that `objective.standardize` cannot
+    handle.
     """
 
     def __init__(self, student: Student, specs: Mapping[str, FeatureSpec], cfg):
@@ -50,7 +51,7 @@ class KPU(nn.Module):
             self.h_t2s.update({name: FeatureHeads(specs[name], common[name], hidden) for name in specs})
         if cfg.rec:
             self.h_rec.update({name: FeatureHeads(common[name], specs[name], hidden) for name in specs})
-        if cfg.centre:
+        if cfg.t2s and cfg.centre:
             for head in self._projectors():
                 head.centre = Centre(head.fc1.in_features)
             self.register_buffer("steps", torch.zeros(()))
@@ -88,9 +89,10 @@ class KPU(nn.Module):
 
     def after_step(self) -> None:
         """What is not learned by gradient moves on: the centres. Every rank calls this once a step."""
-        if self.cfg.centre:
+        centres = [head.centre for head in self._projectors() if head.centre is not None]
+        if centres:
             self.steps += 1
-            move_centres([head.centre for head in self._projectors()], self.steps)
+            move_centres(centres, self.steps)
 
     def total(self, terms: Mapping[str, Tensor], shares: Tensor | None = None) -> Tensor:
         """L_KPU: the sum of all teachers' terms; with shares (T,), those take the place of 1/T each."""

@@ -74,6 +74,19 @@ def test_a_step_waits_for_nothing(balance, standardize):
         assert float(famo.w.detach().abs().max()) > 0
 
 
+def test_famo_looks_at_the_step_and_not_at_the_centres():
+    """Both looks of a step are taken with one mean: where no weight moves, no loss does."""
+    made, given = parts("famo"), batches()
+    for group in made.engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    looks, learn = [], made.balance.learn
+    made.balance.learn = lambda losses: looks.append(losses) or learn(losses)
+    terms, _, _ = train_step(made, given)
+    torch.testing.assert_close(looks[0], made.engine.module.losses(terms).detach())
+    centres = [head.centre.mean for head in made.engine.module.h_t2s["clip"].projectors()]
+    assert all(mean.abs().max() > 0 for mean in centres)  # which have moved by now
+
+
 @pytest.mark.parametrize(
     ("balance", "standardize", "adapter"),
     [

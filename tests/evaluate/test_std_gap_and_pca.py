@@ -52,8 +52,11 @@ def test_features_that_are_not_finite_have_no_deviation():
         deviation([moments(torch.tensor([[1.0], [float("nan")]]))])
 
 
-def write_run(root, photos):
-    """A run's folder as training leaves it, with random heads, and its module and teachers."""
+def write_run(root, photos, centre: bool):
+    """A run's folder as training leaves it, with random heads, and its module and teachers.
+
+    centre: with the means of `objective.centre`, or else from before there was such a key.
+    """
     objective = {
         "t2s": True, "rec": True, "rec_weight": 1.0, "x_weight": 1.0, "cos_weight": 0.9, "l1_weight": 0.1, "beta": 1.0,
         "standardize": "none",
@@ -85,7 +88,12 @@ def write_run(root, photos):
     specs = {name: teacher.spec for name, teacher in built.items()}
     cfg = SimpleNamespace(**{**student, "vit": SimpleNamespace(**student["vit"])})
     torch.manual_seed(5)  # not the seed that std_gap builds its own module with
-    module = KPU(Student.from_config(cfg, specs), specs, SimpleNamespace(**objective))
+    module = KPU(Student.from_config(cfg, specs), specs, SimpleNamespace(**objective, centre=centre))
+    if centre:
+        objective["centre"] = True
+        with torch.no_grad():
+            for head in [*module.h_t2s.clip.maps, *module.h_t2s.gdino.maps]:
+                head.centre.mean.add_(torch.linspace(-3, 3, len(head.centre.mean)))
     for step in (1, 2):
         folder = root / "checkpoints" / f"step-{step:08d}"
         (folder / "state").mkdir(parents=True)
@@ -114,7 +122,12 @@ def run(tmp_path_factory, photos):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KPU_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
         root = tmp_path_factory.mktemp("run")
-        yield root, *write_run(root, photos)
+        yield root, *write_run(root, photos, centre=True)
+
+
+@pytest.fixture
+def old_run(tmp_path, photos):
+    return tmp_path, *write_run(tmp_path, photos, centre=False)
 
 
 def tokens_of(maps, valid):
@@ -132,9 +145,10 @@ def tokens_of(maps, valid):
     return out
 
 
+@pytest.mark.parametrize("made", ["run", "old_run"])
 @torch.no_grad()
-def test_the_gap_is_that_of_the_tokens_themselves(run):
-    root, module, teachers, blocks = run
+def test_the_gap_is_that_of_the_tokens_themselves(made, request):
+    root, module, teachers, blocks = request.getfixturevalue(made)
     own, common = {}, {}
     for name, teacher in teachers.items():
         block = blocks[name]["data"]

@@ -128,13 +128,16 @@ def test_a_centre_is_a_bias_of_the_first_linear(size):
 
 def test_a_plain_bias_undoes_the_mean_that_a_bf16_forward_subtracted():
     mean = torch.linspace(50, 60, 64)  # bf16 has steps of a quarter there
-    head = centred(Projector(64, 8, hidden=16).bfloat16(), mean)
-    head.centre.float()  # as in training: weights in bf16, buffers in fp32
-    head.centre.mean.copy_(mean)
-    x = 55 + torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = (x.double() - mean.bfloat16().double()) @ head.fc1.weight.double().T + head.fc1.bias.double()
-    found = x.double() @ head.fc1.weight.double().T + head.plain_bias().double()
-    assert (found - expected).abs().max() <= head.plain_bias().double().abs().max() / 256
+    head = centred(Projector(64, 8, hidden=16).bfloat16(), torch.zeros(64))
+    head.centre.float().mean.copy_(mean)  # as in training: weights in bf16, buffers in fp32
+    x = (55 + torch.randn(32, 64, generator=torch.Generator().manual_seed(0))).bfloat16()
+    subtracted = x.double() - head.centre(x).double()
+    assert (subtracted - mean.bfloat16().double()).abs().max() < 0.05  # but for the rounding of x − m
+    head.fc1.bias.data = head.fc1.bias.data.float()  # or its own rounding would hide that of the mean
+    expected = mean.bfloat16().double() @ head.fc1.weight.double().T
+    found = head.fc1.bias.double() - head.plain_bias().double()
+    assert (found - expected).abs().max() < 1e-4
+    assert (mean.double() @ head.fc1.weight.double().T - expected).abs().max() > 1e-2  # the mean itself would not do
 
 
 def test_centres_follow_what_all_steps_saw():

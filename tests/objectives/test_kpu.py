@@ -211,8 +211,20 @@ def test_centres_change_what_is_learned_from_and_nothing_else():
             head.centre.mean.zero_()
     for name, (images, target, valid) in batches.items():
         found, expected = (m(name, images, target, valid) for m in (model, plain))
-        for key in expected:
-            torch.testing.assert_close(found[key], expected[key], rtol=0, atol=0)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        gradients = [
+            torch.autograd.grad(sum(terms.values()), [p for p in m.parameters() if p.requires_grad], allow_unused=True)
+            for m, terms in ((model, found), (plain, expected))
+        ]
+        for one, other in zip(*gradients, strict=True):
+            assert one is other is None or torch.equal(one, other)
+
+
+def test_without_t2s_nothing_is_centred():
+    model = make(t2s=False, rec=False)
+    model("one", *batch("one"))
+    model.after_step()
+    assert not any("centre" in name or name == "steps" for name, _ in model.named_buffers())
 
 
 def seen_by_fc1(v, model, name):
