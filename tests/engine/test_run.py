@@ -280,7 +280,7 @@ def test_settings_changed_on_resume_hold(whole, start, tmp_path):
         ("rank-0.pt", [], "auto", "is damaged (UnpicklingError"),
         ("meta.json", [], "auto", "meta.json cannot be used"),
         (None, ["deepspeed.zero_optimization.stage=2"], "auto", "written with zero_stage = 1, this run has 2"),
-        (None, ["student.head_hidden=16"], "auto", "its run had another student.head_hidden"),
+        (None, ["student.head_hidden=16"], "auto", "does not fit this config"),
         (None, ["objective.centre=false"], "auto", "its run had another objective.centre"),
     ],
     ids=str,

@@ -197,7 +197,7 @@ def test_centres_change_what_is_learned_from_and_nothing_else():
     for name, (images, target, _) in batches.items():
         for heads in (model.student.heads[name], model.h_t2s[name], model.h_rec[name]):
             assert all(head.centre.mean.abs().max() > 1e-3 for head in heads.projectors())
-        torch.testing.assert_close(model.h_t2s[name].maps[0].centre.seen, seen_by_fc1(target.maps[0], model, name))
+        torch.testing.assert_close(model.h_t2s[name].maps[0].centre.seen, seen_by_fc1(target.maps[0], name))
         ours = model.student.project(model.student(images), name, GRIDS[name])
         exported = model.in_own_spaces()
         theirs = exported.project(exported(images), name, GRIDS[name])
@@ -227,9 +227,7 @@ def test_without_t2s_nothing_is_centred():
     assert not any("centre" in name or name == "steps" for name, _ in model.named_buffers())
 
 
-def seen_by_fc1(v, model, name):
+def seen_by_fc1(v, name):
     """Mean over a teacher's map as h_t2s's first Linear gets it: on the smaller of the two grids."""
-    level = {"one": 1, "many": 0, "odd": 1}[name]
-    side = 96 // (8, 16, 32)[level]
-    own = (side, side)
-    return (resized(v, own) if own[0] * own[1] <= v.shape[1] * v.shape[2] else v).mean((0, 1, 2))
+    side = 96 // {"one": 16, "many": 8, "odd": 16}[name]
+    return (resized(v, (side, side)) if side**2 <= v.shape[1] * v.shape[2] else v).mean((0, 1, 2))
