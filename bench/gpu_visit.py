@@ -1,9 +1,10 @@
 """Everything that a GPU should be asked, in 8 minutes:  python bench/gpu_visit.py
 
-Four stages, each in its own processes and its own time: the tests on the device, every benchmark, the training step,
-and a profile of the worst kernel with compute-sanitizer. A stage that fails or runs out of time ends alone. Leaves
-one JSON, <out>/<device>.json, rewritten after every stage. Runs from a plain checkout and installs nothing; what is
-missing (DeepSpeed, DALI, ncu, …) is left out and named. --dry-run goes the same way on a CPU, to test this script.
+Five stages, each in its own processes and its own time: the tests on the device, every benchmark, the training step,
+the same under torch.compile, and a profile of the worst kernel with compute-sanitizer. A stage that fails or runs out
+of time ends alone. Leaves one JSON, <out>/<device>.json, rewritten after every stage. Runs from a plain checkout and
+installs nothing; what is missing (DeepSpeed, DALI, ncu, …) is left out and named. --dry-run goes the same way on a CPU,
+to test this script.
 """
 
 import argparse
@@ -24,9 +25,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = {"tests": 135, "benches": 190, "step": 55, "profile": 85}  # 465 in all
+SECONDS = {"tests": 110, "benches": 170, "step": 55, "compiled": 85, "profile": 60}  # 480 in all
 KEPT_SECONDS = {"tests": 15, "memcheck": 25}  # for each folder still to come, and for memcheck once all is compiled
-DRY_SECONDS = {"tests": 15, "benches": 30, "step": 60, "profile": 15}
+DRY_SECONDS = {"tests": 15, "benches": 30, "step": 60, "compiled": 0, "profile": 15}
 # The folders of tests that can meet the GPU, and what each needs beside torch and triton.
 TESTS = {
     "tests/kernels": ("hypothesis",),
@@ -35,7 +36,8 @@ TESTS = {
     "tests/objectives": ("transformers", "pydantic"),
     "tests/engine": ("transformers", "pydantic", "deepspeed", "nvidia.dali", "tqdm", "tensorboard"),
 }
-STEP_NEEDS = ("deepspeed", "pydantic", "nvidia.dali", "transformers", "PIL")
+STEP_NEEDS = ("deepspeed", "pydantic", "transformers")
+DECODING_NEEDS = ("nvidia.dali", "PIL")
 PROFILE_FLOOR = 8 << 20  # below, a kernel is as slow as its launch and its profile says nothing
 NCU_METRICS = {
     "gpu__time_duration.sum": "time",
@@ -103,9 +105,9 @@ def main() -> int:
     visit = Visit(scratch, args, DRY_SECONDS if args.dry_run else SECONDS)
     result = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **_circumstances(args.commit, args.dry_run),
+        **circumstances(args.commit, args.dry_run),
     }
-    file = out / f"{_slug(result['device'])}.json"
+    file = out / f"{slug(result['device'])}.json"
     sections = result["sections"] = {}
     for name in args.stages:
         stage_began = time.monotonic()
@@ -194,25 +196,30 @@ class Visit:
         return {"exit": run["exit"], "note": f"{len(kept['benchmarks'])} rows, {run['last']}", "result": kept}
 
     def step(self) -> dict:
-        """bench/step.py at the real sizes, with random weights and images made here."""
+        """bench/step.py at the real sizes, random weights; images made here, without DALI tensors of noise."""
+        return self._step("step")
+
+    def compiled(self) -> dict:
+        """The same with compile=true."""
+        return self._step("compiled", "compile=true") if self.gpu else {"exit": None, "note": "left out: no GPU"}
+
+    def _step(self, stage: str, *settings: str) -> dict:
         missing = _missing(STEP_NEEDS)
         if missing:
             return {"exit": None, "note": f"left out, not installed: {', '.join(missing)}"}
-        images = self._images()
         config = "configs/h100_random.json" if self.gpu else "configs/random.json"
         steps = ["--steps", "20"] if self.gpu else ["--steps", "1", "--warmup", "1"]
         command = [sys.executable, str(ROOT / "bench/step.py"), "--config", str(ROOT / config), *steps]
-        command += ["--set", f"source={images}", "--out", str(self.scratch / "step")]
-        run = self._run(command, time.monotonic() + self.seconds["step"])
-        found = sorted((self.scratch / "step").glob("*.json"))
+        command += ["--images", "random"] if _missing(DECODING_NEEDS) else ["--set", f"source={self._images()}"]
+        command += ["--set", *settings] if settings else []
+        out = self.scratch / stage
+        run = self._run([*command, "--out", str(out)], time.monotonic() + self.seconds[stage])
+        found = sorted(out.glob("*.json"))
         if run["exit"] or not found:
             return {"exit": run["exit"] or 1, "note": run["note"] or run["tail"][-300:]}
         result = json.loads(found[0].read_text(encoding="utf-8"))
-        return {
-            "exit": 0,
-            "note": f"{result['step_ms']:.0f} ms, {result['images_per_second']:.1f} images/s",
-            "result": result,
-        }
+        note = f"{result['step_ms']:.0f} ms, {result['images_per_second']:.1f} images/s, images: {result['images']}"
+        return {"exit": 0, "note": note, "result": result}
 
     def profile(self) -> dict:
         """One step of the slowest row of ours under ncu, else torch.profiler; then compute-sanitizer's memcheck."""
@@ -279,7 +286,7 @@ class Visit:
         from PIL import Image
 
         folder = self.scratch / "images"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         rng = np.random.default_rng(0)
         for number in range(64):
             coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
@@ -363,7 +370,7 @@ def _missing(modules: tuple[str, ...]) -> list[str]:
     return [name for name in modules if not present(name)]
 
 
-def _circumstances(commit: str | None, dry_run: bool) -> dict:
+def circumstances(commit: str | None, dry_run: bool) -> dict:
     """Device, driver, versions and commit."""
     import torch
 
@@ -387,7 +394,7 @@ def _said(command: list[str]) -> str | None:
     return run.stdout.strip().partition("\n")[0] or None if run.returncode == 0 else None
 
 
-def _slug(device: str) -> str:
+def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 

@@ -1,7 +1,8 @@
 """Tables and a picture from what was measured:  python bench/report.py [JSON …] [--readme README.md]
 
 Reads pytest-benchmark's JSON of this folder's benchmarks, step.py's, and gpu_visit.py's, which holds both; without a
-name every JSON in bench/results. One table holds one device: times, GB/s and memory on a GPU; ratios alone on a CPU.
+name every JSON in bench/results but tune.py's. One table holds one device: times, GB/s and memory on a GPU; ratios
+alone on a CPU.
 """
 
 import argparse
@@ -57,13 +58,13 @@ class Measured(NamedTuple):
 def main() -> int:
     """Read, print or write, draw."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("json", nargs="*", type=Path, help="default: every JSON in bench/results")
+    parser.add_argument("json", nargs="*", type=Path, help="default: every JSON in bench/results but tune-*")
     parser.add_argument("--readme", type=Path, help="write the table between its two marker comments; else print it")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/img/roofline.png")
     parser.add_argument("--all", action="store_true", help="every dtype and mode, not one line per shape")
     args = parser.parse_args()
     try:
-        measured = read(args.json or sorted((ROOT / "bench/results").glob("*.json")))
+        measured = read(args.json or _results())
         text = table(measured, every=args.all)
         if args.readme:
             insert(args.readme, text)
@@ -75,6 +76,11 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _results() -> list[Path]:
+    """The JSON in bench/results but tune.py's, which compare ours with ours."""
+    return sorted(file for file in (ROOT / "bench/results").glob("*.json") if not file.name.startswith("tune-"))
 
 
 def read(files: list[Path]) -> Measured:
@@ -100,6 +106,9 @@ def read(files: list[Path]) -> Measured:
         for group in found.values():
             ours = group.rows["ours"]
             notes.add(f"torch {ours['torch']}, triton {ours['triton']}, {date}, commit {commit}")
+        for step in steps_here:
+            versions = step["versions"]
+            notes.add(f"torch {versions['torch']}, triton {versions['triton']}, {date}, commit {commit}")
     devices = {row["device"] for group in groups.values() for row in group.rows.values()}
     of_steps = {step["device"] for step in steps}
     kinds = {"CPU" if _is_cpu(device) else device for device in devices | of_steps}
@@ -224,6 +233,8 @@ def _caption(measured: Measured, groups: list[Group]) -> str:
             if measured.on_gpu
             else ". A CPU's times are no achievement, so none are shown."
         )
+    elif measured.circumstances:
+        text += f", {measured.circumstances}"
     return text
 
 
@@ -244,7 +255,8 @@ def _floors(groups: list[Group], on_gpu: bool) -> list[str]:
 
 def _step(step: dict, on_gpu: bool) -> str:
     shares = ", ".join(f"{part} {share:.0f} %" for part, share in step["shares_percent"].items())
-    text = f"Training step, `{step['config']['name']}`: {shares}"
+    compiled = ", compiled" if step["config"]["compile"] else ""
+    text = f"Training step, `{step['config']['name']}`{compiled}: {shares}"
     if on_gpu:
         text += f"; {step['step_ms']:.1f} ms, {step['images_per_second']:.0f} images/s, {step['ranks']} rank(s)"
     return text + "."

@@ -1,16 +1,19 @@
 """Time and memory of the training step, part by part:  python bench/step.py --config configs/h100_random.json
 
 Runs `--warmup` steps, then `--steps` steps as the training does, without a wait in between (step time, images/s, peak
-memory), then a few steps with a wait after every part (share of each part), and counts the operations of one. Prints a
-table and writes one JSON with device and versions to --out. Times mean something on a GPU only; on a CPU the shares,
-the memory and the count do.
+memory), then a few steps with a wait after every part (share of each part), on a GPU a few more under torch.profiler
+(its kernels, and how long it had none), and counts the operations of one. Prints a table and writes one JSON with
+device and versions to --out. Times mean something on a GPU only; on a CPU the shares, the memory and the count do.
+--images random takes batches that lie on the device instead of decoding: the step without its data, and without DALI.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from flop import RULES
 from torch.utils.flop_counter import FlopCounterMode
 
 from kpu_fast.config import ConfigError, load_config
+from kpu_fast.data.pipeline import Batch
 from kpu_fast.engine.distributed import World, init_distributed
 from kpu_fast.engine.loop import RunError, build, forward, open_streams, train_step
 from kpu_fast.engine.result import peak_memory
@@ -26,6 +30,7 @@ from kpu_fast.engine.run_folder import circumstances
 from kpu_fast.train import leave
 
 PARTS = ("data", "teachers", "student and losses", "backward", "optimizer")
+PRINTED_KERNELS = 25
 
 
 def main() -> int:
@@ -35,22 +40,27 @@ def main() -> int:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--images", choices=("source", "random"), default="source")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the JSON")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args()
     try:
         cfg = load_config(args.config, args.set)
         world = init_distributed()
-        parts = build(cfg, world)
+        parts = build(cfg, world, indexes={} if args.images == "random" else None)
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    streams = open_streams(cfg, parts.indexes, world, {})
+    if args.images == "random":
+        streams = {name: _random_batches(teacher.data, world.device) for name, teacher in cfg.teachers.items()}
+    else:
+        streams = open_streams(cfg, parts.indexes, world, {})
     for _ in range(args.warmup):
         train_step(parts, _batches(streams))
     whole = _time_whole(world, parts, streams, args.steps)
     memory = peak_memory(world.device)  # before the count, whose step is not compiled
     shares = _time_parts(world, parts, streams, min(10, args.steps))
+    kernels = _profile(parts, streams, min(3, args.steps)) if world.device.type == "cuda" else None
     flop = _count_flop(parts, streams)
     images = world.size * cfg.images_per_step()
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
@@ -63,6 +73,8 @@ def main() -> int:
         "flop": flop,
         "peak_memory": memory,
         "shares_percent": {part: 100.0 * shares[part] / sum(shares.values()) for part in PARTS},
+        "kernels": kernels,
+        "images": args.images,
         "steps": args.steps,
         "config": cfg.model_dump(mode="json"),
         **circumstances(),
@@ -76,8 +88,24 @@ def main() -> int:
         print(f"peak memory: {result['peak_memory']}")
         for part in PARTS:
             print(f"  {part:<20}{result['shares_percent'][part]:6.1f} %")
+        if kernels:
+            busy = sum(kernel["ms"] for kernel in kernels)
+            print(f"kernels: {busy:.1f} ms and {sum(kernel['calls'] for kernel in kernels):.0f} launches per step")
+            for kernel in kernels[:PRINTED_KERNELS]:
+                print(f"  {kernel['ms']:8.3f} ms {kernel['calls']:7.1f} x  {kernel['name'][:100]}")
         print(file)
     return 0
+
+
+def _random_batches(data, device: torch.device) -> Iterator[Batch]:
+    """Two batches in turn; where the images are padded, the right eighth of each is."""
+    height, width = data.size
+    valid = None
+    if data.fit == "pad":
+        valid = torch.ones((data.batch_size, height, width), dtype=torch.bool, device=device)
+        valid[..., width - width // 8 :] = False
+    images = [torch.rand((data.batch_size, 3, height, width), device=device) for _ in range(2)]
+    return itertools.cycle(Batch(one, valid) for one in images)
 
 
 def _batches(streams) -> dict:
@@ -128,6 +156,20 @@ def _time_parts(world: World, parts, streams, steps: int) -> dict[str, float]:
 
         _step_in_parts(parts, streams, mark)
     return {part: statistics.median(values) for part, values in seconds.items()}
+
+
+def _profile(parts, streams, steps: int) -> list[dict]:
+    """The GPU's kernels and copies, the longest together first: {name, calls per step, ms per step}."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            train_step(parts, _batches(streams))
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    return [
+        {"name": event.key, "calls": event.count / steps, "ms": event.self_device_time_total / steps / 1e3}
+        for event in events
+        if event.self_device_time_total > 0
+    ]
 
 
 def _count_flop(parts, streams) -> int:

@@ -16,8 +16,8 @@ def align_across_kernel(
     s_ptr, t_ptr,  # (B, H, W, C), lines evenly spaced
     mean_ptr, std_ptr,  # (C,)
     valid_ptr,  # (B, H, W) bool
-    share_ptr,  # (2, B) float32
-    rows_ptr,  # (B, H, W) float32, out: what each token adds to the loss; FORWARD only
+    share_ptr,  # (2, B) float32; unread without HAS_SHARE
+    rows_ptr,  # (B, H, W), or where SUM (programs,), float32, out: what these add to the loss; FORWARD only
     stats_ptr,  # (3, B, H, W) float32, s·t, s·s, t·t: out where FORWARD and STATS, else in; (3, B) in where BY_MAP
     gs_ptr, gt_ptr,  # (B, H, W, C), out
     u_sb, u_sw,
@@ -25,8 +25,9 @@ def align_across_kernel(
     gs_sb, gs_sw, gs_sc, gt_sb, gt_sw, gt_sc,
     rows, samples, tokens, channels,  # B·H·W, B, H·W, C
     cos_weight, l1_weight, beta, inv_beta,
-    FORWARD: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
-    BY_MAP: tl.constexpr, STATS: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
+    FORWARD: tl.constexpr,
+    HAS_SHARE: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
+    BY_MAP: tl.constexpr, STATS: tl.constexpr, SUM: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
     TOKENS: tl.constexpr, CHUNK: tl.constexpr,
     WIDE: tl.constexpr,  # divides `tokens` and the strides of samples and channels
 ):  # fmt: skip
@@ -42,7 +43,7 @@ def align_across_kernel(
     inside = token < tokens
     row = batch.to(tl.int64) * tokens + token
     counts, u_cos, u_l1 = token_weights(
-        share_ptr, valid_ptr, row, batch, inside, samples, channels, cos_weight, l1_weight, HAS_VALID
+        share_ptr, valid_ptr, row, batch, inside, samples, channels, cos_weight, l1_weight, HAS_SHARE, HAS_VALID
     )
     s_at = (token_offset(batch, 0, token, s_sb, 0, s_sw),)
     t_at = (token_offset(batch, 0, token, t_sb, 0, t_sw),)
@@ -70,7 +71,7 @@ def align_across_kernel(
         tt = tl.sum(tt_tile, axis=0)[None, :]
         smooth = tl.sum(smooth_tile, axis=0)[None, :]
         store_sums(
-            rows_ptr, stats_ptr, row, rows, st, ss, tt, smooth, u_cos, u_l1, counts, inside, BY_MAP, STATS
+            rows_ptr, stats_ptr, row, rows, st, ss, tt, smooth, u_cos, u_l1, counts, inside, BY_MAP, STATS, SUM
         )  # fmt: skip
     else:
         st, ss, tt = load_sums(stats_ptr, row, batch, rows, samples, inside, BY_MAP)

@@ -1,17 +1,19 @@
 """Launches of align_group.py's kernels: sorts terms into launches and lays out their tuples."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 import triton
 from torch import Tensor
 
-from .align_group_triton import align_group_finish_kernel, align_group_kernel, align_group_scale_kernel
+from .align_group_triton import align_group_kernel, align_group_scale_kernel
+from .align_triton import align_finish_kernel
 from .launch import (
-    GROUP_FINISH_TILE,
-    GROUP_TURNS,
+    FINISH_TILE,
     MAX_SLOTS,
+    SCALE_PROGRAMS,
     SCALE_TILE,
+    coded,
     device_of,
     inverse_beta,
     token_strides,
@@ -30,7 +32,7 @@ def launch_group(
         classes.setdefault((s.dtype, t.dtype, *options, *wanted, token_tile(s.shape[-1])), []).append(i)
     rows = [s.numel() // s.shape[-1] for s in sources]
     channels = [s.shape[-1] for s in sources]
-    programs = [triton.cdiv(n, GROUP_TURNS * token_tile(c).tokens) for n, c in zip(rows, channels, strict=True)]
+    programs = [triton.cdiv(n, token_tile(c).tokens) for n, c in zip(rows, channels, strict=True)]
     sides = [token_strides(x) for x in (*sources, *targets)]
     samples, strides = [n for n, *_ in sides[: len(rows)]], [steps for _, *steps in sides]
     partial = losses.new_empty(sum(programs))
@@ -53,21 +55,21 @@ def launch_group(
                     take(sources), take(targets),
                     *(take(_dense(x)) for x in (means, stds, valids)),
                     take(grads_source), take(grads_target), counts, partial,
-                    _coded(starts), _coded(take(rows)), _coded(take(samples)), _coded(some),
+                    coded(starts), coded(take(rows)), coded(take(samples)), coded(some),
                     *(tuple(strides[side + i][d] for i in some) for side in (0, len(rows)) for d in (0, 1)),
                     take(channels), take(cos_weights), take(l1_weights),
                     take(betas), take([inverse_beta(beta) for beta in betas]), filled,
                     HAS_MEAN=has_mean is not None, HAS_STD=has_std is not None, HAS_VALID=has_valid is not None,
                     GRAD_S=grad_s, GRAD_T=grad_t,
-                    COUNT=len(some), TURNS=GROUP_TURNS, TOKENS=tile.tokens, CHUNK=tile.chunk, PIECES=tile.pieces,
+                    COUNT=len(some), TOKENS=tile.tokens, CHUNK=tile.chunk, PIECES=tile.pieces,
                     num_warps=tile.num_warps,
                 )  # fmt: skip
                 filled += sum(programs[i] for i in some)
-        for some in _at_most(GROUP_FINISH_TILE.rows, list(range(len(rows)))):
-            align_group_finish_kernel[(len(some),)](
+        for some in _at_most(FINISH_TILE.rows, list(range(len(rows)))):
+            align_finish_kernel[(len(some),)](
                 partial, losses[some[0] :],
-                _coded(first[i] for i in some), _coded(first[i] + programs[i] for i in some),
-                COUNT=len(some), BLOCK=GROUP_FINISH_TILE.channels, num_warps=GROUP_FINISH_TILE.num_warps,
+                coded(first[i] for i in some), coded(first[i] + programs[i] for i in some),
+                COUNT=len(some), BLOCK=FINISH_TILE.channels, num_warps=FINISH_TILE.num_warps,
             )  # fmt: skip
 
 
@@ -80,10 +82,12 @@ def launch_group_scale(grads: tuple[Tensor, ...], places: tuple[int, ...], facto
     with device_of(factors):
         for members in by_dtype.values():
             for some in _at_most(MAX_SLOTS, members):
-                programs = [triton.cdiv(grads[i].numel(), block) for i in some]
+                most = SCALE_PROGRAMS // len(some)
+                programs = [min(most, triton.cdiv(grads[i].numel(), block)) for i in some]
                 align_group_scale_kernel[(sum(programs),)](
                     tuple(grads[i] for i in some), factors, factors.stride(0),
-                    _coded(sum(programs[:n]) for n in range(len(some))), _coded(places[i] for i in some),
+                    coded(sum(programs[:n]) for n in range(len(some))), coded(programs),
+                    coded(places[i] for i in some),
                     tuple(grads[i].numel() for i in some),
                     COUNT=len(some), BLOCK=block, num_warps=SCALE_TILE.num_warps,
                 )  # fmt: skip
@@ -91,11 +95,6 @@ def launch_group_scale(grads: tuple[Tensor, ...], places: tuple[int, ...], facto
 
 def _dense(tensors: list[Tensor | None]) -> list[Tensor | None]:
     return [x if x is None else x.contiguous().resolve_neg() for x in tensors]
-
-
-def _coded(numbers: Iterable[int]) -> tuple[int, ...]:
-    """What the kernels take for whole numbers that change from step to step."""
-    return tuple(2 * n + 3 for n in numbers)
 
 
 def _inverse_counts(valids: list[Tensor | None], losses: Tensor) -> Tensor:

@@ -2,14 +2,12 @@
 
 # A launch has up to MAX_SLOTS terms, given as tuples. A program finds its term by its number and picks that term's
 # pointers and sizes; from there on it is the kernel of align_triton.py for tokens whose channels are adjacent.
-#
-# Triton compiles anew for an argument that is 1, or a multiple of 16, and do_not_specialize does not reach into tuples.
-# Whole numbers that change from step to step therefore come coded as 2n + 3, which is neither.
+# Whole numbers that change from step to step come coded as 2n + 3 (launch.py).
 
 import triton
 import triton.language as tl
 
-from .align_triton import cosine, load_pieces, store_gradients, token_sums
+from .align_triton import cosine, load_pieces, scale_blocks, store_gradients, token_sums
 
 
 @triton.jit
@@ -41,9 +39,9 @@ def align_group_kernel(
     first_partial,
     HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
     GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
-    COUNT: tl.constexpr, TURNS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr,
+    COUNT: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One program: TURNS × TOKENS tokens of one term."""
+    """One program: TOKENS tokens of one term."""
     program = tl.program_id(0)
     s_ptr = pick(s_ptrs, starts, program, COUNT)
     t_ptr = pick(t_ptrs, starts, program, COUNT)
@@ -63,62 +61,37 @@ def align_group_kernel(
     cos_weight = pick(cos_weights, starts, program, COUNT) * share
     l1_weight = pick(l1_weights, starts, program, COUNT) * share / size
 
-    first = (program - pick_coded(starts, starts, program, COUNT)) * (TURNS * TOKENS)
+    first = (program - pick_coded(starts, starts, program, COUNT)) * TOKENS
     s_sample = pick(s_samples, starts, program, COUNT)
     s_token = pick(s_tokens, starts, program, COUNT)
     t_sample = pick(t_samples, starts, program, COUNT)
     t_token = pick(t_tokens, starts, program, COUNT)
-    total = tl.zeros((TOKENS,), dtype=tl.float32)
-    for turn in range(TURNS):
-        row = first + turn * TOKENS + tl.arange(0, TOKENS)
-        inside = row < tokens
-        counts = inside
-        if HAS_VALID:
-            counts = inside & (tl.load(valid_ptr + row, mask=inside, other=0) != 0)
-        sample = (row // of_sample).to(tl.int64)
-        token = (row % of_sample).to(tl.int64)
-        s_at = ((sample * s_sample + token * s_token)[:, None],)
-        t_at = ((sample * t_sample + token * t_token)[:, None],)
-        s, t = load_pieces(
-            s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_at, t_at, t_at, counts[:, None], 1, 1, size,
-            0, HAS_MEAN, HAS_STD, CHUNK, PIECES,
-        )  # fmt: skip
-        st, ss, tt, smooth = token_sums(s, t, beta, inv_beta, PIECES)
-        u_cos = tl.where(counts, cos_weight, 0.0)
-        u_l1 = tl.where(counts, l1_weight, 0.0)
-        total += tl.where(counts, u_cos * (1.0 - cosine(st, ss, tt)) + u_l1 * smooth, 0.0)
-        if GRAD_S or GRAD_T:
-            at = row.to(tl.int64)[:, None] * size
-            for i in tl.static_range(PIECES):
-                store_gradients(
-                    gs_ptr, gt_ptr, at, at, s[i], t[i], std_ptr, i * CHUNK + tl.arange(0, CHUNK),
-                    st[:, None], ss[:, None], tt[:, None], u_cos[:, None], u_l1[:, None], inv_beta,
-                    1, 1, size, inside[:, None], GRAD_S, GRAD_T, HAS_STD, False,
-                )  # fmt: skip
+    row = first + tl.arange(0, TOKENS)
+    inside = row < tokens
+    counts = inside
+    if HAS_VALID:
+        counts = inside & (tl.load(valid_ptr + row, mask=inside, other=0) != 0)
+    sample = (row // of_sample).to(tl.int64)
+    token = (row % of_sample).to(tl.int64)
+    s_at = ((sample * s_sample + token * s_token)[:, None],)
+    t_at = ((sample * t_sample + token * t_token)[:, None],)
+    s, t = load_pieces(
+        s_ptr, t_ptr, mean_ptr, std_ptr, s_at, s_at, t_at, t_at, counts[:, None], 1, 1, size,
+        0, HAS_MEAN, HAS_STD, CHUNK, PIECES,
+    )  # fmt: skip
+    st, ss, tt, smooth = token_sums(s, t, beta, inv_beta, PIECES)
+    u_cos = tl.where(counts, cos_weight, 0.0)
+    u_l1 = tl.where(counts, l1_weight, 0.0)
+    total = tl.where(counts, u_cos * (1.0 - cosine(st, ss, tt)) + u_l1 * smooth, 0.0)
     tl.store(partial_ptr + first_partial + program, tl.sum(total))
-
-
-@triton.jit
-def align_group_finish_kernel(
-    partial_ptr,  # float32, what each program of the launches before found
-    loss_ptr,  # (terms,) float32, out
-    starts, ends,  # of each term's partials, coded
-    COUNT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: one term's partials, always in the same order."""
-    term = tl.program_id(0)
-    begin = starts[0]
-    end = ends[0]
-    for i in tl.static_range(1, COUNT):
-        begin = tl.where(term == i, starts[i], begin)
-        end = tl.where(term == i, ends[i], end)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    begin = (begin - 3) // 2
-    end = (end - 3) // 2
-    for first in range(begin, end, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        total += tl.load(partial_ptr + at, mask=at < end, other=0.0)
-    tl.store(loss_ptr + term, tl.sum(total))
+    if GRAD_S or GRAD_T:
+        at = row.to(tl.int64)[:, None] * size
+        for i in tl.static_range(PIECES):
+            store_gradients(
+                gs_ptr, gt_ptr, at, at, s[i], t[i], std_ptr, i * CHUNK + tl.arange(0, CHUNK),
+                st[:, None], ss[:, None], tt[:, None], u_cos[:, None], u_l1[:, None], inv_beta,
+                1, 1, size, inside[:, None], GRAD_S, GRAD_T, HAS_STD, False,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["factor_stride"])
@@ -126,7 +99,7 @@ def align_group_scale_kernel(
     grad_ptrs,  # (numel,) each, scaled in place
     factor_ptr,  # (terms,) float32
     factor_stride,
-    starts, places,  # coded: first program, and number of the term
+    starts, programs, places,  # coded: first program, programs, and number of the term
     numels,
     COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -134,8 +107,7 @@ def align_group_scale_kernel(
     program = tl.program_id(0)
     factor = tl.load(factor_ptr + pick_coded(places, starts, program, COUNT) * factor_stride).to(tl.float32)
     if factor != 1.0:
-        grad_ptr = pick(grad_ptrs, starts, program, COUNT)
-        numel = pick(numels, starts, program, COUNT)
-        at = (program - pick_coded(starts, starts, program, COUNT)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        grad = tl.load(grad_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
-        tl.store(grad_ptr + at, grad * factor, mask=at < numel)
+        scale_blocks(
+            pick(grad_ptrs, starts, program, COUNT), factor, pick(numels, starts, program, COUNT),
+            program - pick_coded(starts, starts, program, COUNT), pick_coded(programs, starts, program, COUNT), BLOCK,
+        )  # fmt: skip

@@ -19,23 +19,29 @@ def _run_forward(
     need_s, need_t,
 ):  # fmt: skip
     """(loss, share, stats, gradient to source, gradient to target); what is not kept is an empty tensor."""
-    kept = _allocate(source, target, resize, cos_over, reduction, need_s, need_t)
-    loss, rows, stats, grad_source, grad_target = kept
+    loss, stats, grad_source, grad_target = _allocate(source, target, resize, cos_over, reduction, need_s, need_t)
     by_map = cos_over == "map"
-    share = align_torch.shares(valid, rows, by_map, reduction)
+    grid = _grid(source, target, resize)
+    weights = align_torch.final_weights(cos_weight, l1_weight, grid, valid is not None, by_map, reduction)
+    share = align_torch.shares(valid, loss.dtype, loss, by_map, reduction)
+    sums = loss.new_empty((3, *grid)) if by_map else stats
     if triton:
         from .align_launch import launch_forward as run
     else:
         run = align_torch.forward
-    sums = rows.new_empty((3, *rows.shape)) if by_map else stats
+    # The kernels add up a mean over all tokens themselves; every other result is made of a number per token.
+    rows = loss if triton and reduction == "mean" and not by_map else loss.new_empty(grid)
     run(
-        source, target, mean, std, valid, share, cos_weight, l1_weight, beta, resize, corners, by_map,
+        source, target, mean, std, valid, share, *weights, beta, resize, corners, by_map,
         rows, sums, grad_source, grad_target,
     )  # fmt: skip
     if by_map:
         torch.sum(sums, (2, 3), keepdim=True, out=stats)
-        sample = share[0] * cos_weight * (1 - align_torch.cosine(*stats.flatten(1))) + rows.sum((1, 2))
+        cos_share = share[0] * cos_weight if share.numel() else weights[0]
+        sample = cos_share * (1 - align_torch.cosine(*stats.flatten(1))) + rows.sum((1, 2))
         loss = sample.sum() if reduction == "mean" else sample
+    elif rows is loss:
+        pass
     elif reduction == "mean":
         loss = rows.sum()
     else:
@@ -57,23 +63,29 @@ _forward = torch.library.custom_op(
 def _(
     source, target, mean, std, valid, cos_w, l1_w, beta, resize, corners, cos_over, reduction, triton, need_s, need_t
 ):
-    loss, rows, stats, grad_s, grad_t = _allocate(source, target, resize, cos_over, reduction, need_s, need_t)
-    return loss, rows.new_empty((2, rows.shape[0])), stats, grad_s, grad_t
+    loss, stats, grad_s, grad_t = _allocate(source, target, resize, cos_over, reduction, need_s, need_t)
+    share = loss.new_empty(0 if valid is None or reduction == "token" else (2, len(source)))
+    return loss, share, stats, grad_s, grad_t
+
+
+def _grid(source, target, resize) -> tuple[int, int, int]:
+    """(B, H, W) of the common grid."""
+    return (target if resize == "source" else source).shape[:3]
 
 
 def _allocate(source, target, resize, cos_over, reduction, need_source, need_target):
-    """Uninitialised (loss, rows, stats, gradient to source, to target) of one call; empty where not kept."""
-    batch, height, width, _ = (target if resize == "source" else source).shape
-    rows = source.new_empty((batch, height, width), dtype=align_torch.compute_dtype(source, target))
-    loss = rows.new_empty({"mean": (), "sample": (batch,), "token": (batch, height, width)}[reduction])
+    """Uninitialised (loss, stats, gradient to source, to target) of one call; empty where not kept."""
+    grid = _grid(source, target, resize)
+    shape = {"mean": (), "sample": grid[:1], "token": grid}[reduction]
+    loss = source.new_empty(shape, dtype=align_torch.compute_dtype(source, target))
     early = gradient_in_forward(source, target, cos_over, reduction)
-    stats = rows.new_empty(0)
+    stats = loss.new_empty(0)
     if cos_over == "map":
-        stats = rows.new_empty((3, batch, 1, 1))
+        stats = loss.new_empty((3, grid[0], 1, 1))
     elif not early and (need_source or need_target):
-        stats = rows.new_empty((3, batch, height, width))
+        stats = loss.new_empty((3, *grid))
     grad_source, grad_target = _allocate_gradients(source, target, resize, early and need_source, early and need_target)
-    return loss, rows, stats, grad_source, grad_target
+    return loss, stats, grad_source, grad_target
 
 
 def _allocate_gradients(source, target, resize, need_source, need_target):
@@ -96,10 +108,10 @@ def gradient_in_forward(source: Tensor, target: Tensor, cos_over: str, reduction
 def _run_recompute(
     upstream, source, target, mean, std, valid, share, stats, cos_w, l1_w, beta, resize, corners, triton, need_s, need_t
 ):
-    """Gradients from the kept sums; upstream is (), (B,) or (B, H, W)."""
+    """Gradients from the kept sums and the final weights; upstream is (), (B,) or (B, H, W)."""
     grads = _allocate_gradients(source, target, resize, need_s, need_t)
-    batch, height, width, _ = (target if resize == "source" else source).shape
-    per_token = (upstream[:, None, None] if upstream.dim() == 1 else upstream).expand(batch, height, width)
+    grid = _grid(source, target, resize)
+    per_token = (upstream[:, None, None] if upstream.dim() == 1 else upstream).expand(grid)
     if triton:
         from .align_launch import launch_backward as run
     else:
@@ -159,12 +171,16 @@ def scaled(grad: Tensor, factor: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output):
-    source, target, mean, std, valid, *weights, resize, corners, cos_over, reduction, triton, need_s, need_t = inputs
+    source, target, mean, std, valid, *weights, beta, resize, corners, cos_over, reduction, triton, need_s, need_t = (
+        inputs
+    )
+    grid, masked = _grid(source, target, resize), valid is not None
+    weights = align_torch.final_weights(*weights, grid, masked, cos_over == "map", reduction)
     _, share, stats, *grads = output
     ctx.set_materialize_grads(False)
     ctx.early = gradient_in_forward(source, target, cos_over, reduction)
     ctx.sides = tuple((*side.shape[1:3], channels_last(side)) for side in (source, target))
-    ctx.weights, ctx.resize, ctx.corners, ctx.triton = weights, resize, corners, triton
+    ctx.weights, ctx.resize, ctx.corners, ctx.triton = (*weights, beta), resize, corners, triton
     ctx.needs = need_s, need_t
     if ctx.early:
         ctx.save_for_backward(*grads)

@@ -19,17 +19,27 @@ def compute_dtype(source: Tensor, target: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(source.dtype, target.dtype), torch.float32)
 
 
-def shares(valid: Tensor | None, rows: Tensor, by_map: bool, reduction: str) -> Tensor:
-    """(2, B): what one cosine, and one token's smooth-L1, of sample b weigh in the result. Never syncs."""
-    batch, height, width = rows.shape
-    share = rows.new_empty((2, batch))
-    if reduction == "token":
-        return share.fill_(1)
-    if valid is None:
-        samples = batch if reduction == "mean" else 1
-        share[0].fill_(1 / samples if by_map else 1 / (samples * height * width))
-        share[1].fill_(1 / (samples * height * width))
-        return share
+def final_weights(cos_weight: float, l1_weight: float, grid, masked: bool, by_map: bool, reduction: str):
+    """The two weights times what one cosine, and one token's smooth-L1, weigh in the result where all weigh the same.
+
+    grid: (B, H, W). Where a mask makes samples differ, the weights as they are: the rest is in `shares`.
+    """
+    if masked or reduction == "token":
+        return cos_weight, l1_weight
+    batch, height, width = grid
+    samples = batch if reduction == "mean" else 1
+    tokens = samples * height * width
+    return cos_weight / (samples if by_map else tokens), l1_weight / tokens
+
+
+def shares(valid: Tensor | None, dtype: torch.dtype, like: Tensor, by_map: bool, reduction: str) -> Tensor:
+    """(2, B): what one cosine, and one token's smooth-L1, of sample b weigh in the result. Never syncs.
+
+    Empty where every sample weighs the same (`final_weights`). like: a tensor on the device.
+    """
+    if valid is None or reduction == "token":
+        return like.new_empty(0, dtype=dtype)
+    share = like.new_empty((2, len(valid)), dtype=dtype)
     count = valid.flatten(1).sum(1).to(share.dtype)  # (B,)
     if not by_map:
         return share.copy_((count.sum() if reduction == "mean" else count).clamp(min=1).reciprocal())
@@ -147,8 +157,11 @@ def _part(grad: Tensor, at: tuple[slice, slice]) -> Tensor:
 def _token_weights(upstream, share, valid, cos_weight, l1_weight, source) -> tuple[Tensor, Tensor]:
     """Upstream gradient times weight, of the cosine and of one channel's smooth-L1; (B, H, W), 0 on padding."""
     upstream = upstream if valid is None else upstream.masked_fill(~valid, 0)
-    cos_share, l1_share = share[:, :, None, None]
-    return upstream * (cos_weight * cos_share), upstream * (l1_weight / source.shape[3] * l1_share)
+    l1_weight = l1_weight / source.shape[3]
+    if share.numel():
+        cos_share, l1_share = share[:, :, None, None]
+        cos_weight, l1_weight = cos_weight * cos_share, l1_weight * l1_share
+    return upstream * cos_weight, upstream * l1_weight
 
 
 def _smooth_l1(s: Tensor, t: Tensor, beta: float, out: Tensor) -> Tensor:

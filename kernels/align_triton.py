@@ -96,27 +96,34 @@ def cosine(st, ss, tt):
 
 @triton.jit
 def token_weights(
-    share_ptr, valid_ptr, row, batch, inside, samples, channels, cos_weight, l1_weight, HAS_VALID: tl.constexpr
+    share_ptr, valid_ptr, row, batch, inside, samples, channels, cos_weight, l1_weight,
+    HAS_SHARE: tl.constexpr, HAS_VALID: tl.constexpr,
 ):  # fmt: skip
     """Which tokens count; and what a cosine and one channel's smooth-L1 of each weigh in the result, 0 where not."""
     counts = inside
     if HAS_VALID:
         counts = inside & (tl.load(valid_ptr + row, mask=inside, other=0) != 0)
-    u_cos = tl.where(counts, tl.load(share_ptr + batch) * cos_weight, 0.0)
-    u_l1 = tl.where(counts, tl.load(share_ptr + samples + batch) * l1_weight / channels, 0.0)
-    return counts, u_cos, u_l1
+    l1_weight = l1_weight / channels
+    if HAS_SHARE:
+        cos_weight *= tl.load(share_ptr + batch)
+        l1_weight *= tl.load(share_ptr + samples + batch)
+    return counts, tl.where(counts, cos_weight, 0.0), tl.where(counts, l1_weight, 0.0)
 
 
 @triton.jit
 def store_sums(
     rows_ptr, stats_ptr, row, rows, st, ss, tt, smooth, u_cos, u_l1, counts, inside,
-    BY_MAP: tl.constexpr, STATS: tl.constexpr,
+    BY_MAP: tl.constexpr, STATS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """What each token adds to the loss, and its three sums if they are kept."""
+    """What each token, or where SUM all of this program's together, add to the loss; and the three sums if kept."""
     value = u_l1 * smooth
     if not BY_MAP:
         value += u_cos * (1.0 - cosine(st, ss, tt))
-    tl.store(rows_ptr + row, tl.where(counts, value, 0.0), mask=inside)
+    value = tl.where(counts, value, 0.0)
+    if SUM:
+        tl.store(rows_ptr + tl.program_id(0), tl.sum(value))
+    else:
+        tl.store(rows_ptr + row, value, mask=inside)
     if STATS:
         plane = tl.cast(rows, tl.int64)
         tl.store(stats_ptr + row, st, mask=inside)
@@ -180,8 +187,8 @@ def align_along_kernel(
     s_ptr, t_ptr,  # (B, SH, SW, C), (B, TH, TW, C)
     mean_ptr, std_ptr,  # (C,)
     valid_ptr,  # (B, H, W) bool
-    share_ptr,  # (2, B) float32
-    rows_ptr,  # (B, H, W) float32, out: what each token adds to the loss; FORWARD only
+    share_ptr,  # (2, B) float32; unread without HAS_SHARE
+    rows_ptr,  # (B, H, W), or where SUM (programs,), float32, out: what these add to the loss; FORWARD only
     stats_ptr,  # (3, B, H, W) float32, s·t, s·s, t·t: out where FORWARD and STATS, else in; (3, B) in where BY_MAP
     gs_ptr, gt_ptr,  # (B, H, W, C), out
     u_sb, u_sh, u_sw,
@@ -191,8 +198,8 @@ def align_along_kernel(
     s_height, s_width, t_height, t_width, height, width,
     cos_weight, l1_weight, beta, inv_beta,
     FORWARD: tl.constexpr, FLAT: tl.constexpr, RESIZE: tl.constexpr, CORNERS: tl.constexpr,
-    HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
-    BY_MAP: tl.constexpr, STATS: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
+    HAS_SHARE: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, HAS_VALID: tl.constexpr,
+    BY_MAP: tl.constexpr, STATS: tl.constexpr, SUM: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
     TOKENS: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """One program: TOKENS whole tokens. FORWARD: the loss of each, and its gradient if wanted while both sides are in
@@ -201,7 +208,7 @@ def align_along_kernel(
     inside = token < height * width
     row = batch.to(tl.int64) * (height * width) + token
     counts, u_cos, u_l1 = token_weights(
-        share_ptr, valid_ptr, row, batch, inside, samples, channels, cos_weight, l1_weight, HAS_VALID
+        share_ptr, valid_ptr, row, batch, inside, samples, channels, cos_weight, l1_weight, HAS_SHARE, HAS_VALID
     )
     line = y[:, None]
     column = x[:, None]
@@ -218,7 +225,7 @@ def align_along_kernel(
         )  # fmt: skip
         st, ss, tt, smooth = token_sums(s_pieces, t_pieces, beta, inv_beta, PIECES)
         store_sums(
-            rows_ptr, stats_ptr, row, rows, st, ss, tt, smooth, u_cos, u_l1, counts, inside, BY_MAP, STATS
+            rows_ptr, stats_ptr, row, rows, st, ss, tt, smooth, u_cos, u_l1, counts, inside, BY_MAP, STATS, SUM
         )  # fmt: skip
     else:
         st, ss, tt = load_sums(stats_ptr, row, batch, rows, samples, inside, BY_MAP)
@@ -256,6 +263,36 @@ def align_scale_kernel(
     """grad *= factor; a factor of 1 reads nothing."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        scale_blocks(grad_ptr, factor, numel, tl.program_id(0), tl.num_programs(0), BLOCK)
+
+
+@triton.jit
+def scale_blocks(grad_ptr, factor, numel, program, programs, BLOCK: tl.constexpr):
+    """grad *= factor for every programs-th block, from the program-th on."""
+    for block in range(program, tl.cdiv(numel, BLOCK), programs):
+        at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         grad = tl.load(grad_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
         tl.store(grad_ptr + at, grad * factor, mask=at < numel)
+
+
+@triton.jit
+def align_finish_kernel(
+    partial_ptr,  # float32, what each program of the launches before found
+    loss_ptr,  # (losses,) float32, out
+    starts, ends,  # of each loss's partials, coded as 2n + 3 (launch.py)
+    COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: one loss's partials, always in the same order."""
+    loss = tl.program_id(0)
+    begin = starts[0]
+    end = ends[0]
+    for i in tl.static_range(1, COUNT):
+        begin = tl.where(loss == i, starts[i], begin)
+        end = tl.where(loss == i, ends[i], end)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    begin = (begin - 3) // 2
+    end = (end - 3) // 2
+    for first in range(begin, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        total += tl.load(partial_ptr + at, mask=at < end, other=0.0)
+    tl.store(loss_ptr + loss, tl.sum(total))

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -48,12 +49,13 @@ class TokenTile(NamedTuple):
     num_warps: int
 
 
-# NOT measured on any GPU yet. What limits these kernels beside memory is the number of instructions they issue, so a
-# thread has 24 or 32 values of a token (of up to 64 channels 8 or 16), over which what is done once per token is
-# spread: with 8 values and four warps to a token it was 87 instructions per number of 768 bf16 channels, now 25 (an
-# H100 has time for some 51 while its memory moves 6 bytes). Three pieces or four fit the usual widths, 2ᵏ and 3·2ᵏ,
-# without padding, and a token of up to 1024 channels stays within one warp: its sums need no shared memory. A load
-# moves 8 values, 16 bytes of bf16.
+# What limits these kernels beside memory is the number of instructions they issue, so a thread has 24 or 32 values of
+# a token (of up to 64 channels 8 or 16), over which what is done once per token is spread: with 8 values and four
+# warps to a token it was 87 instructions per number of 768 bf16 channels, now 25 (an H100 has time for some 51 while
+# its memory moves 6 bytes). Three pieces or four fit the usual widths, 2ᵏ and 3·2ᵏ, without padding, and a token of up
+# to 1024 channels stays within one warp: its sums need no shared memory. A load moves 8 values, 16 bytes of bf16. On
+# an H100 (bench/tune.py) none of 10 to 22 tiles was more than 3 % faster for align_loss, of a resize with its gradient
+# 10 %.
 # Compiled ahead of time for sm_80, sm_90 and sm_100: tests/kernels/test_compile_targets.py. Keys: channels, at most.
 TOKEN_TILES = {
     chunk * pieces: TokenTile(1024 // chunk, chunk, pieces, 4)
@@ -63,27 +65,29 @@ TOKEN_TILES = {
 RESIZE_CHANNELS = 1024  # of one program; wider maps take several
 MAX_RESIZE_CHANNELS = 65535 * 16  # programs of a grid's second axis, of 16 channels where these are not adjacent
 SCALE_TILE = Tile(1, 2048, 4)
-# NOT measured either. Views whose tokens, not channels, are adjacent in memory (NCHW): 64 neighbours side by side;
-# align_loss walks over the channels a chunk at a time and waits for memory once a chunk, so chunks are as large as the
-# registers let them be without spilling.
-ALIGN_TILE_ACROSS = TokenTile(64, 32, 1, 8)
-GROUP_TURNS = 2  # tiles that one program of align_losses walks over, so that few partial sums are left to add
-GROUP_FINISH_TILE = Tile(32, 4096, 8)  # rows: terms in a launch
+SCALE_PROGRAMS = 1024  # at most: a factor of 1 ends them all, and starting a program costs more than that
+# Views whose tokens, not channels, are adjacent in memory (NCHW). align_loss walks over the channels a chunk at a time
+# and waits for memory once a chunk, so chunks are large. Of 19 tiles on an H100 the fastest for 14² and 100×168 tokens
+# together, 33.8 and 75.9 µs, but for one that would spill and one of 224 registers; (64, 32) took 41.8 and 77.3.
+ALIGN_TILE_ACROSS = TokenTile(32, 64, 1, 8)
+FINISH_TILE = Tile(32, 8192, 16)  # rows: losses whose partial sums one launch adds up
 MAX_SLOTS = 8  # terms in a launch of align_losses
 RESIZE_TILE_ACROSS = TokenTile(64, 16, 1, 4)
-# NOT measured on any GPU yet. Values per thread: 16 bytes at once of bf16 cells (forward), of float32 atomic adds
-# (backward) and of int64 ones ("fixed"). Then one layout serves every load, reduction and atomic of a pass, and nothing
-# in its loop goes through shared memory. `rows` are queries; keys: a head's channels rounded up.
+# Values per thread: 16 bytes at once of bf16 cells (forward) and of float32 atomic adds (backward), on an H100 the
+# fastest of 16 tiles or within 3 % of it. int64 adds ("fixed") come one by one, so a warp's should lie side by side:
+# one value per thread took 0.57 to 0.62 of the time of two. One layout serves every load, reduction and atomic of a
+# pass, and in heads of 32 channels nothing in its loop goes through shared memory. `rows` are queries; keys: channels
+# rounded up.
 DEFORM_TILES = {
-    what: {channels: Tile(values * 128 // channels, channels, 4) for channels in (16, 32, 64, 128, 256)}
-    for what, values in {"forward": 8, "backward": 4, "fixed": 2}.items()
+    what: {channels: Tile(max(1, values * 128 // channels), channels, 4) for channels in (16, 32, 64, 128, 256)}
+    for what, values in {"forward": 8, "backward": 4, "fixed": 1}.items()
 }
 MAX_HEAD_CHANNELS = 256
 MAX_MAPS = 8  # of deform_attn: their sizes are arguments of the kernels
-# NOT measured on any GPU yet. 32 channels of bf16 are two whole 32-byte sectors, and 256 tokens of an NCHW view 512
-# adjacent bytes; 32 values per thread, read once, stay in registers; the 16 bytes per channel that a program writes are
-# 3 % of the 512 it reads.
-MOMENTS_TILE = Tile(256, 32, 8)
+# 32 channels of bf16 are two whole 32-byte sectors, and 256 tokens of an NCHW view 512 adjacent bytes; 64 values per
+# thread, read once, stay in registers; the 16 bytes per channel that a program writes are 3 % of the 512 it reads. On
+# an H100 the fastest of 23 tiles on two of four maps, within 3 % on the others.
+MOMENTS_TILE = Tile(256, 32, 4)
 
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -237,6 +241,15 @@ def token_strides(x: Tensor) -> tuple[int, int, int] | None:
         tokens, sample = x.shape[1:-1].numel(), x.stride(0) if len(x) > 1 else 0
         token = x.stride(1) if x.dim() == 3 else flat_stride(x)
     return None if token is None else (tokens, sample, token if tokens > 1 else 0)
+
+
+def coded(numbers: Iterable[int]) -> tuple[int, ...]:
+    """2n + 3 of each: what the kernels take, in tuples, for whole numbers that change from step to step.
+
+    Triton compiles anew for an argument that is 1, or a multiple of 16, and do_not_specialize does not reach into
+    tuples; these are neither.
+    """
+    return tuple(2 * n + 3 for n in numbers)
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager:

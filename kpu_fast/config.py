@@ -242,7 +242,8 @@ class Config(_Strict):
         """The `deepspeed` block as given, plus the keys DeepSpeed requires and the block leaves to this config."""
         ours = {
             "train_micro_batch_size_per_gpu": self.images_per_step(),
-            "bf16": {"enabled": self.precision == "bf16"},
+            # ZeRO 1 and 2 would look at every gradient for NaN, and wait; the monitor looks at their norm.
+            "bf16": {"enabled": self.precision == "bf16", "check_grad_overflow": not _has_grad_norm(self.deepspeed)},
             "steps_per_print": self.steps + 1,  # our own monitor reports
             # It would wait for the GPU before every forward and after every step.
             "timers": {"throughput": {"enabled": False}},
@@ -252,6 +253,10 @@ class Config(_Strict):
         if self.optimizer.impl == "apex":
             ours["zero_allow_untested_optimizer"] = True
         return ours | self.deepspeed
+
+
+def _has_grad_norm(block: dict[str, Any]) -> bool:
+    return block.get("zero_optimization", {}).get("compute_grad_norm", True) is True
 
 
 def _check_deepspeed(cfg: Config) -> None:

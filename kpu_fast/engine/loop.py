@@ -17,11 +17,12 @@ from kpu_fast.data.pipeline import Stream
 from kpu_fast.data.scan import Index, load_or_scan
 from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints, resolve_resume
 from kpu_fast.engine.distributed import World, first_problem, from_rank0, init_distributed, shared
-from kpu_fast.engine.monitor import Diverged, Monitor
+from kpu_fast.engine.monitor import NOT_FINITE, Diverged, Monitor
 from kpu_fast.engine.optimizer import build_optimizer, build_scheduler, restore_settings
 from kpu_fast.engine.result import write_result
 from kpu_fast.engine.run_folder import OutputError, changed_settings, claim_run_folder, record_run
 from kpu_fast.engine.terminal import say_from_handler, terminal_may_go
+from kpu_fast.engine.zero import quicken
 from kpu_fast.models.attention import BackendError, describe
 from kpu_fast.models.features import Features
 from kpu_fast.models.student import Student
@@ -88,19 +89,14 @@ def train(cfg: Config, resume: str | None = None) -> None:
         lock.close()
 
 
-def build(cfg: Config, world: World) -> Parts:
-    """Data indexes, teachers and the DeepSpeed engine around the trainable module. Raises RunError on every rank."""
+def build(cfg: Config, world: World, indexes: dict[str, Index] | None = None) -> Parts:
+    """Data indexes, teachers and the DeepSpeed engine around the trainable module. Raises RunError on every rank.
+
+    indexes: of the teachers' sources where they are known, or {} for a run without images; None looks for them.
+    """
     import deepspeed
 
-    sources = {name: str(teacher.data.source) for name, teacher in cfg.teachers.items()}
-    found: dict[str, Index] = {}  # each source once, however many teachers share it
-    # One rank scans, then one per node where nodes share no cache; the others find its index.
-    for turn in (world.rank == 0, world.local_rank == 0, True):
-        with _together(world):
-            for name, source in sources.items():
-                if turn and source not in found:
-                    found[source] = load_or_scan(cfg.teachers[name].data.source)
-    indexes = {name: found[source] for name, source in sources.items()}
+    indexes = _find_images(cfg, world) if indexes is None else indexes
     with _together(world):
         teachers, module = build_models(cfg, world.device)
         optimizer = build_optimizer(cfg.optimizer, module, world.device)
@@ -123,9 +119,23 @@ def build(cfg: Config, world: World) -> Parts:
         problem = f"deepspeed: DeepSpeed cannot use this block ({type(error).__name__}: {reason})"
         raise shared(RunError(problem)) from error
     restore_settings(cfg.optimizer, scheduler)
+    quicken(engine)
     if engine.zero_optimization_stage() == 0:
         optimizer.state.clear()
     return Parts(indexes, teachers, engine, build_balance(cfg.objective.balance, len(teachers), world.device))
+
+
+def _find_images(cfg: Config, world: World) -> dict[str, Index]:
+    """The index of every teacher's source; each source is scanned once, however many teachers share it."""
+    sources = {name: str(teacher.data.source) for name, teacher in cfg.teachers.items()}
+    found: dict[str, Index] = {}
+    # One rank scans, then one per node where nodes share no cache; the others find its index.
+    for turn in (world.rank == 0, world.local_rank == 0, True):
+        with _together(world):
+            for name, source in sources.items():
+                if turn and source not in found:
+                    found[source] = load_or_scan(cfg.teachers[name].data.source)
+    return {name: found[source] for name, source in sources.items()}
 
 
 def build_models(cfg: Config, device: torch.device) -> tuple[dict[str, Teacher], KPU]:
@@ -232,10 +242,11 @@ def _run_steps(cfg, world, parts: Parts, streams: dict[str, Stream], checkpoints
                 facts = {"lr": lr, "step_seconds": now - began, "data_wait_percent": 100.0 * waited / (now - began)}
                 began = now
                 named = {} if shares is None else dict(zip(batches, shares.unbind(), strict=True))
-                monitor.push(step, engine.module.unweighed(terms), total, named, bool(asked), facts)
-                if not engine.was_step_applied():  # DeepSpeed leaves out a step whose gradient is not finite
+                norm = engine.get_global_grad_norm()
+                monitor.push(step, engine.module.unweighed(terms), total, norm, named, bool(asked), facts)
+                if not engine.was_step_applied():  # some of DeepSpeed's optimisers leave out what is not finite
                     monitor.flush()  # which raises, with the terms, if it is a loss that is not
-                    raise shared(Diverged(f"step {step}: a gradient is NaN or Inf, though every loss is finite"))
+                    raise shared(Diverged(NOT_FINITE.format(step=step)))
                 if step % cfg.checkpoint.every == 0 or step == cfg.steps or monitor.stop:
                     monitor.flush()
                     states = {name: stream.state() for name, stream in streams.items()}

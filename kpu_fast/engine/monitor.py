@@ -22,17 +22,19 @@ from kpu_fast.engine.distributed import World, shared
 from kpu_fast.engine.run_folder import OutputError
 
 METRICS = "metrics.jsonl"
+NOT_FINITE = "step {step}: a gradient is NaN or Inf, though every loss is finite"
 
 
 class Diverged(RuntimeError):
-    """A loss term is NaN or Inf."""
+    """A loss term or a gradient is NaN or Inf."""
 
 
 class _Pending(NamedTuple):
     step: int
     terms: list[str]
     shares: list[str]  # teachers with a share in the total; none where all count the same
-    host: Tensor  # (terms + shares + 2,) loss terms, shares, total, ranks that want to stop
+    normed: bool  # whether the length of the gradient is there
+    host: Tensor  # loss terms, shares, total, the length of the gradient, ranks that want to stop
     copied: torch.cuda.Event | None
     facts: dict[str, float]  # what the host knew at once: lr, times
 
@@ -63,17 +65,24 @@ class Monitor:
         step: int,
         terms: dict[str, Tensor],
         total: Tensor,
+        grad_norm: Tensor | float | None,
         shares: dict[str, Tensor],
         want_stop: bool,
         facts: dict[str, float],
     ) -> None:
-        """Hand in a step's losses and teachers' shares (device scalars), report the step before. Raises Diverged."""
-        vector = torch.stack([t.detach().float() for t in (*terms.values(), *shares.values(), total)])
+        """Hand in a step's losses and teachers' shares (device scalars), report the step before. Raises Diverged.
+
+        grad_norm: of all ranks' gradients together, the same at each, before clipping; None where it was not computed.
+        """
+        numbers = [*terms.values(), *shares.values(), total]
+        if grad_norm is not None:
+            numbers.append(grad_norm if isinstance(grad_norm, Tensor) else total.new_full((), grad_norm))
+        vector = torch.stack([number.detach().float() for number in numbers])
         vector = torch.cat([vector / self.world.size, vector.new_full((1,), float(want_stop))])
         dist.all_reduce(vector)
         host, copied = _to_host(vector)
         self.flush()
-        self._pending = _Pending(step, list(terms), list(shares), host, copied, facts)
+        self._pending = _Pending(step, list(terms), list(shares), grad_norm is not None, host, copied, facts)
         if copied is None:
             self.flush()
 
@@ -84,15 +93,19 @@ class Monitor:
             return
         if pending.copied is not None:
             pending.copied.synchronize()
-        *values, total, stop = pending.host.tolist()
+        *values, stop = pending.host.tolist()
         self.stop = self.stop or stop > 0
+        facts = pending.facts | ({"grad_norm": values.pop()} if pending.normed else {})
+        total = values.pop()
         losses, shares = values[: len(pending.terms)], values[len(pending.terms) :]
         row = dict(zip(pending.terms, losses, strict=True)) | {"loss": total}
         bad = [f"{name} = {value}" for name, value in row.items() if not math.isfinite(value)]
         if bad:
             # `loss` only repeats what the terms say, unless they are finite and their sum is not.
             raise shared(Diverged(f"step {pending.step}: {', '.join(bad[:-1] or bad)}"))
-        self._report(pending.step, row, dict(zip(pending.shares, shares, strict=True)), pending.facts)
+        if not math.isfinite(facts.get("grad_norm", 0.0)):
+            raise shared(Diverged(NOT_FINITE.format(step=pending.step)))
+        self._report(pending.step, row, dict(zip(pending.shares, shares, strict=True)), facts)
 
     def _report(self, step: int, row: dict[str, float], shares: dict[str, float], facts: dict[str, float]) -> None:
         if self._file is None:
@@ -108,8 +121,9 @@ class Monitor:
                 self._board.add_scalar(f"loss/{key}", value, step)
             for name, value in shares.items():
                 self._board.add_scalar(f"share/{name}", value, step)
-            for key in ("lr", "images_per_second", "data_wait_percent"):
-                self._board.add_scalar(f"run/{key}", record[key], step)
+            for key in ("lr", "grad_norm", "images_per_second", "data_wait_percent"):
+                if key in record:
+                    self._board.add_scalar(f"run/{key}", record[key], step)
         except OSError as error:
             raise OutputError(f"{self._file.name} or tensorboard/ cannot be written ({error.strerror})") from error
         teachers = {key.partition("/")[0] for key in row if "/" in key}

@@ -61,7 +61,7 @@ def test_dry_run(tmp_path):
     assert result["commit"] == "abc"
     assert result["device"].startswith("CPU")
     sections = result["sections"]
-    assert list(sections) == ["tests", "benches", "step", "profile"]
+    assert list(sections) == ["tests", "benches", "step", "compiled", "profile"]
 
     assert sections["tests"]["exit"] == 1
     assert sections["tests"]["result"]["counts"] == {"passed": 2, "failure": 1, "skipped": 1}
@@ -78,6 +78,8 @@ def test_dry_run(tmp_path):
     else:
         assert sections["step"]["exit"] == 0, sections["step"]["note"]
         assert sections["step"]["result"]["step_ms"] > 0
+        assert sections["step"]["result"]["images"] == "source"
+    assert sections["compiled"]["exit"] is None
 
     assert sections["profile"]["exit"] == 0, sections["profile"]
     assert sections["profile"]["result"]["by"] == "torch.profiler"

@@ -88,7 +88,14 @@ def test_floor_of_the_step_losses(report, write):
 
 
 def test_step_and_visit(report, write, tmp_path):
-    step = {"step_ms": 120.0, "images_per_second": 300.0, "ranks": 1, "device": GPU, "config": {"name": "h100_random"}}
+    step = {
+        "step_ms": 120.0,
+        "images_per_second": 300.0,
+        "ranks": 1,
+        "device": GPU,
+        "config": {"name": "h100_random", "compile": False},
+        "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+    }
     step["shares_percent"] = {"data": 10.0, "teachers": 90.0}
     visit = {"device": GPU, "date": "2026-11-22", "commit": "feed", "sections": {}}
     visit["sections"] = {"benches": {"exit": 0, "result": {"benchmarks": three()}}, "step": {"exit": 0, "result": step}}
@@ -99,6 +106,12 @@ def test_step_and_visit(report, write, tmp_path):
     assert "| align clip map | 2 | 50 | 80 | 6.5 | 1.5 | 40 (40) |" in text
     assert "2026-11-22, commit feed" in text
     assert "`h100_random`: data 10 %, teachers 90 %; 120.0 ms, 300 images/s" in text
+    visit["sections"] = {"step": {"exit": 0, "result": step | {"config": {"name": "h100_random", "compile": True}}}}
+    file.write_text(json.dumps(visit))
+    text = report.table(report.read([file]))  # a visit that was cut off after the step
+    assert f"**{GPU}**" in text
+    assert "torch 2.11.0, triton 3.6.0, 2026-11-22, commit feed" in text
+    assert "`h100_random`, compiled: data" in text
 
 
 def test_readme(report, write, tmp_path):

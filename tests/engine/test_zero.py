@@ -1,7 +1,9 @@
 """Two ranks under the deepspeed launcher, ZeRO 0-3, against one process of plain torch on the same global batch."""
 
+import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from zero_worker import STEPS, fixed_batches
 
 from kpu_fast.config import load_config
 from kpu_fast.engine.optimizer import build_scheduler
+from kpu_fast.engine.zero import _clip, _norm
 from kpu_fast.models.student import Student
 from kpu_fast.models.teachers import build_teacher
 from kpu_fast.objectives.kpu import KPU
@@ -19,8 +22,8 @@ WORKER = Path(__file__).parents[1] / "helpers" / "zero_worker.py"
 
 
 @pytest.fixture(scope="module")
-def plain(tiny) -> tuple[dict, dict]:
-    """(parameters before, after) five steps of textbook torch: no engine, no fused optimiser, the whole batch."""
+def plain(tiny) -> tuple[dict, dict, list]:
+    """(parameters before, after, gradient norms) of five steps of textbook torch: no engine, the whole batch."""
     cfg = load_config(tiny)
     teachers = {
         name: build_teacher(name, t, device="cpu", dtype=torch.float32, image_size=t.data.size)
@@ -43,17 +46,18 @@ def plain(tiny) -> tuple[dict, dict]:
         groups, lr=cfg.optimizer.lr, betas=cfg.optimizer.betas, eps=cfg.optimizer.eps, fused=False
     )
     scheduler = build_scheduler(cfg.optimizer, optimizer, cfg.steps)
+    norms = []
     for step in range(STEPS):
         terms = {}
         for name, batch in fixed_batches(cfg, step, ranks=2, rank=None).items():
             terms |= module(name, batch.images, teachers[name](batch.images))
         optimizer.zero_grad()
         sum(terms.values()).backward()
-        torch.nn.utils.clip_grad_norm_(trainable, cfg.optimizer.clip_grad_norm)
+        norms.append(torch.nn.utils.clip_grad_norm_(trainable, cfg.optimizer.clip_grad_norm).item())
         optimizer.step()
         scheduler.step()
         module.after_step()
-    return before, {name: p.detach() for name, p in module.named_parameters()}
+    return before, {name: p.detach() for name, p in module.named_parameters()}, norms
 
 
 @pytest.mark.parametrize(
@@ -68,9 +72,11 @@ def test_two_ranks_equal_plain_torch(stage, switches, plain, tiny, environment, 
         env=environment, capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found, (before, after) = torch.load(out), plain
+    found, (before, after, norms) = torch.load(out), plain
     assert found["stage"] == stage
     assert found["waits"] == []
+    if stage > 0:  # in fp32 DeepSpeed leaves stage 0's to torch, and does not keep it
+        assert [float(norm) for norm in found["norms"]] == pytest.approx(norms, rel=1e-4)
     assert found["state"].keys() == after.keys()
     moved = 0
     for name, expected in after.items():
@@ -83,3 +89,40 @@ def test_two_ranks_equal_plain_torch(stage, switches, plain, tiny, environment, 
     # Nearly all that trains has moved by more than the tolerance, so that equality says something.
     far = sum((after[name] - before[name]).abs().max() > 1e-4 for name in after)
     assert far > 0.9 * moved > 50
+
+
+@pytest.mark.parametrize(("length", "clip_grad"), [(5.0, 1.0), (0.25, 1.0), (5.0, 0.0)])
+@pytest.mark.parametrize("loss_scale", [1.0, 4.0])
+def test_clipping(length, clip_grad, loss_scale):
+    """Together at most clip_grad long, at their own length if that is less, and never scaled by the loss."""
+    gradients = [torch.randn(5, 3, dtype=torch.float64), torch.randn(7, dtype=torch.float64)]
+    whole = torch.cat([g.flatten() for g in gradients])
+    gradients = [g * (length * loss_scale / whole.norm()) for g in gradients]
+    optimizer = SimpleNamespace(clip_grad=clip_grad, loss_scale=loss_scale)
+    _clip(optimizer, gradients, torch.tensor(length * loss_scale))
+    found = torch.cat([g.flatten() for g in gradients])
+    expected = whole / whole.norm() * (min(length, clip_grad) if clip_grad else length)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_has_no_finite_norm(wrong, monkeypatch):
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: None)
+    optimizer = SimpleNamespace(device="cpu", dp_process_group=None)
+    gradients = [torch.ones(3, 4, dtype=torch.bfloat16), torch.full((5,), 2.0, dtype=torch.bfloat16)]
+    padding = torch.full((9,), wrong)
+    padding._zero_padding = True  # what DeepSpeed appends to the last rank's part
+    assert _norm(optimizer, [*gradients, padding], None).item() == pytest.approx(32**0.5)
+    assert _norm(optimizer, [], None).item() == 0
+    gradients[1][3] = wrong
+    assert not _norm(optimizer, gradients, None).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("block", "checked"),
+    [({}, False), ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, True)],
+    ids=str,
+)
+def test_without_a_norm_deepspeed_looks_at_every_gradient(tiny, block, checked):
+    cfg = load_config(tiny, ["deepspeed=" + json.dumps(block), "optimizer.clip_grad_norm=null"])
+    assert cfg.deepspeed_config()["bf16"]["check_grad_overflow"] is checked

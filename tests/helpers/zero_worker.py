@@ -44,18 +44,20 @@ def main(config: str, stage: str, out: str, *switches: str) -> None:
     cfg = load_config(config, ["deepspeed=" + json.dumps({"zero_optimization": zero}), *switches])
     world = init_distributed()
     parts = build(cfg, world)
-    waits = []
+    waits, norms = [], []
     get_accelerator().synchronize = lambda *_: waits.append(step)  # of the host for the device
     for step in range(STEPS):
         batches = fixed_batches(cfg, step, world.size, world.rank)
         train_step(parts, batches)
+        norms.append(parts.engine.get_global_grad_norm())
     module = parts.engine.module
     if zero["stage"] == 3:
         assert all(p.numel() == 0 for p in module.parameters()), "ZeRO 3 shares no parameter: this would test nothing"
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
         if world.rank == 0:
             state = {name: p.detach().clone() for name, p in module.named_parameters()}
-            torch.save({"state": state, "stage": parts.engine.zero_optimization_stage(), "waits": waits}, out)
+            stage = parts.engine.zero_optimization_stage()
+            torch.save({"state": state, "stage": stage, "waits": waits, "norms": norms}, out)
 
 
 if __name__ == "__main__":

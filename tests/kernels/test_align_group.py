@@ -102,7 +102,7 @@ def test_terms_share_launches(device, monkeypatch):
         def __getitem__(self, grid):
             return lambda *a, **k: (launched.append(k.get("COUNT")), self.kernel[grid](*a, **k))
 
-    for name in ("align_group_kernel", "align_group_finish_kernel", "align_group_scale_kernel"):
+    for name in ("align_group_kernel", "align_finish_kernel", "align_group_scale_kernel"):
         monkeypatch.setattr(align_group_launch, name, Counted(getattr(align_group_launch, name)))
     terms = [AlignTerm(make((1, 2, 2, 40), device, seed=i), make((1, 2, 2, 40), device, grad=False)) for i in range(11)]
     losses = align_losses(terms, impl="triton")
@@ -114,11 +114,11 @@ def test_terms_share_launches(device, monkeypatch):
 
 def test_more_terms_than_one_finish_takes(device):
     pytest.importorskip("triton", reason="triton is not installed")
-    from kpu_fast.kernels.launch import GROUP_FINISH_TILE
+    from kpu_fast.kernels.launch import FINISH_TILE
 
     terms = [
         AlignTerm(make((3, 8), device, seed=i), make((3, 8), device, seed=99), cos_weight=float(i))
-        for i in range(GROUP_FINISH_TILE.rows + 3)
+        for i in range(FINISH_TILE.rows + 3)
     ]
     torch.testing.assert_close(align_losses(terms, impl="triton"), each(terms, "torch"))
 
@@ -127,9 +127,24 @@ def test_more_partials_than_the_finish_adds_at_once(device, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
     from kpu_fast.kernels import align_group_launch, launch
 
-    monkeypatch.setattr(align_group_launch, "GROUP_FINISH_TILE", launch.Tile(32, 4, 4))
+    monkeypatch.setattr(align_group_launch, "FINISH_TILE", launch.Tile(32, 4, 4))
     terms = [AlignTerm(make((1, 900, 32), device, seed=i), make((1, 900, 32), device, seed=9)) for i in range(2)]
     torch.testing.assert_close(align_losses(terms, impl="triton"), each(terms, "torch"))
+
+
+def test_gradients_longer_than_the_scaling_programs_take_at_once(device, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from kpu_fast.kernels import align_group_launch, launch
+
+    monkeypatch.setattr(align_group_launch, "SCALE_TILE", launch.Tile(1, 64, 4))
+    monkeypatch.setattr(align_group_launch, "SCALE_PROGRAMS", 7)
+    terms = [AlignTerm(make((n, 32), device, seed=n), make((n, 32), device, seed=9)) for n in (1, 37, 12)]
+    upstream = torch.tensor([-1.5, 2.5, 1.0], device=device)
+    found, expected = (
+        gradients(losses, terms, upstream) for losses in (align_losses(terms, impl="triton"), each(terms, "torch"))
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_views_share_launches(device, monkeypatch):

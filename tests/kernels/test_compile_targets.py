@@ -55,35 +55,42 @@ def cases():
 
     everywhere = (SPILL_FREE, *COMPILED_ONLY)
     flags = {"HAS_MEAN": True, "HAS_STD": True, "HAS_VALID": True, "BY_MAP": False, "GRAD_S": True, "GRAD_T": True}
-    flags |= {"CORNERS": False, "ACROSS": False}
+    flags |= {"CORNERS": False, "ACROSS": False, "HAS_SHARE": True, "SUM": True}
     for tile in TOKEN_TILES.values():
         block = {"TOKENS": tile.tokens, "CHUNK": tile.chunk, "PIECES": tile.pieces}
         forward = {**flags, **block, "FORWARD": True, "FLAT": True, "RESIZE": 0, "STATS": False}
         resized = {"FLAT": False, "RESIZE": 1}
-        kept = {"STATS": True, "GRAD_S": False, "GRAD_T": False}
+        kept = {"STATS": True, "SUM": False, "GRAD_S": False, "GRAD_T": False}
         along = align_triton.align_along_kernel
         yield along, forward, tile.num_warps, everywhere
         yield along, forward | resized, tile.num_warps, (SPILL_FREE,)
         yield along, forward | resized | kept, tile.num_warps, (SPILL_FREE,)
         yield along, forward | resized | {"FORWARD": False}, tile.num_warps, (SPILL_FREE,)
         yield along, forward | {"FORWARD": False}, tile.num_warps, (SPILL_FREE,)
-        group = forward | {"COUNT": launch.MAX_SLOTS, "TURNS": launch.GROUP_TURNS}
+        group = forward | {"COUNT": launch.MAX_SLOTS}
         yield align_group_triton.align_group_kernel, group, tile.num_warps, everywhere
     tile = TOKEN_TILES[768]
-    block = {"TOKENS": tile.tokens, "CHUNK": tile.chunk, "PIECES": tile.pieces, "STATS": False, "BY_MAP": False}
+    block = {
+        "TOKENS": tile.tokens,
+        "CHUNK": tile.chunk,
+        "PIECES": tile.pieces,
+        "STATS": False,
+        "SUM": True,
+        "BY_MAP": False,
+    }
     for case in ({"RESIZE": 0}, {"RESIZE": 1}, {"RESIZE": 0, "FORWARD": False}):
-        off = {name: False for name in ("HAS_MEAN", "HAS_STD", "HAS_VALID", "GRAD_T", "CORNERS")}
+        off = {name: False for name in ("HAS_SHARE", "HAS_MEAN", "HAS_STD", "HAS_VALID", "GRAD_T", "CORNERS")}
         plain = {**off, **block, "FORWARD": True, "FLAT": case["RESIZE"] == 0, "GRAD_S": True, **case}
         yield align_triton.align_along_kernel, plain, tile.num_warps, (SPILL_FREE,)
     tile = launch.ALIGN_TILE_ACROSS
     for forward, stats in ((True, False), (True, True), (False, False)):
         across = {**flags, "TOKENS": tile.tokens, "CHUNK": tile.chunk, "FORWARD": forward, "STATS": stats, "WIDE": 1}
-        across |= {"GRAD_S": not stats, "GRAD_T": not stats}
+        across |= {"GRAD_S": not stats, "GRAD_T": not stats, "SUM": not stats}
         yield align_across_triton.align_across_kernel, across, tile.num_warps, everywhere
         yield align_across_triton.align_across_kernel, across | {"WIDE": 4}, tile.num_warps, (SPILL_FREE,)  # 14² tokens
-    tile = launch.GROUP_FINISH_TILE
+    tile = launch.FINISH_TILE
     finish = {"COUNT": tile.rows, "BLOCK": tile.channels}
-    yield align_group_triton.align_group_finish_kernel, finish, tile.num_warps, everywhere
+    yield align_triton.align_finish_kernel, finish, tile.num_warps, everywhere
     scale = {"COUNT": launch.MAX_SLOTS, "BLOCK": SCALE_TILE.channels}
     yield align_group_triton.align_group_scale_kernel, scale, SCALE_TILE.num_warps, everywhere
     resizes = resize_triton.resize_forward_kernel, resize_triton.resize_backward_kernel
@@ -231,7 +238,7 @@ def test_whole_table_compiles_for_every_target(compiled):
         for kernel in ("resize_forward_kernel", "resize_backward_kernel"):
             tiles = {(c["CHUNK"], c["PIECES"]) for c in there if c["kernel"] == kernel}
             assert tiles > {resize_tile(width)[1:3] for width in TOKEN_TILES}
-        single = {"align_across_kernel", "align_scale_kernel", "align_group_finish_kernel", "align_group_scale_kernel"}
+        single = {"align_across_kernel", "align_scale_kernel", "align_finish_kernel", "align_group_scale_kernel"}
         assert single <= {name for name, _ in seen}
         assert ("moments_kernel", MOMENTS_TILE.channels) in seen
         wide = {(c["kernel"], c.get("BLOCK_D"), c.get("FIXED")) for c in compiled if c["target"] == target}
@@ -301,7 +308,7 @@ def print_groups(calls) -> None:
     import torch
     from kpu_fast.kernels import align_group_launch as launch
 
-    seen = record(launch, "align_group_kernel", "align_group_finish_kernel", "align_group_scale_kernel")
+    seen = record(launch, "align_group_kernel", "align_finish_kernel", "align_group_scale_kernel")
     for shapes in calls:
         sides = [torch.zeros(shape) for shape in shapes]
         terms, nothing = len(sides), [None] * len(sides)
@@ -346,10 +353,11 @@ def test_no_spills_and_128_bit_accesses_on_sm_90(compiled):
         assert found["registers"] <= 168, found  # three programs of four warps on a multiprocessor, at the least
         if found["kernel"] == "deform_backward_kernel":
             continue  # its loads are as wide as its atomic adds: see below
-        assert found["narrow_map_loads"] == 0 or found.get("ACROSS") or found.get("FLAT") is False, found
+        mask = found["kernel"] == "moments_kernel"  # two tokens' bools at once
+        assert found["narrow_map_loads"] <= mask or found.get("ACROSS") or found.get("FLAT") is False, found
         if found.get("WIDE") == 4:
             continue  # four tokens of 14², 8 bytes
-        if found.get("ACROSS") or found.get("FLAT") is False or found["kernel"] == "align_group_finish_kernel":
+        if found.get("ACROSS") or found.get("FLAT") is False or found["kernel"] == "align_finish_kernel":
             continue  # tokens found by a division, neighbours only to the eye; the finish reads one number per program
         # Loads that move a map: each side once, or its four neighbours; a gradient is stored once per side.
         sides = 2 if found["kernel"].startswith("align_") and "scale" not in found["kernel"] else 1
@@ -381,7 +389,7 @@ def test_few_instructions_per_number(compiled):
 
 
 def test_deform_attn_moves_16_bytes_per_thread_and_nothing_through_shared_memory(compiled):
-    """Four corners per sample. At the widths of real heads no sample waits for another warp."""
+    """Four corners per sample. At the widths of real heads no sample waits for another warp (int64: at 32)."""
     ours = [c for c in compiled if c["target"] == SPILL_FREE and c["kernel"].startswith("deform_") and "UNROLL" in c]
     assert {c["BLOCK_D"] for c in ours} == {16, 32, 64, 128, 256}
     for found in ours:
@@ -391,7 +399,7 @@ def test_deform_attn_moves_16_bytes_per_thread_and_nothing_through_shared_memory
             assert found["barriers"] == 0, found
         elif not found["FIXED"]:
             assert found["wide_atomics"] == corners, found
-        if found["BLOCK_D"] in (32, 64) and found["UNROLL"] == 4:
+        if found["BLOCK_D"] in ((32,) if found["FIXED"] else (32, 64)) and found["UNROLL"] == 4:
             assert found["barriers"] == 0, found
 
 

@@ -302,6 +302,8 @@ def test_wrong_sizes_on_the_gpu_write_only_into_the_gradient(fixed, device):
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-3, 1e18, 1e30])
 def test_fixed_point_follows_the_size_of_the_gradient(scale, impl, device):
+    if scale == 1e-38 and not can_be_deterministic(impl, device):
+        pytest.skip("atomic additions on a GPU make 0 of subnormal numbers")
     value, locations, weights = make(ODD, d=8, dtype=torch.float32, device=device)
     upstream = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1)).to(device)
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -11,10 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def _run(code: str, folder: Path, *more: Path) -> str:
     """What `code` prints, in a fresh Python that has `folder` and `more` on sys.path."""
-    path = os.pathsep.join(map(str, (folder, *more)))
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
+    before = [path] if (path := os.environ.get("PYTHONPATH")) else []
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*before, *map(str, (folder, *more))])}
+    with tempfile.TemporaryDirectory() as empty:  # Python puts the current folder first
+        done = subprocess.run([sys.executable, "-c", code], cwd=empty, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

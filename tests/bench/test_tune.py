@@ -1,0 +1,76 @@
+"""bench/tune.py: what it tries reaches the launches, and only while it is tried."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tune():
+    pytest.importorskip("triton", reason="triton is not installed")
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        spec = importlib.util.spec_from_file_location("bench_tune", ROOT / "bench/tune.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "bench"))
+    return module
+
+
+def tables():
+    """Everything that a launch reads its tile from, as it is now."""
+    from kpu_fast.kernels import align_group_launch, align_launch, launch, moments_triton
+
+    tokens = [launch.token_tile(channels) for channels in launch.TOKEN_TILES]
+    deform = [launch.deform_tile(32, what) for what in launch.DEFORM_TILES]
+    across, finish = align_launch.ALIGN_TILE_ACROSS, align_group_launch.FINISH_TILE
+    return [*tokens, *deform, across, finish, moments_triton.MOMENTS_TILE]
+
+
+def test_every_tile_is_in_the_table_while_it_is_tried_and_gone_afterwards(tune):
+    before = tables()
+    for cases in tune.CASES.values():
+        for case in cases():
+            assert len(set(case.tiles)) == len(case.tiles) > 1, case.name
+            assert case.tiles[0] in before, case.name
+            for tile in case.tiles:
+                during = tune.with_tile(case, tile, tables)
+                assert sum(a != b for a, b in zip(during, before, strict=True)) == (tile != case.tiles[0]), case.name
+                assert tile in during
+            assert tables() == before
+
+
+def test_a_tile_that_fails_is_noted_and_leaves_the_table_as_it_was(tune, monkeypatch):
+    case = next(tune.moments_cases())._replace(make=tuple, tiles=((256, 32, 8), (64, 64, 4)))
+    before = tables()
+
+    def seconds(step, buffers):
+        if tables()[-1] == (64, 64, 4):
+            raise RuntimeError("out of shared memory")
+        return 1e-5
+
+    monkeypatch.setattr(tune, "seconds_per_step", seconds)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    first, second = tune.measure(case, copy=2e12, cache=50 << 20)
+    assert first["table"]
+    assert first["us"] == pytest.approx(10)
+    assert first["percent_of_copy"] == pytest.approx(100 * case.counted / 1e-5 / 2e12)
+    assert second["error"] == "RuntimeError: out of shared memory"
+    assert tables() == before
+
+
+def test_says_what_it_cannot(tune):
+    import torch
+
+    done = subprocess.run([sys.executable, ROOT / "bench/tune.py", "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown op nothing; expected align, group, across, deform, moments, resize\n"
+    if not torch.cuda.is_available():
+        done = subprocess.run([sys.executable, ROOT / "bench/tune.py"], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (2, "error: no CUDA device\n")
