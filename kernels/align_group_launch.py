@@ -82,8 +82,9 @@ def launch_group_scale(grads: tuple[Tensor, ...], places: tuple[int, ...], facto
     with device_of(factors):
         for members in by_dtype.values():
             for some in _at_most(MAX_SLOTS, members):
-                most = SCALE_PROGRAMS // len(some)
-                programs = [min(most, triton.cdiv(grads[i].numel(), block)) for i in some]
+                blocks = [triton.cdiv(grads[i].numel(), block) for i in some]
+                share = min(1.0, SCALE_PROGRAMS / sum(blocks))
+                programs = [max(1, int(share * n)) for n in blocks]
                 align_group_scale_kernel[(sum(programs),)](
                     tuple(grads[i] for i in some), factors, factors.stride(0),
                     coded(sum(programs[:n]) for n in range(len(some))), coded(programs),

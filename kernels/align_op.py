@@ -64,7 +64,7 @@ def _(
     source, target, mean, std, valid, cos_w, l1_w, beta, resize, corners, cos_over, reduction, triton, need_s, need_t
 ):
     loss, stats, grad_s, grad_t = _allocate(source, target, resize, cos_over, reduction, need_s, need_t)
-    share = loss.new_empty(0 if valid is None or reduction == "token" else (2, len(source)))
+    share = loss.new_empty(0 if valid is None or reduction == "token" else (2, source.shape[0]))
     return loss, share, stats, grad_s, grad_t
 
 
@@ -108,15 +108,17 @@ def gradient_in_forward(source: Tensor, target: Tensor, cos_over: str, reduction
 def _run_recompute(
     upstream, source, target, mean, std, valid, share, stats, cos_w, l1_w, beta, resize, corners, triton, need_s, need_t
 ):
-    """Gradients from the kept sums and the final weights; upstream is (), (B,) or (B, H, W)."""
+    """Gradients from the kept sums; upstream is (), (B,) or (B, H, W)."""
     grads = _allocate_gradients(source, target, resize, need_s, need_t)
     grid = _grid(source, target, resize)
+    by_map, reduction = stats.shape[2:] != grid[1:], {0: "mean", 1: "sample", 3: "token"}[upstream.dim()]
+    weights = align_torch.final_weights(cos_w, l1_w, grid, valid is not None, by_map, reduction)
     per_token = (upstream[:, None, None] if upstream.dim() == 1 else upstream).expand(grid)
     if triton:
         from .align_launch import launch_backward as run
     else:
         run = align_torch.backward
-    run(per_token, source, target, mean, std, valid, share, stats, cos_w, l1_w, beta, resize, corners, *grads)
+    run(per_token, source, target, mean, std, valid, share, stats, *weights, beta, resize, corners, *grads)
     if resize == "source" and need_s:
         grads = (
             run_resize_backward(grads[0], None, *source.shape[1:3], channels_last(source), corners, triton),
@@ -171,16 +173,12 @@ def scaled(grad: Tensor, factor: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output):
-    source, target, mean, std, valid, *weights, beta, resize, corners, cos_over, reduction, triton, need_s, need_t = (
-        inputs
-    )
-    grid, masked = _grid(source, target, resize), valid is not None
-    weights = align_torch.final_weights(*weights, grid, masked, cos_over == "map", reduction)
+    source, target, mean, std, valid, *weights, resize, corners, cos_over, reduction, triton, need_s, need_t = inputs
     _, share, stats, *grads = output
     ctx.set_materialize_grads(False)
     ctx.early = gradient_in_forward(source, target, cos_over, reduction)
     ctx.sides = tuple((*side.shape[1:3], channels_last(side)) for side in (source, target))
-    ctx.weights, ctx.resize, ctx.corners, ctx.triton = (*weights, beta), resize, corners, triton
+    ctx.weights, ctx.resize, ctx.corners, ctx.triton = weights, resize, corners, triton
     ctx.needs = need_s, need_t
     if ctx.early:
         ctx.save_for_backward(*grads)

@@ -269,7 +269,7 @@ def align_scale_kernel(
 @triton.jit
 def scale_blocks(grad_ptr, factor, numel, program, programs, BLOCK: tl.constexpr):
     """grad *= factor for every programs-th block, from the program-th on."""
-    for block in range(program, tl.cdiv(numel, BLOCK), programs):
+    for block in range(program, (numel - 1) // BLOCK + 1, programs):  # not cdiv: numel may be all that an int32 holds
         at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         grad = tl.load(grad_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
         tl.store(grad_ptr + at, grad * factor, mask=at < numel)

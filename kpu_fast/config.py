@@ -242,21 +242,17 @@ class Config(_Strict):
         """The `deepspeed` block as given, plus the keys DeepSpeed requires and the block leaves to this config."""
         ours = {
             "train_micro_batch_size_per_gpu": self.images_per_step(),
-            # ZeRO 1 and 2 would look at every gradient for NaN, and wait; the monitor looks at their norm.
-            "bf16": {"enabled": self.precision == "bf16", "check_grad_overflow": not _has_grad_norm(self.deepspeed)},
+            "gradient_clipping": self.optimizer.clip_grad_norm or 0.0,  # without the key DeepSpeed clips at 1
             "steps_per_print": self.steps + 1,  # our own monitor reports
             # It would wait for the GPU before every forward and after every step.
             "timers": {"throughput": {"enabled": False}},
         }
-        if self.optimizer.clip_grad_norm is not None:
-            ours["gradient_clipping"] = self.optimizer.clip_grad_norm
         if self.optimizer.impl == "apex":
             ours["zero_allow_untested_optimizer"] = True
-        return ours | self.deepspeed
-
-
-def _has_grad_norm(block: dict[str, Any]) -> bool:
-    return block.get("zero_optimization", {}).get("compute_grad_norm", True) is True
+        # ZeRO 1 and 2 would look at every gradient for NaN, and wait; the monitor looks at their norm, if there is one.
+        normed = self.deepspeed.get("zero_optimization", {}).get("compute_grad_norm", True)
+        half = {"enabled": self.precision == "bf16", "check_grad_overflow": not normed}
+        return ours | self.deepspeed | {"bf16": half | self.deepspeed.get("bf16", {})}
 
 
 def _check_deepspeed(cfg: Config) -> None:
@@ -286,7 +282,7 @@ def _check_deepspeed(cfg: Config) -> None:
             raise _impossible(f'deepspeed.{key}: not supported; set precision to "bf16" or "fp32"')
     if "bf16" in block and _enabled(block, "bf16") != (cfg.precision == "bf16"):
         raise _impossible(f'deepspeed.bf16: found {block["bf16"]}, which contradicts precision = "{cfg.precision}"')
-    if "gradient_clipping" in block and block["gradient_clipping"] != cfg.optimizer.clip_grad_norm:
+    if "gradient_clipping" in block and (block["gradient_clipping"] or None) != cfg.optimizer.clip_grad_norm:
         found = block["gradient_clipping"]
         raise _impossible(
             f"deepspeed.gradient_clipping: found {found}, but optimizer.clip_grad_norm = {cfg.optimizer.clip_grad_norm}"

@@ -51,8 +51,8 @@ def train(cfg: Config, resume: str | None = None) -> None:
     """Train `cfg` to its last step and write the result; every rank calls it.
 
     resume: None (a new run), "auto" (the run's newest checkpoint, or a new run) or a checkpoint's folder.
-    Raises RunError where data, models or output cannot be used, Diverged on a NaN or Inf loss, CheckpointError or
-    OutputError when a checkpoint or another file cannot be written.
+    Raises RunError where data, models or output cannot be used, Diverged where a loss or the gradient is not finite,
+    CheckpointError or OutputError when a checkpoint or another file cannot be written.
     """
     world = init_distributed()
     folder = Path(os.path.expanduser(cfg.output)) / cfg.name  # Path.expanduser raises where a user has no home

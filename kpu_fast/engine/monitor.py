@@ -22,11 +22,11 @@ from kpu_fast.engine.distributed import World, shared
 from kpu_fast.engine.run_folder import OutputError
 
 METRICS = "metrics.jsonl"
-NOT_FINITE = "step {step}: a gradient is NaN or Inf, though every loss is finite"
+NOT_FINITE = "step {step}: the gradient is not finite, though every loss is"
 
 
 class Diverged(RuntimeError):
-    """A loss term or a gradient is NaN or Inf."""
+    """A loss term, or the gradient's length, is NaN or Inf."""
 
 
 class _Pending(NamedTuple):
@@ -76,7 +76,8 @@ class Monitor:
         """
         numbers = [*terms.values(), *shares.values(), total]
         if grad_norm is not None:
-            numbers.append(grad_norm if isinstance(grad_norm, Tensor) else total.new_full((), grad_norm))
+            # A number, or with an offloaded optimiser on the CPU.
+            numbers.append(torch.as_tensor(grad_norm, dtype=torch.float32).to(total.device, non_blocking=True))
         vector = torch.stack([number.detach().float() for number in numbers])
         vector = torch.cat([vector / self.world.size, vector.new_full((1,), float(want_stop))])
         dist.all_reduce(vector)

@@ -327,14 +327,32 @@ def test_a_rank_that_cannot_write_stops_all_ranks(tiny, environment, tmp_path):
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(tiny, environment, tmp_path):
-    """DeepSpeed leaves such a step out and goes on: a run that no longer moves must not look like one that trains."""
+ZERO_1 = 'deepspeed={"zero_optimization": {"stage": 1}}'
+NO_NORM = ['deepspeed={"zero_optimization": {"stage": 1, "compute_grad_norm": false}}', "optimizer.clip_grad_norm=null"]
+
+
+@pytest.mark.parametrize(
+    ("switches", "waits"),
+    [
+        (["deepspeed={}"], False),  # stage 0: the step is taken, and the weights are NaN
+        ([ZERO_1], True),  # DeepSpeed reads the norm, and leaves the step out
+        (["precision=bf16", ZERO_1], False),  # taken as well
+        (["precision=bf16", *NO_NORM], True),  # DeepSpeed looks at every gradient, and leaves the step out
+    ],
+    ids=["fp32", "fp32, ZeRO 1", "bf16, ZeRO 1", "bf16, ZeRO 1, no norm"],
+)
+def test_a_gradient_that_is_not_finite_stops_the_run(switches, waits, tiny, environment, tmp_path):
+    """Whether the step is taken or left out, and with a checkpoint due at every step: none is written of it."""
     worker = Path(__file__).parents[1] / "helpers" / "nan_gradient_worker.py"
     done = subprocess.run(
-        [sys.executable, str(worker), str(tiny), str(tmp_path)], env=environment, capture_output=True, text=True
-    )
-    assert "stopped: step 3: a gradient is NaN or Inf, though every loss is finite" in done.stdout, done.stderr
-    assert f"last good checkpoint is {tmp_path / 'tiny' / 'checkpoints' / 'step-00000002'}" in done.stdout
+        [sys.executable, str(worker), str(tiny), str(tmp_path), "checkpoint.every=1", *switches],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "stopped: step 3: the gradient is not finite, though every loss is" in done.stdout, done.stderr
+    checkpoints = tmp_path / "tiny" / "checkpoints"
+    assert f"last good checkpoint is {checkpoints / 'step-00000002'}" in done.stdout
+    assert not (checkpoints / "step-00000003").exists()
+    assert ("read: 0" not in done.stdout) == waits, done.stdout
 
 
 def test_a_picture_that_cannot_be_made_is_a_warning(tiny, environment, photos, tmp_path):

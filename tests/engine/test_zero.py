@@ -75,8 +75,7 @@ def test_two_ranks_equal_plain_torch(stage, switches, plain, tiny, environment, 
     found, (before, after, norms) = torch.load(out), plain
     assert found["stage"] == stage
     assert found["waits"] == []
-    if stage > 0:  # in fp32 DeepSpeed leaves stage 0's to torch, and does not keep it
-        assert [float(norm) for norm in found["norms"]] == pytest.approx(norms, rel=1e-4)
+    assert [float(norm) for norm in found["norms"]] == pytest.approx(norms, rel=1e-4)
     assert found["state"].keys() == after.keys()
     moved = 0
     for name, expected in after.items():
@@ -118,11 +117,19 @@ def test_a_gradient_that_is_not_finite_has_no_finite_norm(wrong, monkeypatch):
     assert not _norm(optimizer, gradients, None).isfinite()
 
 
-@pytest.mark.parametrize(
-    ("block", "checked"),
-    [({}, False), ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, True)],
-    ids=str,
-)
-def test_without_a_norm_deepspeed_looks_at_every_gradient(tiny, block, checked):
-    cfg = load_config(tiny, ["deepspeed=" + json.dumps(block), "optimizer.clip_grad_norm=null"])
-    assert cfg.deepspeed_config()["bf16"]["check_grad_overflow"] is checked
+def test_what_deepspeed_is_asked_for(tiny):
+    """No clipping is none, not DeepSpeed's own; without a norm it looks at every gradient; a block keeps the rest."""
+
+    def asked(block, clip="1.0"):
+        cfg = load_config(
+            tiny, ["precision=bf16", "deepspeed=" + json.dumps(block), f"optimizer.clip_grad_norm={clip}"]
+        )
+        return cfg.deepspeed_config()
+
+    assert asked({})["gradient_clipping"] == 1.0
+    assert asked({}, clip="null")["gradient_clipping"] == 0.0
+    assert asked({"gradient_clipping": 0}, clip="null")["gradient_clipping"] == 0
+    assert asked({})["bf16"] == {"enabled": True, "check_grad_overflow": False}
+    without = {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}
+    assert asked(without, clip="null")["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert asked({"bf16": {"enabled": True}})["bf16"] == {"enabled": True, "check_grad_overflow": False}

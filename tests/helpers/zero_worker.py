@@ -43,7 +43,7 @@ def main(config: str, stage: str, out: str, *switches: str) -> None:
     torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager", fullgraph=zero["stage"] < 3)
     cfg = load_config(config, ["deepspeed=" + json.dumps({"zero_optimization": zero}), *switches])
     world = init_distributed()
-    parts = build(cfg, world)
+    parts = build(cfg, world, indexes={})  # its batches are made here
     waits, norms = [], []
     get_accelerator().synchronize = lambda *_: waits.append(step)  # of the host for the device
     for step in range(STEPS):

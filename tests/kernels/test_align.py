@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kpu_fast.kernels import AlignLoss, align_loss, align_loss_reference, align_op, align_torch
 from kpu_fast.kernels.align import takes_triton
 from kpu_fast.kernels.launch import MAX_TOKENS, tokens_adjacent
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
 torch.set_num_threads(1)
@@ -566,16 +567,58 @@ def test_statistics_may_move_on_before_the_backward(options, impl, device):
     assert torch.equal(torch.autograd.grad(loss, source)[0], expected)
 
 
-def test_export_keeps_the_batch_symbolic():
-    class Loss(torch.nn.Module):
-        def forward(self, source, target):
-            return align_loss(source, target), align_loss_reference(source, target, reduction="sample")
+LOSSES = [{}, {"reduction": "sample"}, {"reduction": "token"}, {"cos_over": "map"}]
 
-    sizes = ({0: torch.export.Dim.DYNAMIC},) * 2
-    two = torch.rand(2, 5, 8), torch.rand(2, 5, 8)
-    exported = torch.export.export(Loss(), two, dynamic_shapes=sizes, strict=False).module()
-    four = torch.rand(4, 5, 8), torch.rand(4, 5, 8)
+
+@pytest.mark.parametrize("options", LOSSES, ids=str)
+@pytest.mark.parametrize("loss", [align_loss, align_loss_reference])
+@pytest.mark.parametrize("masked", [False, True])
+def test_export_keeps_the_batch_symbolic(loss, options, masked):
+    class Loss(torch.nn.Module):
+        def forward(self, source, target, valid=None):
+            return loss(source, target, valid=valid, **options)
+
+    def inputs(batch):
+        return torch.rand(batch, 5, 8), torch.rand(batch, 5, 8), *[torch.rand(batch, 5) > 0.3] * masked
+
+    sizes = ({0: torch.export.Dim.DYNAMIC},) * (2 + masked)
+    exported = torch.export.export(Loss(), inputs(2), dynamic_shapes=sizes, strict=False).module()
+    four = inputs(4)
     torch.testing.assert_close(exported(*four), Loss()(*four))
+
+
+@pytest.mark.parametrize("options", LOSSES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_compiled_loss_takes_new_shapes_without_compiling_anew(options, masked):
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def loss(source, target, valid):
+        return align_loss(source, target, valid=valid, **options).sum()
+
+    torch.compiler.reset()
+    for batch, tokens in ((2, 5), (3, 6), (4, 7), (5, 9)):  # the second makes symbols of the sizes
+        source, target = torch.rand(batch, tokens, 8, requires_grad=True), torch.rand(batch, tokens, 8)
+        loss(source, target, torch.rand(batch, tokens) > 0.3 if masked else None).backward()
+    assert counter.frame_count == 2
+
+
+def test_a_gradient_longer_than_the_scaling_programs_take_at_once(device, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from kpu_fast.kernels import align_launch, launch
+
+    monkeypatch.setattr(align_launch, "SCALE_TILE", launch.Tile(1, 64, 4))
+    monkeypatch.setattr(align_launch, "SCALE_PROGRAMS", 3)
+    monkeypatch.setattr(align_launch, "FINISH_TILE", launch.Tile(32, 4, 4))
+    source, target = sides((1, 4, 9, 24), (1, 4, 9, 24), device)
+    found, expected = (align_loss(source, target, impl=impl) for impl in ("triton", "torch"))
+    torch.testing.assert_close(found, expected)
+    for factor in (-1.5, 1.0):
+        made, wanted = (
+            torch.autograd.grad(factor * align_loss(source, target, impl=impl), (source, target))
+            for impl in ("triton", "torch")
+        )
+        torch.testing.assert_close(made, wanted)
 
 
 def test_second_derivative_is_refused():

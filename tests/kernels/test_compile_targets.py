@@ -65,6 +65,7 @@ def cases():
         yield along, forward, tile.num_warps, everywhere
         yield along, forward | resized, tile.num_warps, (SPILL_FREE,)
         yield along, forward | resized | kept, tile.num_warps, (SPILL_FREE,)
+        yield along, forward | kept | {"SUM": True}, tile.num_warps, (SPILL_FREE,)
         yield along, forward | resized | {"FORWARD": False}, tile.num_warps, (SPILL_FREE,)
         yield along, forward | {"FORWARD": False}, tile.num_warps, (SPILL_FREE,)
         group = forward | {"COUNT": launch.MAX_SLOTS}
