@@ -238,8 +238,10 @@ def test_what_ends_the_command_ends_the_training(number, code, tmp_path):
     )
     parent = tmp_path / "parent.py"
     parent.write_text(
-        "import pathlib, sys\n"
+        "import pathlib, signal, sys\n"
         "from kpu_fast.reproduce import __main__ as command, scores, train\n"
+        # A shell lets what it starts in the background ignore Ctrl-C, and the tests may run there.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"train.TRAIN = pathlib.Path({str(script)!r})\n"
         "command.make_mosaics = scores.score_reference = lambda *_: {}\n"
         "sys.exit(command.main(['--out', 'out']))\n"

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,7 +62,7 @@ def test_dry_run(tmp_path):
     assert result["commit"] == "abc"
     assert result["device"].startswith("CPU")
     sections = result["sections"]
-    assert list(sections) == ["tests", "benches", "step", "compiled", "profile"]
+    assert list(sections) == ["tests", "benches", "step", "profile"]
 
     assert sections["tests"]["exit"] == 1
     assert sections["tests"]["result"]["counts"] == {"passed": 2, "failure": 1, "skipped": 1}
@@ -79,7 +80,6 @@ def test_dry_run(tmp_path):
         assert sections["step"]["exit"] == 0, sections["step"]["note"]
         assert sections["step"]["result"]["step_ms"] > 0
         assert sections["step"]["result"]["images"] == "source"
-    assert sections["compiled"]["exit"] is None
 
     assert sections["profile"]["exit"] == 0, sections["profile"]
     assert sections["profile"]["result"]["by"] == "torch.profiler"
@@ -104,6 +104,28 @@ def test_a_stage_that_hangs_ends_alone(tmp_path):
         "exit": None, "note": "no benchmark to profile; compute-sanitizer: no GPU", "result": {},
         "seconds": sections["profile"]["seconds"],
     }  # fmt: skip
+
+
+def test_a_visit_that_is_cut_off_keeps_its_rows(tmp_path):
+    benches = str(ROOT / "bench/test_resize.py")
+    command = [sys.executable, str(ROOT / "bench/gpu_visit.py"), "--dry-run", "--stages", "benches", "profile"]
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    with subprocess.Popen(
+        [*command, "--benches", benches, "--out", str(tmp_path / "out")],
+        env=alone | {"TMPDIR": str(tmp_path)}, stdout=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        until = time.monotonic() + 100
+        while not any(file.stat().st_size for file in tmp_path.glob("*/rows.jsonl")) and time.monotonic() < until:
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(30) == 1
+    sections = json.loads(next((tmp_path / "out").iterdir()).read_text())["sections"]
+    assert sections["benches"]["exit"] == 143
+    assert "ended by SIGTERM" in sections["benches"]["note"]
+    rows = sections["benches"]["result"]["benchmarks"]
+    assert rows
+    assert all(row["extra_info"]["ms"] > 0 for row in rows)
+    assert sections["profile"]["exit"] != 0
 
 
 NCU = """#!/bin/sh
