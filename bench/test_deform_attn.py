@@ -78,6 +78,28 @@ def centres(maps, device):
     return torch.cat(found)[:, None, None, None]
 
 
+def random_inputs(attention, batch, device, dtype, grad):
+    """value, locations, weights and the upstream gradient."""
+    query_maps, maps, heads = attention
+    queries, cells = (sum(h * w for h, w in some) for some in (query_maps, maps))
+    samples = (batch, queries, heads, len(maps), POINTS)
+    value = torch.randn(batch, cells, heads, CHANNELS, device=device, dtype=dtype, requires_grad=grad)
+    # A few cells around each query, as learned offsets are; uniform ones would make every read a miss.
+    cell = 1 / torch.tensor([(w, h) for h, w in maps], device=device)[:, None]
+    locations = centres(query_maps, device) + 2 * torch.randn(*samples, 2, device=device) * cell
+    weights = torch.randn(samples, device=device).flatten(3).softmax(-1).view(samples).to(dtype)
+    upstream = torch.randn(batch, queries, heads * CHANNELS, device=device, dtype=dtype)
+    return value, locations.requires_grad_(grad), weights.requires_grad_(grad), upstream
+
+
+def counted_bytes(attention, batch, size):
+    """Of a forward: every input and output once, `size` bytes a number, locations 4."""
+    query_maps, maps, heads = attention
+    queries, cells = (sum(h * w for h, w in some) for some in (query_maps, maps))
+    samples = batch * queries * heads * len(maps) * POINTS
+    return batch * (cells + queries) * heads * CHANNELS * size + samples * (size + 2 * 4)
+
+
 @pytest.mark.parametrize("shape", ATTENTIONS)
 def test_deform_attn(shape, row, dtype, mode, device, measure, compiled, benchmark):
     benchmark.group = f"deform_attn {device} {str(dtype)[6:]} {mode} {shape}"
@@ -86,26 +108,17 @@ def test_deform_attn(shape, row, dtype, mode, device, measure, compiled, benchma
     if device == "cpu":
         batch = 1
         query_maps, maps = (tuple((-(-h // 4), -(-w // 4)) for h, w in some) for some in (query_maps, maps))
-    queries, cells = (sum(h * w for h, w in some) for some in (query_maps, maps))
-    samples = (batch, queries, heads, len(maps), POINTS)
+    attention = Attention(query_maps, maps, heads)
     attend = {"ours": ours, DETERMINISTIC: deterministic}.get(row, eager)
     attend = msda_triton(device, dtype, maps) if row == MSDA else compiled(attend) if row == "compile" else attend
     grad = mode != "forward"
 
     def make():
-        value = torch.randn(batch, cells, heads, CHANNELS, device=device, dtype=dtype, requires_grad=grad)
-        # A few cells around each query, as learned offsets are; uniform ones would make every read a miss.
-        cell = 1 / torch.tensor([(w, h) for h, w in maps], device=device)[:, None]
-        locations = centres(query_maps, device) + 2 * torch.randn(*samples, 2, device=device) * cell
-        weights = torch.randn(samples, device=device).flatten(3).softmax(-1).view(samples).to(dtype)
-        upstream = torch.randn(batch, queries, heads * CHANNELS, device=device, dtype=dtype)
-        return value, locations.requires_grad_(grad), weights.requires_grad_(grad), upstream
+        return random_inputs(attention, batch, device, dtype, grad)
 
     def step(value, locations, weights, upstream):
         out = attend(value, locations, weights, maps)
         return torch.autograd.grad(out, (value, locations, weights), upstream) if grad else out
 
-    value, weight = batch * cells * heads * CHANNELS, torch.Size(samples).numel()
-    inputs = (value + weight) * dtype.itemsize + 2 * weight * 4
-    outputs = batch * queries * heads * CHANNELS * dtype.itemsize
-    measure(make, step, 2 * (inputs + outputs) if grad else inputs + outputs)
+    once = counted_bytes(attention, batch, dtype.itemsize)
+    measure(make, step, 2 * once if grad else once)

@@ -37,6 +37,25 @@ def teachers_map(shape, device, dtype):
     return torch.randn(shape, device=device, dtype=dtype)
 
 
+def random_sides(terms, device, dtype):
+    """((source, target), …) of `pairs`."""
+    return tuple(
+        (
+            torch.randn(size, device=device, dtype=dtype, requires_grad=True),
+            torch.randn(size, device=device, dtype=dtype, requires_grad=True)
+            if both
+            else teachers_map(size, device, dtype),
+        )
+        for size, _, _, both in terms
+    )
+
+
+def gradients(loss, sides, weights):
+    """Of the sum of all terms, to every side that wants one."""
+    wanted = [side for pair in sides for side in pair if side.requires_grad]
+    return torch.autograd.grad(loss(sides, weights), wanted)
+
+
 def eager(sides, weights):
     total = 0.0
     for (source, target), (cos_weight, l1_weight) in zip(sides, weights, strict=True):
@@ -71,22 +90,13 @@ def test_step_losses(row, dtype, mode, device, measure, compiled, benchmark):
     loss = compiled(loss) if row == "compile" else loss
 
     def make():
-        return tuple(
-            (
-                torch.randn(size, device=device, dtype=dtype, requires_grad=True),
-                torch.randn(size, device=device, dtype=dtype, requires_grad=True)
-                if both
-                else teachers_map(size, device, dtype),
-            )
-            for size, _, _, both in terms
-        )
+        return random_sides(terms, device, dtype)
 
     def step(*sides):
         if mode == "forward":
             with torch.no_grad():
                 return loss(sides, weights)
-        wanted = [side for pair in sides for side in pair if side.requires_grad]
-        return torch.autograd.grad(loss(sides, weights), wanted)
+        return gradients(loss, sides, weights)
 
     per_element = [2 if mode == "forward" else 4 if both else 3 for *_, both in terms]
     moved = sum(torch.Size(size).numel() * n for (size, *_), n in zip(terms, per_element, strict=True))

@@ -39,6 +39,7 @@ from kpu_fast.kernels import (
 from kpu_fast.kernels.launch import Tile, TokenTile
 
 BF16 = torch.bfloat16
+BATCH = 4  # of deform_attn, as in test_deform_attn.py
 REPLAYS, REPLAY_MS = 15, 1.0
 ALIGN = (  # pairs of test_align.py and a dtype
     ("gdino map 100x168x192", BF16),
@@ -141,19 +142,10 @@ def group_cases() -> Iterator[Case]:
     weights = [(cos_weight, l1_weight) for _, cos_weight, l1_weight, _ in terms]
 
     def make():
-        return tuple(
-            (
-                torch.randn(size, device="cuda", dtype=BF16, requires_grad=True),
-                torch.randn(size, device="cuda", dtype=BF16, requires_grad=True)
-                if both
-                else test_step_losses.teachers_map(size, "cuda", BF16),
-            )
-            for size, _, _, both in terms
-        )
+        return test_step_losses.random_sides(terms, "cuda", BF16)
 
     def step(*sides):
-        wanted = [side for pair in sides for side in pair if side.requires_grad]
-        return torch.autograd.grad(test_step_losses.ours(sides, weights), wanted)
+        return test_step_losses.gradients(test_step_losses.ours, sides, weights)
 
     counted = sum(torch.Size(size).numel() * (8 if both else 6) for size, _, _, both in terms)
     tiles = [launch.FINISH_TILE]
@@ -168,18 +160,11 @@ def group_cases() -> Iterator[Case]:
 
 def deform_cases() -> Iterator[Case]:
     channels = test_deform_attn.CHANNELS
-    for name, (query_maps, maps, heads) in test_deform_attn.ATTENTIONS.items():
-        queries, cells = (sum(h * w for h, w in some) for some in (query_maps, maps))
-        samples = (4, queries, heads, len(maps), test_deform_attn.POINTS)
+    for name, attention in test_deform_attn.ATTENTIONS.items():
+        maps = attention.maps
 
-        def make(samples=samples, cells=cells, heads=heads, queries=queries, query_maps=query_maps, maps=maps):
-            value = torch.randn(4, cells, heads, channels, device="cuda", dtype=BF16, requires_grad=True)
-            cell = 1 / torch.tensor([(w, h) for h, w in maps], device="cuda")[:, None]
-            places = test_deform_attn.centres(query_maps, "cuda")
-            locations = places + 2 * torch.randn(*samples, 2, device="cuda") * cell
-            weights = torch.randn(samples, device="cuda").flatten(3).softmax(-1).view(samples).to(BF16)
-            upstream = torch.randn(4, queries, heads * channels, device="cuda", dtype=BF16)
-            return value, locations.requires_grad_(), weights.requires_grad_(), upstream
+        def make(attention=attention):
+            return test_deform_attn.random_inputs(attention, BATCH, "cuda", BF16, grad=True)
 
         def forward(value, locations, weights, upstream, maps=maps):
             with torch.no_grad():
@@ -192,8 +177,7 @@ def deform_cases() -> Iterator[Case]:
         def fixed(*inputs, full=full):
             return full(*inputs, deterministic=True)
 
-        weight = torch.Size(samples).numel()
-        once = 4 * (cells + queries) * heads * channels * 2 + weight * (2 + 8)
+        once = test_deform_attn.counted_bytes(attention, BATCH, BF16.itemsize)
         for what, step, counted in (
             ("forward", forward, once),
             ("backward", full, 2 * once),
