@@ -6,6 +6,7 @@ import triton
 from torch import Tensor
 
 from .align_across_triton import align_across_kernel
+from .align_torch import common_grid
 from .align_triton import align_along_kernel, align_finish_kernel, align_scale_kernel
 from .launch import (
     ALIGN_TILE_ACROSS,
@@ -63,7 +64,7 @@ def _launch(
     flags |= {"HAS_MEAN": mean is not None, "HAS_STD": std is not None, "HAS_VALID": valid is not None}
     flags |= {"GRAD_S": grad_source.numel() > 0, "GRAD_T": grad_target.numel() > 0, "BY_MAP": by_map}
     flags |= {"HAS_SHARE": share.numel() > 0}
-    grid = (target if resize == "source" else source).shape[:3]
+    grid = common_grid(source, target, resize)
     made = grad_source, grad_target
     across = tokens_adjacent(source) and tokens_adjacent(target)
     across &= resize == "none" and _evenly_spaced(source, target, *made)

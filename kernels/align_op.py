@@ -21,9 +21,9 @@ def _run_forward(
     """(loss, share, stats, gradient to source, gradient to target); what is not kept is an empty tensor."""
     loss, stats, grad_source, grad_target = _allocate(source, target, resize, cos_over, reduction, need_s, need_t)
     by_map = cos_over == "map"
-    grid = _grid(source, target, resize)
+    grid = align_torch.common_grid(source, target, resize)
     weights = align_torch.final_weights(cos_weight, l1_weight, grid, valid is not None, by_map, reduction)
-    share = align_torch.shares(valid, loss.dtype, loss, by_map, reduction)
+    share = align_torch.shares(valid, loss, by_map, reduction)
     sums = loss.new_empty((3, *grid)) if by_map else stats
     if triton:
         from .align_launch import launch_forward as run
@@ -40,10 +40,8 @@ def _run_forward(
         cos_share = share[0] * cos_weight if share.numel() else weights[0]
         sample = cos_share * (1 - align_torch.cosine(*stats.flatten(1))) + rows.sum((1, 2))
         loss = sample.sum() if reduction == "mean" else sample
-    elif rows is loss:
-        pass
     elif reduction == "mean":
-        loss = rows.sum()
+        loss = loss if rows is loss else rows.sum()
     else:
         loss = rows.sum((1, 2)) if reduction == "sample" else rows
     return loss, share, stats, grad_source, grad_target
@@ -68,14 +66,9 @@ def _(
     return loss, share, stats, grad_s, grad_t
 
 
-def _grid(source, target, resize) -> tuple[int, int, int]:
-    """(B, H, W) of the common grid."""
-    return (target if resize == "source" else source).shape[:3]
-
-
 def _allocate(source, target, resize, cos_over, reduction, need_source, need_target):
     """Uninitialised (loss, stats, gradient to source, to target) of one call; empty where not kept."""
-    grid = _grid(source, target, resize)
+    grid = align_torch.common_grid(source, target, resize)
     shape = {"mean": (), "sample": grid[:1], "token": grid}[reduction]
     loss = source.new_empty(shape, dtype=align_torch.compute_dtype(source, target))
     early = gradient_in_forward(source, target, cos_over, reduction)
@@ -110,7 +103,7 @@ def _run_recompute(
 ):
     """Gradients from the kept sums; upstream is (), (B,) or (B, H, W)."""
     grads = _allocate_gradients(source, target, resize, need_s, need_t)
-    grid = _grid(source, target, resize)
+    grid = align_torch.common_grid(source, target, resize)
     by_map, reduction = stats.shape[2:] != grid[1:], {0: "mean", 1: "sample", 3: "token"}[upstream.dim()]
     weights = align_torch.final_weights(cos_w, l1_w, grid, valid is not None, by_map, reduction)
     per_token = (upstream[:, None, None] if upstream.dim() == 1 else upstream).expand(grid)

@@ -19,6 +19,11 @@ def compute_dtype(source: Tensor, target: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(source.dtype, target.dtype), torch.float32)
 
 
+def common_grid(source: Tensor, target: Tensor, resize: str) -> torch.Size:
+    """(B, H, W) of the grid on which the two are compared."""
+    return (target if resize == "source" else source).shape[:3]
+
+
 def final_weights(cos_weight: float, l1_weight: float, grid, masked: bool, by_map: bool, reduction: str):
     """The two weights times what one cosine, and one token's smooth-L1, weigh in the result where all weigh the same.
 
@@ -32,14 +37,14 @@ def final_weights(cos_weight: float, l1_weight: float, grid, masked: bool, by_ma
     return cos_weight / (samples if by_map else tokens), l1_weight / tokens
 
 
-def shares(valid: Tensor | None, dtype: torch.dtype, like: Tensor, by_map: bool, reduction: str) -> Tensor:
+def shares(valid: Tensor | None, like: Tensor, by_map: bool, reduction: str) -> Tensor:
     """(2, B): what one cosine, and one token's smooth-L1, of sample b weigh in the result. Never syncs.
 
-    Empty where every sample weighs the same (`final_weights`). like: a tensor on the device.
+    Empty where every sample weighs the same (`final_weights`). like: a tensor of the device and dtype.
     """
     if valid is None or reduction == "token":
-        return like.new_empty(0, dtype=dtype)
-    share = like.new_empty((2, len(valid)), dtype=dtype)
+        return like.new_empty(0)
+    share = like.new_empty((2, len(valid)))
     count = valid.flatten(1).sum(1).to(share.dtype)  # (B,)
     if not by_map:
         return share.copy_((count.sum() if reduction == "mean" else count).clamp(min=1).reciprocal())
@@ -104,7 +109,7 @@ def _blocks(
 
     The three are (tokens, C), dense, in the dtype that is computed in; padding is 0, scratch is anything.
     """
-    batch, height, width, channels = (target if resize == "source" else source).shape
+    (batch, height, width), channels = common_grid(source, target, resize), source.shape[3]
     compute = compute_dtype(source, target)
     block = BLOCK if source.device.type == "cpu" else source.numel() + target.numel()
     samples = min(batch, max(1, block // (height * width * channels)))
