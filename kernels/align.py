@@ -31,6 +31,7 @@ from .launch import (
     check_tensor,
     choose_impl,
     is_transformed,
+    same_grid,
 )
 from .resize import resize_bilinear_reference
 
@@ -146,7 +147,7 @@ def align_loss(
             cos_over=cos_over, valid=valid, reduction=reduction,
         )  # fmt: skip
         return loss.reshape(shape) if reduction == "token" else loss
-    moved = "none" if resize is None or source.shape[1:3] == target.shape[1:3] else resize
+    moved = "none" if resize is None or same_grid(source.shape[1:3], target.shape[1:3]) else resize
     recording = torch.is_grad_enabled()
     loss = align(
         source, target, target_mean, target_std, valid, float(cos_weight), float(l1_weight), float(beta),
@@ -189,7 +190,7 @@ class AlignLoss(nn.Module):
 
 def takes_triton(impl: str, source: Tensor, target: Tensor, resized: bool = False) -> bool:
     """Whether `align_loss` runs these sides in its kernels; raises where "triton" was asked for and cannot."""
-    fits = not resized or max(*source.shape[1:3], *target.shape[1:3]) <= MAX_SIDE
+    fits = not resized or all(side <= MAX_SIDE for x in (source, target) for side in x.shape[1:3])
     fits &= all(x.shape[-1] <= MAX_CHANNELS and math.prod(x.shape[:-1]) <= MAX_TOKENS for x in (source, target))
     return choose_impl(impl, source, target, supported=fits) == "triton"
 
@@ -199,7 +200,7 @@ def check_options(weights, resize, cos_over, reduction, impl) -> None:
     for name, found in zip(("cos_weight", "l1_weight", "beta"), weights, strict=True):
         if isinstance(found, Tensor):  # reading it would wait for the GPU and lose its gradient
             raise TypeError(f"{name}: expected a number, found a tensor; multiply the loss by it instead")
-        if not hasattr(found, "__float__"):
+        if not isinstance(found, int | float | torch.SymInt | torch.SymFloat) and not hasattr(found, "__float__"):
             raise TypeError(f"{name}: expected a number, found {found!r}")
     for name, found, allowed in (
         ("impl", impl, IMPLS),
@@ -229,7 +230,7 @@ def check_tensors(source, target, resize, mean, std, valid) -> None:
         raise ValueError(f"source, target: expected equal rank and batch, found {both}")
     if source.shape[-1] != target.shape[-1]:
         raise ValueError(f"source, target: expected equal channels (last dimension), found {both}; project one")
-    if source.shape != target.shape and (resize is None or source.dim() != 4):
+    if (resize is None or source.dim() != 4) and source.shape != target.shape:
         fix = "only (B, H, W, C) maps can be resized"
         if source.dim() == 4:
             fix = 'align_loss with resize="source" or "target" brings one to the grid of the other'
@@ -250,6 +251,7 @@ def check_tensors(source, target, resize, mean, std, valid) -> None:
             raise ValueError(f"{name}: expected the device of source, {source.device}, found {x.device}; move it first")
         if name == "valid" and x.dtype != torch.bool:
             raise TypeError(f"valid: expected torch.bool, True where a token counts, found {x.dtype}")
-        if name.startswith("target_") and (not x.is_floating_point() or x.requires_grad):
-            found = f"{x.dtype}, requires_grad={x.requires_grad}"
-            raise TypeError(f"{name}: expected a floating-point constant without gradient, found {found}; detach it")
+        if name.startswith("target_"):
+            check_float(name, x)
+            if x.requires_grad:
+                raise TypeError(f"{name}: expected a constant, found requires_grad=True; detach it")

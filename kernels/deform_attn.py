@@ -200,6 +200,8 @@ def deform_attn(
     )
     if chosen == "torch" or is_transformed():
         _refuse_grid_sample_backward(value, deterministic)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            value = keepable(value)
         return deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()

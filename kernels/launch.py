@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -178,6 +178,11 @@ def is_plain(*tensors: Tensor) -> bool:
 def keepable(x: Tensor | None) -> Tensor | None:
     """x, or a copy of what was made under torch.inference_mode(): autograd keeps no such tensor."""
     return x.clone() if x is not None and x.is_inference() else x
+
+
+def same_grid(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two (H, W) are equal; False in `torch.export`, where asking would fix sides that are to stay open."""
+    return not torch.compiler.is_exporting() and tuple(one) == tuple(other)
 
 
 def is_transformed() -> bool:

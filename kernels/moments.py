@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, distributed
 
-from .launch import MAX_TOKENS, NAMESPACE, check_float, choose_impl
+from .launch import MAX_TOKENS, NAMESPACE, check_float, check_tensor, choose_impl
 
 # Numbers at once in the torch path. Of 2¹⁶…2²¹ within 20 % of the fastest for (32, 14, 14, 768), channels last and
 # first, and (4, 100, 168, 192), float32, on 1 thread of a shared x86 server, November 2026.
@@ -152,10 +152,11 @@ def moments(x: Tensor, *, valid: Tensor | None = None, impl: str = "auto") -> Mo
     than four dimensions whose strides do not join is copied.
     Raises ValueError for shapes and devices that do not fit, TypeError for dtypes.
     """
+    check_float("x", x)
     if x.dim() < 2 or 0 in x.shape:
         raise ValueError(f"x: expected (…, C) with at least one token and one channel, found shape {tuple(x.shape)}")
-    check_float("x", x)
     if valid is not None:
+        check_tensor("valid", valid)
         if valid.shape != x.shape[:-1]:
             raise ValueError(f"valid: expected shape {tuple(x.shape[:-1])}, found {tuple(valid.shape)}")
         if valid.dtype != torch.bool:

@@ -20,6 +20,7 @@ from .launch import (
     choose_impl,
     is_differentiated,
     is_transformed,
+    same_grid,
 )
 
 LAYOUTS = ("NHWC", "NCHW")
@@ -66,11 +67,11 @@ def resize_bilinear(
     if antialias and align_corners:
         raise ValueError("antialias, align_corners: expected at most one of them to be True, found both")
     nhwc = x if layout == "NHWC" else x.permute(0, 2, 3, 1)
-    tokens = x.shape[0] * max(height * width, nhwc.shape[1] * nhwc.shape[2])
-    fits = max(height, width, *nhwc.shape[1:3]) <= MAX_SIDE and tokens <= MAX_TOKENS
+    grids = (height, width), nhwc.shape[1:3]
+    fits = all(h <= MAX_SIDE and w <= MAX_SIDE and x.shape[0] * h * w <= MAX_TOKENS for h, w in grids)
     fits &= nhwc.shape[3] <= MAX_RESIZE_CHANNELS
     chosen = "torch" if is_transformed() else choose_impl(impl, x, supported=fits)
-    if (height, width) == tuple(nhwc.shape[1:3]):
+    if same_grid(*grids):
         return x
     if antialias:
         out = _resize_antialias(nhwc, height, width)
@@ -116,7 +117,7 @@ def _resize_antialias(x: Tensor, height: int, width: int) -> Tensor:
 def _triangle_weights(n_in: int, n_out: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(n_out, n_in) rows of the triangle filter that PyTorch and Pillow use; every row sums to 1."""
     scale = n_in / n_out
-    support = max(scale, 1.0)
+    support = torch.sym_max(scale, 1.0)
     center = scale * (torch.arange(n_out, device=device, dtype=dtype)[:, None] + 0.5)
     pixel = torch.arange(n_in, device=device, dtype=dtype)[None, :] + 0.5
     weights = (1 - (pixel - center).abs() / support).clamp(min=0)

@@ -586,6 +586,35 @@ def test_export_keeps_the_batch_symbolic(options, masked):
     torch.testing.assert_close(exported(*four), Loss()(*four))
 
 
+@pytest.mark.parametrize("resize", ["source", "target"])
+def test_export_keeps_the_grids_symbolic(resize):
+    class Loss(torch.nn.Module):
+        def forward(self, source, target):
+            return [loss(source, target, resize=resize) for loss in (align_loss, align_loss_reference)]
+
+    free = torch.export.Dim.DYNAMIC
+    sizes = ({1: free, 2: free}, {1: free, 2: free})
+    exported = torch.export.export(Loss(), (torch.rand(2, 9, 7, 8), torch.rand(2, 5, 6, 8)), dynamic_shapes=sizes)
+    for grids in (((9, 7), (5, 6)), ((4, 11), (8, 3)), ((5, 6), (5, 6))):
+        source, target = (torch.rand(2, *grid, 8) for grid in grids)
+        torch.testing.assert_close(exported.module()(source, target), Loss()(source, target))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_losses_of_other_weights(dynamic):
+    """The second weights make symbols of the numbers."""
+    torch.compiler.reset()
+    source, target = torch.rand(2, 5, 8, requires_grad=True), torch.rand(2, 5, 8)
+    for weights in ({}, {"cos_weight": 0.5, "l1_weight": 0.5}, {"cos_weight": 1, "beta": 0.25}, {"beta": 0}):
+        loss = AlignLoss(**weights)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        found, expected = (
+            (value, *torch.autograd.grad(value, source))
+            for value in (form(source, target) for form in (compiled, loss))
+        )
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("options", LOSSES, ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_compiled_loss_takes_new_shapes_without_compiling_anew(options, masked):
@@ -717,7 +746,8 @@ def test_any_shape_stride_and_dtype(grids, channels, batch, dtypes, layouts, res
         ({"valid": torch.ones(2, 3, 5, dtype=torch.bool)}, ValueError, r"valid: expected shape \(2, 3, 4\)"),
         ({"valid": torch.ones(2, 3, 4)}, TypeError, "valid: expected torch.bool"),
         ({"target_mean": torch.zeros(5)}, ValueError, r"target_mean: expected shape \(6,\)"),
-        ({"target_std": torch.ones(6).requires_grad_()}, TypeError, "target_std: .* without gradient"),
+        ({"target_std": torch.ones(6).requires_grad_()}, TypeError, "target_std: expected a constant.* detach it"),
+        ({"target_std": torch.ones(6, dtype=torch.int64)}, TypeError, "target_std: expected a floating-point dtype"),
         ({"resize": "both"}, ValueError, "resize: expected one of"),
         ({"cos_over": "image"}, ValueError, "cos_over: expected one of"),
         ({"reduction": "sum"}, ValueError, "reduction: expected one of"),

@@ -180,15 +180,15 @@ def test_only_the_gradients_that_are_asked_for(wanted, impl, device):
 
 
 @pytest.mark.parametrize("learned", [0, 1, 2])
-def test_inputs_made_under_inference_mode(learned, device):
-    pytest.importorskip("triton", reason="triton is not installed")
-    inputs = [x.detach() for x in make(ODD, d=8, dtype=torch.float32, device=device)]
+@pytest.mark.parametrize("b", [1, 2])  # of one image, grid_sample reads the maps where they are
+def test_inputs_made_under_inference_mode(learned, b, impl, device):
+    inputs = [x.detach() for x in make(ODD, b=b, d=8, dtype=torch.float32, device=device)]
     wanted = inputs[learned].requires_grad_()
     with torch.inference_mode():
         inferred = [x if x is wanted else x.clone() for x in inputs]
         shapes = torch.tensor(ODD, device=device)
     found, expected = (
-        torch.autograd.grad(deform_attn(x[0], shapes, *x[1:], impl="triton").sum(), wanted)[0]
+        torch.autograd.grad(deform_attn(x[0], shapes, *x[1:], impl=impl).sum(), wanted)[0]
         for x in (inferred, inputs)
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=0 if device == "cpu" else 1e-6)  # float atomics

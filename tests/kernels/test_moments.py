@@ -290,6 +290,8 @@ def test_any_shape_in_any_order(shape, channels, order, dtype, masked, triton):
         ({"valid": torch.ones(4, 5, dtype=torch.bool)}, ValueError, "valid: expected shape (4,), found (4, 5)"),
         ({"valid": torch.ones(4)}, TypeError, "valid: expected torch.bool"),
         ({"valid": torch.ones(4, dtype=torch.bool, device="meta")}, ValueError, "valid: expected the device of x"),
+        ({"x": [[1.0]]}, TypeError, "x: expected a tensor, found list"),
+        ({"valid": [True]}, TypeError, "valid: expected a tensor, found list"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of"),
     ],
 )

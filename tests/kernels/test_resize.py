@@ -301,6 +301,19 @@ def test_sizes_stay_symbolic():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("antialias", [False, True])
+def test_export_keeps_the_sides_symbolic(antialias):
+    class Resize(torch.nn.Module):
+        def forward(self, x):
+            return resize_bilinear(x, (8, 8), antialias=antialias)
+
+    free = torch.export.Dim.DYNAMIC
+    exported = torch.export.export(Resize(), (torch.rand(2, 12, 10, 4),), dynamic_shapes=({1: free, 2: free},))
+    for grid in ((12, 10), (5, 20), (8, 8)):
+        x = torch.rand(2, *grid, 4)
+        torch.testing.assert_close(exported.module()(x), Resize()(x))
+
+
 def test_a_derivative_of_the_backward_is_refused(device):
     pytest.importorskip("triton", reason="triton is not installed")
     x = torch.randn(1, 4, 4, 8, device=device, requires_grad=True)
