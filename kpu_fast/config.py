@@ -22,6 +22,17 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Multiple32 = Annotated[int, Field(ge=32, multiple_of=32)]
 
+# What a `deepspeed` block is made of: DeepSpeed passes over a key it does not know, so one that is nearly one of these
+# would do nothing. Others go through, as a newer DeepSpeed may know more.
+_DEEPSPEED_KEYS = (
+    "activation_checkpointing", "aio", "bf16", "checkpoint", "comms_logger", "communication_data_type", "compile",
+    "csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last", "disable_allgather", "dump_state",
+    "flops_profiler", "fp16", "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor",
+    "memory_breakdown", "optimizer", "prescale_gradients", "scheduler", "steps_per_print", "tensorboard", "timers",
+    "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb",
+    "zero_allow_untested_optimizer", "zero_optimization",
+)  # fmt: skip
+
 
 class ConfigError(ValueError):
     """A config that cannot be used. The message has one line per mistake."""
@@ -54,10 +65,12 @@ class DataConfig(_Strict):
     hw_decoder_load: Fraction = 0.65  # share of JPEGs for the GPU's hardware decoder
 
     @model_validator(mode="after")
-    def _scale_is_a_range(self) -> DataConfig:
+    def _scale_fits(self) -> DataConfig:
         low, high = self.crop_scale
         if not 0.0 < low <= high:
             raise _impossible(f"crop_scale: found [{low}, {high}]; expected 0 < low <= high <= 1")
+        if self.fit == "pad" and _changed(self, "crop_scale"):
+            raise _impossible('crop_scale: belongs to fit "crop"; found "pad"')
         return self
 
 
@@ -67,7 +80,7 @@ class TeacherConfig(_Strict):
     kind: Literal["clip", "grounding_dino", "dinov2", "backbone"]
     weights: str = Field(min_length=1)  # hub id, local folder, or "random"
     arch: dict[str, Any] = {}  # keyword arguments of the transformers config; only with weights "random"
-    levels: list[int] | None = None  # kind "backbone": which feature levels
+    levels: Annotated[list[int], Field(min_length=1)] | None = None  # kind "backbone": which feature levels
     data: DataConfig
 
     @model_validator(mode="after")
@@ -168,11 +181,13 @@ class ObjectiveConfig(_Strict):
         return self
 
     @model_validator(mode="after")
-    def _rec_needs_t2s(self) -> ObjectiveConfig:
+    def _rec_fits(self) -> ObjectiveConfig:
         if self.rec and not self.t2s:
             raise _impossible(
                 "rec: reconstruction starts from the common space; set objective.t2s to true or rec to false"
             )
+        if not self.rec and _changed(self, "rec_weight"):
+            raise _impossible("rec_weight: belongs to rec true; found false")
         return self
 
 
@@ -231,6 +246,12 @@ class Config(_Strict):
                 f'objective.balance: found "{self.objective.balance}" with one teacher; a balance needs two, '
                 'set it to "equal"'
             )
+        kinds = {teacher.kind for teacher in self.teachers.values()}
+        if not (self.objective.cos_weight or self.objective.l1_weight or kinds & {"clip", "dinov2"}):
+            raise _impossible(
+                "objective.cos_weight: found 0 for cos_weight and l1_weight, but no teacher has an x "
+                f"(kind {' and '.join(map(json.dumps, sorted(kinds)))}), which trains nothing; set one above 0"
+            )
         _check_deepspeed(self)
         return self
 
@@ -252,13 +273,21 @@ class Config(_Strict):
         # ZeRO 1 and 2 would look at every gradient for NaN, and wait; the monitor looks at their norm, if there is one.
         normed = self.deepspeed.get("zero_optimization", {}).get("compute_grad_norm", True)
         half = {"enabled": self.precision == "bf16", "check_grad_overflow": not normed}
+        # ZeRO 1 with data_types.grad_accum_dtype fp32 would empty the gradients before each forward's part of the one
+        # backward, so that only the first teacher's count.
+        half["immediate_grad_update"] = True
         return ours | self.deepspeed | {"bf16": half | self.deepspeed.get("bf16", {})}
 
 
 def _check_deepspeed(cfg: Config) -> None:
     """The block goes through untouched, so what would silently fight the rest of the config is an error here."""
     block = cfg.deepspeed
-    for key, instead in (("optimizer", "optimizer"), ("scheduler", "optimizer.warmup_steps and min_lr")):
+    for key in block:
+        close = difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1, cutoff=0.85)
+        if close and key not in _DEEPSPEED_KEYS:
+            raise _impossible(f"deepspeed.{key}: unknown key; did you mean {close[0]!r}?")
+    managed = {"optimizer": "optimizer", "scheduler": "optimizer.warmup_steps and min_lr", "bfloat16": "precision"}
+    for key, instead in managed.items():
         if key in block:
             raise _impossible(f"deepspeed.{key}: set it through {instead}")
     if block.get("gradient_accumulation_steps", 1) != 1:
@@ -282,6 +311,11 @@ def _check_deepspeed(cfg: Config) -> None:
             raise _impossible(f'deepspeed.{key}: not supported; set precision to "bf16" or "fp32"')
     if "bf16" in block and _enabled(block, "bf16") != (cfg.precision == "bf16"):
         raise _impossible(f'deepspeed.bf16: found {block["bf16"]}, which contradicts precision = "{cfg.precision}"')
+    if block.get("bf16", {}).get("immediate_grad_update") is False:
+        raise _impossible(
+            "deepspeed.bf16.immediate_grad_update: found false, with which DeepSpeed's BF16_Optimizer keeps the "
+            "gradient of one of several forwards; leave it out"
+        )
     if "gradient_clipping" in block and (block["gradient_clipping"] or None) != cfg.optimizer.clip_grad_norm:
         found = block["gradient_clipping"]
         raise _impossible(
@@ -303,7 +337,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read, merge, override and validate a config file.
 
     path: a JSON file; its optional top-level `extends` names another file, relative to it, that it is merged over.
-    overrides: `path.to.key=value` strings; the value is JSON, or else a string; `*` stands for every key of an object.
+    overrides: `path.to.key=value` strings; the value is JSON, or else a string; `*` stands for every key of an object
+        that is not null there.
     Raises ConfigError with one line per mistake.
     """
     tree = _read_tree(Path(path), seen=())
@@ -382,16 +417,20 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not targets or not all(isinstance(target, dict) for target in targets):
             raise ConfigError(f"--set {override}: {'.'.join(keys[: i + 1])} is not an object with keys below it")
     for target in targets:
-        for key in list(target) if keys[-1] == "*" else [keys[-1]]:
+        for key in _keys(target) if keys[-1] == "*" else [keys[-1]]:
             target[key] = value
 
 
 def _children(target: dict[str, Any], key: str) -> list[Any]:
     if key == "*":
-        return list(target.values())
+        return [target[key] for key in _keys(target)]
     if target.get(key) is None:
         target[key] = {}
     return [target[key]]
+
+
+def _keys(target: dict[str, Any]) -> list[str]:
+    return [key for key, value in target.items() if value is not None]  # a teacher that is left out stays left out
 
 
 def _explain(error: ValidationError, tree: dict[str, Any]) -> list[str]:

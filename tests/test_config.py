@@ -75,6 +75,17 @@ def test_overrides_reach_nested_keys_and_wildcards():
     assert cfg.deepspeed_config()["train_micro_batch_size_per_gpu"] == 9
 
 
+def test_a_wildcard_passes_over_what_is_left_out():
+    for name, left in (("clip_only", "clip"), ("gdino_only", "gdino")):
+        cfg = load_config(ROOT / "configs" / f"{name}.json", ["teachers.*.data.batch_size=8"])
+        assert {key: teacher.data.batch_size for key, teacher in cfg.teachers.items()} == {left: 8}
+    cfg = load_config(ROOT / "configs" / "random.json", ["teachers.clip=null", "teachers.*.data.threads=1"])
+    assert {key: teacher.data.threads for key, teacher in cfg.teachers.items()} == {"gdino": 1, "dinov2": 1}
+    with pytest.raises(ConfigError, match=r"teachers\.clip: found 7") as caught:
+        load_config(ROOT / "configs" / "clip_only.json", ["teachers.*=7"])
+    assert "gdino" not in str(caught.value)
+
+
 def test_a_teacher_set_to_null_is_left_out():
     cfg = load_config(ROOT / "configs" / "random.json", ["teachers.dinov2=null", "teachers.gdino=null"])
     assert list(cfg.teachers) == ["clip"]
@@ -102,6 +113,8 @@ def test_deepspeed_block_goes_through_untouched():
         "zero_optimization": {"stage": 3, "overlap_comm": False},
         "wall_clock_breakdown": True,
         "steps_per_print": 7,
+        "seq_parallel_communication_data_type": "fp32",  # no slip of the pen for communication_data_type
+        "key_of_a_later_deepspeed": {},
     }
     cfg = load_config(ROOT / "configs" / "random.json", [f"deepspeed={json.dumps(block)}"])
     assert block.items() <= cfg.deepspeed_config().items()
@@ -133,7 +146,9 @@ MISTAKES = [
         "teachers.clip.data.source: found 7 (an integer); it should be a valid string or a valid array",
     ),
     ("teachers.clip.data.crop_scale=[0.9,0.1]", "teachers.clip.data.crop_scale: found [0.9, 0.1]"),
+    ("teachers.gdino.data.crop_scale=[0.5,1]", 'teachers.gdino.data.crop_scale: belongs to fit "crop"; found "pad"'),
     ("teachers.clip.levels=[1]", 'teachers.clip.levels: found [1] with kind "clip"'),
+    ("teachers.clip.levels=[]", "teachers.clip.levels: found [] (a list); list should have at least 1 item"),
     ("teachers.clip.weights=openai/clip", 'teachers.clip.arch: found with weights "openai/clip"'),
     ("teachers.clip.kind=backbone", 'teachers.clip.levels: found None with kind "backbone"'),
     ("student.adapter=null", "student.freeze_vit: true without an adapter"),
@@ -153,6 +168,9 @@ MISTAKES = [
     ("deepspeed.amp.enabled=true", "deepspeed.amp: not supported; set precision"),
     ("deepspeed.bf16.enabled=true", "deepspeed.bf16: found {'enabled': True}, which contradicts"),
     ("deepspeed.fp16.enabled=true", "deepspeed.fp16: not supported"),
+    ("deepspeed.bfloat16.enabled=false", "deepspeed.bfloat16: set it through precision"),
+    ("deepspeed.zero_optimizaton.stage=2", "zero_optimizaton: unknown key; did you mean 'zero_optimization'?"),
+    ("deepspeed.train_batchsize=8", "deepspeed.train_batchsize: unknown key; did you mean 'train_batch_size'?"),
     ("deepspeed.bf16=true", "deepspeed.bf16: found True; expected an object"),
     ("deepspeed.gradient_accumulation_steps=2", "deepspeed.gradient_accumulation_steps: found 2"),
     ("deepspeed.gradient_clipping=5", "deepspeed.gradient_clipping: found 5"),
@@ -175,6 +193,26 @@ def test_an_objective_without_any_loss_is_refused():
         load_config(ROOT / "configs" / "random.json", [weight for weight in weights if weight != left_out])
     with pytest.raises(ConfigError, match=r"objective\.x_weight: found 0 for x_weight, cos_weight and l1_weight"):
         load_config(ROOT / "configs" / "random.json", weights)
+
+
+def test_an_objective_of_x_alone_needs_a_teacher_with_an_x():
+    x_alone, random = ["objective.cos_weight=0", "objective.l1_weight=0"], ROOT / "configs" / "random.json"
+    for left_out in ("teachers.clip=null", "teachers.dinov2=null"):
+        load_config(random, [*x_alone, left_out])
+    gdino = ["teachers.clip=null", "teachers.dinov2=null"]
+    load_config(random, [*gdino, x_alone[0]])
+    message = r"objective\.cos_weight: found 0 for cos_weight and l1_weight, but no teacher has an x \(kind "
+    with pytest.raises(ConfigError, match=message + r'"grounding_dino"\)'):
+        load_config(random, [*gdino, *x_alone])
+    swin = ["teachers.clip=null", "teachers.dinov2.kind=backbone", "teachers.dinov2.levels=[1]"]
+    with pytest.raises(ConfigError, match=message + r'"backbone" and "grounding_dino"\)'):
+        load_config(random, [*swin, "teachers.dinov2.arch.model_type=swin", *x_alone])
+
+
+def test_the_weight_of_a_reconstruction_that_is_off_is_refused():
+    load_config(ROOT / "configs" / "random.json", ["objective.rec_weight=0.5"])
+    with pytest.raises(ConfigError, match=r"objective\.rec_weight: belongs to rec true; found false"):
+        load_config(ROOT / "configs" / "random.json", ["objective.rec_weight=0.5", "objective.rec=false"])
 
 
 def test_precision_may_be_repeated_to_deepspeed():

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,13 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of one run; keeps the newest `keep`. All ranks save and load together."""
+    """The checkpoints of one run; keeps the newest `keep`. All ranks save and load together.
 
-    def __init__(self, folder: Path, keep: int, world: World):
-        self.folder, self.keep, self.world = folder, keep, world
+    constants: settings by name, as JSON has them, that a run may go on only with as they were.
+    """
+
+    def __init__(self, folder: Path, keep: int, world: World, constants: Mapping[str, Any] | None = None):
+        self.folder, self.keep, self.world, self.constants = folder, keep, world, dict(constants or {})
 
     def save(self, engine, step: int, rank_state: dict[str, Any]) -> None:
         """Write the state after `step`. Raises CheckpointError on all ranks; older checkpoints stay as they were."""
@@ -44,34 +47,37 @@ class Checkpoints:
             with _collected(problems):
                 torch.save(rank_state, partial / f"rank-{self.world.rank}.pt")
             self._agree(problems[0] if problems else None, step)
-            stage = engine.zero_optimization_stage()
-            self._agree(self._on_rank0(lambda: self._publish(partial, final, step, stage)), step)
+            meta = {"step": step, **self._constants(engine), "torch": torch.__version__}
+            self._agree(self._on_rank0(lambda: self._publish(partial, final, meta)), step)
         except CheckpointError:
             if self.world.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def load(self, engine, folder: Path) -> dict[str, Any]:
-        """Load a checkpoint into the engine; returns this rank's state, with "step". Raises CheckpointError."""
+    def load(self, engine, folder: Path, changed: Sequence[str] = ()) -> dict[str, Any]:
+        """Load a checkpoint into the engine; returns this rank's state, with "step". Raises CheckpointError.
+
+        changed: settings that the run had otherwise, named where the checkpoint does not fit.
+        """
         meta = _read_meta(folder)
-        here = {"world_size": self.world.size, "zero_stage": engine.zero_optimization_stage()}
-        for key, value in here.items():
-            if meta[key] != value:
-                raise CheckpointError(
-                    f"{folder}: written with {key} = {meta[key]}, this run has {value}; go on with the same number of "
-                    "ranks and the same ZeRO stage"
-                )
-        state = self._read_rank_state(folder)
+        for key, value in self._constants(engine).items():
+            before = meta.get(key, value)
+            if before != value:
+                raise CheckpointError(f"{folder}: written with {key} = {before}, this run has {value}; set it back")
+        state = self._read_rank_state(folder, changed)
         problem = None
         try:
             loaded, _ = engine.load_checkpoint(str(folder), tag=STATE)
             problem = None if loaded else "DeepSpeed found no state in it"
         except Exception as error:  # shapes, keys, unpickling: whatever damage or another model can lead to
             problem = _in_one_line(error)
-        self._agree_on_load(problem, folder)
+        self._agree_on_load(problem, folder, changed)
         return state | {"step": meta["step"]}
 
-    def _read_rank_state(self, folder: Path) -> dict[str, Any]:
+    def _constants(self, engine) -> dict[str, Any]:
+        return {"world_size": self.world.size, "zero_stage": engine.zero_optimization_stage(), **self.constants}
+
+    def _read_rank_state(self, folder: Path, changed: Sequence[str] = ()) -> dict[str, Any]:
         """This rank's own file, once every file is seen to be whole: DeepSpeed's loading needs all ranks to the end."""
         problem = state = None
         cut = [file.name for file in sorted((folder / STATE).glob("*.pt")) if not zipfile.is_zipfile(file)]
@@ -80,14 +86,15 @@ class Checkpoints:
             state = torch.load(folder / f"rank-{self.world.rank}.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling can raise anything
             problem = _in_one_line(error)
-        self._agree_on_load(problem, folder)
+        self._agree_on_load(problem, folder, changed)
         return state
 
-    def _agree_on_load(self, problem: str | None, folder: Path) -> None:
+    def _agree_on_load(self, problem: str | None, folder: Path, changed: Sequence[str]) -> None:
         problem = first_problem(self.world, problem)
         if problem is not None:
             older = [path.name for path in _whole(folder.parent) if path.name < folder.name]
             hint = f"; an older one is {older[-1]}" if older else ""
+            hint = f"; its run had another {', '.join(changed[:3])}" if changed else hint
             raise shared(CheckpointError(f"{folder}: does not fit this config or is damaged ({problem}){hint}"))
 
     def discard_partial(self) -> None:
@@ -99,8 +106,7 @@ class Checkpoints:
         """The newest whole checkpoint, or None."""
         return newest_checkpoint(self.folder)
 
-    def _publish(self, partial: Path, final: Path, step: int, zero_stage: int) -> None:
-        meta = {"step": step, "world_size": self.world.size, "zero_stage": zero_stage, "torch": torch.__version__}
+    def _publish(self, partial: Path, final: Path, meta: Mapping[str, Any]) -> None:
         (partial / META).write_text(json.dumps(meta), encoding="utf-8")
         for path in (*partial.rglob("*"), partial):
             _flush_to_disk(path)
@@ -187,7 +193,7 @@ def _in_one_line(error: Exception) -> str:
 def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        return {key: meta[key] for key in ("step", "world_size", "zero_stage")}
+        return meta | {key: meta[key] for key in ("step", "world_size", "zero_stage")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: {META} cannot be used ({type(error).__name__}: {error})") from error
 

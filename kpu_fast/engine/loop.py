@@ -56,7 +56,8 @@ def train(cfg: Config, resume: str | None = None) -> None:
     """
     world = init_distributed()
     folder = Path(os.path.expanduser(cfg.output)) / cfg.name  # Path.expanduser raises where a user has no home
-    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, world)
+    constants = {"precision": cfg.precision, "seed": cfg.seed, "teachers": list(cfg.teachers)}
+    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, world, constants)
     with _together(world):
         lock = claim_run_folder(folder) if world.rank == 0 else None
         checkpoint = resolve_resume(resume, checkpoints.folder) if world.rank == 0 else None
@@ -122,6 +123,8 @@ def build(cfg: Config, world: World, indexes: dict[str, Index] | None = None) ->
     quicken(engine)
     if engine.zero_optimization_stage() == 0:
         optimizer.state.clear()
+        for group in optimizer.param_groups:  # where apex counts
+            group.pop("step", None)
     return Parts(indexes, teachers, engine, build_balance(cfg.objective.balance, len(teachers), world.device))
 
 
@@ -170,11 +173,9 @@ def _resume(cfg: Config, world: World, parts: Parts, checkpoints: Checkpoints, c
     """Load a checkpoint; the config's settings hold, also where the checkpoint was written with others."""
     engine = parts.engine
     try:
-        state = checkpoints.load(engine, checkpoint)
+        state = checkpoints.load(engine, checkpoint, changed_settings(checkpoint.parents[1], cfg))
     except CheckpointError as error:
-        changed = changed_settings(checkpoint.parents[1], cfg)
-        hint = f"; its run had another {', '.join(changed[:3])}" if changed else ""
-        raise shared(RunError(f"{error}{hint}")) from error
+        raise shared(RunError(str(error))) from error
     if state["step"] > cfg.steps:
         raise shared(RunError(f"steps: found {cfg.steps}, but {checkpoint} is already at step {state['step']}"))
     restore_settings(cfg.optimizer, engine.lr_scheduler)

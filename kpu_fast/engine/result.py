@@ -95,7 +95,7 @@ features = student.project(features, "{next(iter(cfg.teachers))}")  # in that te
 
 or, beside kpu_fast, `transformers.AutoModel.from_pretrained("path/to/this/folder", trust_remote_code=True)`.
 
-| loss term | first step | last step |
+| loss term | step {first.get("step", "–")} | step {last.get("step", "–")} |
 |---|---|---|
 {losses}
 """

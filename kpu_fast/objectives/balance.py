@@ -2,6 +2,7 @@
 
     equal         share_t = 1/T
     FAMO          share_t = (z_t / D_t) / sum_s (z_s / D_s)       z = softmax(w), D = max(loss, 0) + 1e-8
+                  share_t = 0 and no part of the sum              where the loss is 0: nothing was compared
                   after the step, on the same batch: w moves by Adam along J_softmax^T (log D - log D')
     TeacherDrop   share_t = kept_t / sum of kept                  the largest loss is kept, each other with 1 - p
 
@@ -59,7 +60,7 @@ class FAMO:
 
     In a step call `shares` before the backward, and `learn` after the optimiser's step with the losses that the same
     batch has then. Both take this rank's losses and work on the mean over ranks: every rank holds the same state. A
-    loss that rounding took below 0 counts as 0.
+    loss that rounding took below 0 counts as 0, and a teacher whose loss is 0 sits the step out.
     """
 
     def __init__(self, teachers: int, device: torch.device | str):
@@ -69,11 +70,12 @@ class FAMO:
 
     @torch.no_grad()
     def shares(self, losses: Tensor) -> Tensor:
-        """(T,) losses → (T,) shares that sum to 1."""
+        """(T,) losses → (T,) shares that sum to 1, or are all 0 where the losses are."""
         distance = _distance(losses)
         self._log_before = distance.log()
-        weighed = self.w.softmax(0) / distance
-        return (weighed / weighed.sum()).to(losses.dtype)
+        # 1/D of a teacher without one valid cell would be all of the sum, and the others would teach nothing.
+        weighed = (self.w.softmax(0) / distance).masked_fill(distance == FAMO_EPS, 0.0)
+        return (weighed / weighed.sum().clamp_min(torch.finfo(weighed.dtype).tiny)).to(losses.dtype)
 
     @torch.no_grad()
     def learn(self, losses: Tensor) -> None:

@@ -155,6 +155,18 @@ def test_zero_3_under_torchrun_trains_and_exports(start, tmp_path):
     assert all(t.numel() > 0 and t.isfinite().all() for t in exported.values())
 
 
+def test_gradients_accumulated_in_fp32_are_every_teachers(start, tmp_path):
+    """DeepSpeed's BF16_Optimizer by itself keeps those of one forward."""
+    rows = {}
+    for name, dtype in (("bf16", "bf16"), ("fp32", "fp32")):
+        finish(start("precision=bf16", "steps=2", f"name={name}", f"deepspeed.data_types.grad_accum_dtype={dtype}"))
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rows[name] = [json.loads(line) for line in lines]
+    first, second = zip(*rows.values(), strict=True)
+    assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=2e-3)
+    assert second[0]["loss"] == pytest.approx(second[1]["loss"], rel=2e-3)
+
+
 def test_every_switch_at_once_trains(start, tmp_path):
     """bf16, activation checkpointing, the deformable adapter and ZeRO 2."""
     switches = ["precision=bf16", "activation_checkpointing=true", "deepspeed.zero_optimization.stage=2", "steps=3"]
@@ -280,7 +292,9 @@ def test_settings_changed_on_resume_hold(whole, start, tmp_path):
         ("rank-0.pt", [], "auto", "is damaged (UnpicklingError"),
         ("meta.json", [], "auto", "meta.json cannot be used"),
         (None, ["deepspeed.zero_optimization.stage=2"], "auto", "written with zero_stage = 1, this run has 2"),
-        (None, ["student.head_hidden=16"], "auto", "does not fit this config"),
+        (None, ["precision=bf16"], "auto", "written with precision = fp32, this run has bf16"),
+        (None, ["seed=1"], "auto", "written with seed = 0, this run has 1"),
+        (None, ["student.head_hidden=16"], "auto", "its run had another student.head_hidden"),
         (None, ["objective.centre=false"], "auto", "its run had another objective.centre"),
     ],
     ids=str,

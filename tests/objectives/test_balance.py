@@ -197,10 +197,33 @@ def test_famo_gives_less_to_the_teacher_that_gained_most():
 def test_famo_takes_a_loss_that_rounding_took_below_0_as_0():
     below, at = FAMO(2, "cpu"), FAMO(2, "cpu")
     for famo, least in ((below, -8e-8), (at, 0.0)):
-        assert famo.shares(torch.tensor([least, 1.0])).tolist() == pytest.approx([1.0, 1e-8])
+        assert famo.shares(torch.tensor([least, 1.0])).tolist() == [0.0, 1.0]
         famo.learn(torch.tensor([0.1 * least, 0.5]))
     assert torch.equal(below.w, at.w)
     assert at.w.abs().max() > 0.01
+
+
+def test_famo_lets_a_teacher_without_any_valid_cell_sit_the_step_out():
+    famo, two = FAMO(3, "cpu"), FAMO(2, "cpu")
+    with torch.no_grad():
+        famo.w.copy_(torch.tensor([0.3, 2.0, -0.4]))
+        two.w.copy_(famo.w[[0, 2]])
+    losses = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
+    shares = famo.shares(losses)
+    assert shares[1] == 0
+    torch.testing.assert_close(shares[[0, 2]], two.shares(losses[[0, 2]]), rtol=1e-12, atol=0)
+    famo.learn(torch.tensor([0.4, 0.0, 1.9]))
+    assert famo.w.isfinite().all()
+
+
+def test_famo_of_losses_that_are_all_0():
+    famo = FAMO(2, "cpu")
+    for _ in range(2):
+        assert famo.shares(torch.zeros(2)).tolist() == [0.0, 0.0]
+        famo.learn(torch.zeros(2))
+    assert famo.w.tolist() == [0.0, 0.0]
+    assert famo.shares(torch.ones(2)).tolist() == [0.5, 0.5]
+    assert famo.shares(torch.tensor([float("nan"), 1.0])).isnan().any()  # not hidden: the monitor ends such a run
 
 
 def test_teacher_drop_of_one_column_on_average():
