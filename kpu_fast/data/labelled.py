@@ -159,13 +159,16 @@ def _class_folders(root: str) -> tuple[str, ...]:
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:
-    """The lines of a text file as names of the classes 0, 1, 2 … Raises SourceError."""
+    """The lines of a text file as names of the classes 0, 1, 2 … Raises SourceError.
+
+    Two may be equal, as in CLIP's list of ImageNet's classes: whoever needs them distinct checks that.
+    """
     try:
         names = tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: not a text file that can be read ({error})") from error
-    if not names or not all(names) or len(set(names)) < len(names):
-        raise SourceError(f"{path}: expected one class name per line, none empty and none twice")
+    if not names or not all(names):
+        raise SourceError(f"{path}: expected one class name per line, none empty")
     return names
 
 

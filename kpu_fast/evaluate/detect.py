@@ -15,7 +15,7 @@ from kpu_fast.evaluate.detector import STRIDE, Prompt, detect_boxes, make_prompt
 from kpu_fast.evaluate.encoder import Encoder, load_encoder
 from kpu_fast.evaluate.images import progress, read_images
 from kpu_fast.evaluate.result import EvaluateError, replaced
-from kpu_fast.evaluate.zero_shot import class_names, load_tokenizer
+from kpu_fast.evaluate.zero_shot import class_names, load_tokenizer, repeated
 from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_net, read_json
 from kpu_fast.models.teachers import read_mean_std
 
@@ -47,7 +47,7 @@ def load_detector(
     """GroundingDINO from a folder or hub id, whole. Raises EvaluateError, naming `key`, where it is none."""
     try:
         hf = import_transformers(key)
-        folder = find_folder(key, weights)
+        folder = find_folder(key, weights, processor=True)
         found = read_json(key, folder / "config.json").get("model_type")
         if found != "grounding-dino":
             raise EvaluateError(f"{key}: {folder} holds a model of type {found!r}, expected 'grounding-dino'")
@@ -84,7 +84,8 @@ def detect(
     """COCO's AP of the boxes found for `classes` in `images`, whose items are (uint8 (H, W, 3), `Truth`).
 
     size: shorter side in pixels the images are resized to, the longer one at most `longest`; None: as they are.
-    Images of several sizes in one batch are padded, which a Swin backbone sees: AP then depends on `batch_size`.
+    Images of several sizes in one batch are padded to the largest height and width, which a Swin backbone sees: AP
+    then depends on `batch_size`. With 1, nothing is padded but what a student's backbone needs (multiples of 32).
     picture: a PNG of the first `pictured` images with boxes found (score above 0.3) and true ones (dashed).
     """
     prompt = detector.prompt(classes)
@@ -112,10 +113,13 @@ def detect(
 
 
 def _collate(samples: list, *, size: int | None, longest: int, mean, std) -> tuple:
-    """Normalised images (B, 3, H, W) padded to multiples of 32, the images, masks, their sizes (B, 2) and truths."""
+    """Normalised images (B, 3, H, W), the images, masks (B, H, W), their sizes (B, 2) and truths.
+
+    H and W are the largest of the batch: one image alone is not padded, as in GroundingDINO's own evaluation.
+    """
     originals, truths = zip(*samples, strict=True)
     resized = [_normalise(_resize(image, size, longest), mean, std) for image in originals]
-    height, width = (-(-max(r.shape[axis] for r in resized) // STRIDE) * STRIDE for axis in (1, 2))
+    height, width = (max(r.shape[axis] for r in resized) for axis in (1, 2))
     pixels = torch.zeros(len(resized), 3, height, width)
     mask = torch.zeros(len(resized), height, width, dtype=torch.long)
     for i, image in enumerate(resized):
@@ -235,7 +239,13 @@ def _check(args: argparse.Namespace) -> None:
 
 def _classes(args: argparse.Namespace, images: CocoImages | Mosaics) -> tuple[str, ...]:
     if isinstance(images, Mosaics):
-        return class_names(images.images, args.classes)
+        names = class_names(images.images, args.classes)
+        if twice := repeated([name.strip().lower() for name in names]):  # as `make_prompt` writes them
+            raise EvaluateError(
+                f"{'--images' if args.classes is None else '--classes'}: the prompt names each class once, found "
+                f"{', '.join(map(repr, twice))} twice ('_' counts as a space, capitals count for nothing)"
+            )
+        return names
     if args.classes is not None:
         raise EvaluateError("--classes: --annotations brings its own names; leave it out")
     return images.classes

@@ -18,15 +18,18 @@ MOST = 300  # boxes of an image, as GroundingDINO is evaluated on COCO; COCO the
 class StudentBackbone(nn.Module):
     """Stands in for `GroundingDinoConvEncoder`: its list of (map (B, C, H, W), mask (B, H, W) bool), finest first.
 
-    The maps are those of `student` in the space of `teacher` (h_s2t). mean, std: what `pixel_values` were normalised
-    with; the student normalises for itself, so that is undone.
+    The maps are those of `student` in the space of `teacher` (h_s2t), computed in the student's dtype and given in
+    that of `reader`, a tensor of what reads them. mean, std: what `pixel_values` were normalised with; the student
+    normalises for itself, so that is undone.
     """
 
-    def __init__(self, student: Student, teacher: str, mean: Sequence[float], std: Sequence[float]):
+    def __init__(self, student: Student, teacher: str, mean: Sequence[float], std: Sequence[float], reader: Tensor):
         super().__init__()
         self.model, self.teacher = student, teacher  # `model` is where transformers looks for the network
         self.intermediate_channel_sizes = list(student.head_specs[teacher].map_dims)
         self.mean, self.std = tuple(mean), tuple(std)
+        # Empty, for its dtype: a buffer follows the detector's `.to(dtype)` as what reads the maps does.
+        self.register_buffer("reader", reader.detach().new_empty(0), persistent=False)
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> list[tuple[Tensor, Tensor]]:
         """pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 0 on padding."""
@@ -35,7 +38,7 @@ class StudentBackbone(nn.Module):
         maps = self.model.project(self.model(images), self.teacher).maps
         out = []
         for m in maps:
-            m = m.permute(0, 3, 1, 2).to(pixel_values.dtype)  # (B, C, h, w)
+            m = m.permute(0, 3, 1, 2).to(self.reader.dtype)  # (B, C, h, w)
             mask = F.interpolate(pixel_mask[None].float(), size=m.shape[-2:])[0].bool()
             out.append((m, mask))
         return out
@@ -52,7 +55,8 @@ def with_student_backbone(
     """`detector`, a GroundingDinoForObjectDetection or GroundingDinoModel, made to see through `student`, in place.
 
     Everything behind the backbone stays: neck, text tower, encoder, decoder. Inputs stay what the processor gives;
-    sides that are no multiples of 32 are padded, with `pixel_mask` saying so, as batches of several sizes are.
+    sides that are no multiples of 32 are padded, with `pixel_mask` saying so, as batches of several sizes are. The
+    detector and the student may be of different dtypes.
     mean, std: those of the detector's image processor. Raises ValueError where the head for `teacher_name` does not
     give the maps that the backbone gave, KeyError where there is no such head.
     """
@@ -66,7 +70,8 @@ def with_student_backbone(
             f"the student's head for {teacher_name!r} gives maps of {found} channels, the detector's backbone "
             f"{expected}; give the detector that the student was trained with"
         )
-    model.backbone.conv_encoder = StudentBackbone(student, teacher_name, mean, std)
+    reader = next(model.input_proj_vision.parameters())
+    model.backbone.conv_encoder = StudentBackbone(student, teacher_name, mean, std, reader)
     names = list(inspect.signature(model.forward).parameters)
 
     def pad(_, args, kwargs):

@@ -19,6 +19,7 @@ from kpu_fast.models.vit import ViT
 _STUDENT = "kpu_fast.student"
 _SENTINELS = ("dinov2", "dinov2_with_registers")
 _TEACHERS = {"clip": "clip", "clip_vision_model": "clip", "grounding-dino": "grounding_dino"}
+_TEACHERS |= {model_type: "dinov2" for model_type in _SENTINELS}
 _LARGEST = 224  # pixels; what classification is usually evaluated at, where a model does not ask for less
 
 
@@ -82,23 +83,29 @@ class Encoder(nn.Module):
 
 
 def load_encoder(
-    weights: str | Path, *, device="cpu", dtype: torch.dtype = torch.float32, key: str = "--model"
+    weights: str | Path,
+    *,
+    device="cpu",
+    dtype: torch.dtype = torch.float32,
+    key: str = "--model",
+    sentinel: bool = True,
 ) -> Encoder:
     """An encoder from a folder: an exported student, a CLIP, GroundingDINO or DINOv2, or any backbone of transformers.
 
     weights: a folder, or a hub id. A DINOv2 is seen as the sentinel it is in a student: the same ViT, on images resized
-    to its patches at stride 16 as the student resizes them, so that the two compare.
+    to its patches at stride 16 as the student resizes them, so that the two compare; with `sentinel` False, as the
+    teacher that a run has.
     Raises EvaluateError, naming `key`, where it is none of these or does not load.
     """
     name = str(weights)
     try:
-        folder = find_folder(key, weights)
+        folder = find_folder(key, weights, processor=True)
         config = read_json(key, folder / "config.json")
         if _is_student(config):
             net: nn.Module = Student.from_pretrained(folder)
             net = net.to(device=device, dtype=dtype)
             kind, size = "student", usual_size(net.vit.config)
-        elif config.get("model_type") in _SENTINELS:
+        elif sentinel and config.get("model_type") in _SENTINELS:
             vit = ViT.from_hf(folder)
             net = Student(vit=vit.config, adapter=None)
             net.vit.load_state_dict(vit.state_dict())

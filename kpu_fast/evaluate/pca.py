@@ -1,6 +1,7 @@
 """A picture of what a model sees: the first three principal components of its maps as red, green and blue."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from kpu_fast.evaluate.result import EvaluateError, replaced
 
 _COLUMN_INCHES = 2.3
 _COUNT = 4
+# What the head for a teacher of a kind is usually called, in part.
+_USUAL = {"clip": "clip", "grounding_dino": "dino", "dinov2": "dino", "sentinel": "dino"}
 
 
 def pca(
@@ -34,7 +37,8 @@ def pca(
     Maps are numbered from 0, finest first.
 
     Without `teacher`: the image, then each map of the encoder (in the space of `teacher_name`, if that is given). With
-    `teacher`: its first map, the student's map in its space, both in the same colours, and the student's own map.
+    `teacher`: its first map, the student's map in its space, both in the same colours, and the student's own map. Warns
+    on stderr of a head that only its channels speak for, neither `teacher_name` nor what it is called.
     Raises EvaluateError for NaN or Inf, and where the picture cannot be written.
     """
     if teacher is None:
@@ -45,9 +49,17 @@ def pca(
         _save(picture, images, parts)
     else:
         target = teacher(images).maps
-        space = encoder.space(teacher_name, map_dims=tuple(m.shape[3] for m in target))
+        channels = tuple(m.shape[3] for m in target)
+        space = encoder.space(teacher_name, map_dims=channels)
         if space is None:
             raise EvaluateError(f"{encoder.name}: is a {encoder.kind}; --teacher takes a student to compare with")
+        if teacher_name is None and not _is_called_after(space, teacher):
+            print(
+                f"warning: {encoder.name}: read through its head {space!r}, the only one with maps of {channels} "
+                f"channels; if {teacher.name} was not that teacher, the picture means nothing. --teacher-name says "
+                "which head is right",
+                file=sys.stderr,
+            )
         features = encoder(images)
         own = features.maps[encoder.net.level_for(encoder.net.head_specs[space].strides[0])]
         projected = encoder.net.project(features, space, [m.shape[1:3] for m in target]).maps[0]
@@ -58,6 +70,12 @@ def pca(
             save_feature_picture(partial, [panel], title=f"{_short(encoder)} beside {_short(teacher)}")
     seen = {"images": len(images), "size": images.shape[-1], "head": space, "picture": str(picture)}
     return {"shown": {name: _share(m) for name, m in parts.items()}, **seen}
+
+
+def _is_called_after(space: str, teacher: Encoder) -> bool:
+    space = space.lower()
+    usual = _USUAL.get(teacher.kind)
+    return space in Path(teacher.name).name.lower() or (usual is not None and usual in space)
 
 
 def _check(maps: dict[str, Tensor]) -> None:
@@ -118,7 +136,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.count is not None and all(map(_is_file, args.images)):
         raise EvaluateError("--count: image files are all shown; leave it out")
     encoder = load_encoder(args.model, **place)
-    teacher = None if args.teacher is None else load_encoder(args.teacher, **place, key="--teacher")
+    teacher = None if args.teacher is None else load_encoder(args.teacher, **place, key="--teacher", sentinel=False)
     images = to_batch(_read(args.images, args.count or _COUNT, args.seed), args.size or encoder.image_size)
     return pca(encoder, images, args.picture, teacher=teacher, teacher_name=args.teacher_name)
 

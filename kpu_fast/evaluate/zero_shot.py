@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,11 +35,13 @@ def zero_shot(
 
     texts: (classes, C), what `embed_texts` gives, in the order of the images' class numbers. A student's x is taken
     through its head for `teacher_name` (None: the only head whose x has C channels, which is "head" of the result).
-    Raises EvaluateError where x is not in the texts' space.
+    Raises EvaluateError where x is not in the texts' space, or there is only one text.
     """
     from torchmetrics.classification import MulticlassAccuracy
 
     classes, channels = texts.shape
+    if classes < 2:
+        raise EvaluateError("--images, --classes: the name of one class only; there is nothing to choose from")
     if encoder.kind not in ("student", "clip"):
         raise EvaluateError(
             f"{encoder.name}: is a {encoder.kind}, whose x is not in CLIP's space; give a student or CLIP"
@@ -123,7 +126,7 @@ def load_tokenizer(key: str, weights: str | Path):
 def class_names(images: Dataset, path: Path | None) -> tuple[str, ...]:
     """The classes' names by number: the lines of `path`, else what the images bring, with spaces for underscores.
 
-    Raises EvaluateError where there are none, fewer than class numbers, empty ones, or the same one twice.
+    Raises EvaluateError where there are none, fewer than class numbers, or empty ones. Two may be equal (`repeated`).
     """
     names = images.classes
     if path is not None:
@@ -136,6 +139,11 @@ def class_names(images: Dataset, path: Path | None) -> tuple[str, ...]:
     if max(images.labels) >= len(names):
         raise EvaluateError(f"--classes: {len(names)} names, but an image is of class {max(images.labels)}")
     return tuple(name.replace("_", " ") for name in names)
+
+
+def repeated(names: Sequence[str]) -> list[str]:
+    """The names that are there more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,6 +165,12 @@ def run(args: argparse.Namespace) -> dict:
     encoder = load_encoder(args.model, device=args.device, dtype=args.dtype)
     images = read_images("--images", args.images, args.limit, args.seed)
     names = class_names(images, args.classes)
+    if twice := repeated(names):
+        print(
+            f"warning: {'--images' if args.classes is None else '--classes'}: {', '.join(map(repr, twice))} more than "
+            "once; classes of one name have one text, which tells none of their images apart",
+            file=sys.stderr,
+        )
     templates = args.templates or TEMPLATES
     texts = embed_texts(args.clip, names, templates, device=encoder.device)
     common = dict(batch_size=args.batch_size, workers=args.workers, teacher_name=args.teacher_name)

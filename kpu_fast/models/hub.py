@@ -17,6 +17,7 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # Index tables that are computed, not learned, and a token only masked pre-training reads.
 _NOT_WEIGHTS = ("position_ids", "relative_position_index", "relative_coords_table", "mask_token")
 
@@ -34,9 +35,10 @@ def import_transformers(key: str):
     return transformers
 
 
-def find_folder(key: str, weights: str | Path) -> Path:
+def find_folder(key: str, weights: str | Path, *, processor: bool = False) -> Path:
     """The local folder of `weights`: itself, else the hub's local cache, else a download.
 
+    processor: the image processor's file is read too; a cache that lacks it asks the hub, if that can be reached.
     Raises WeightsError when it is no folder with config.json and weights, and no hub id that can be had.
     """
     folder = Path(weights).expanduser()
@@ -60,7 +62,10 @@ def find_folder(key: str, weights: str | Path) -> Path:
     except HFValidationError as error:
         raise WeightsError(f"{key}: {weights!r} is neither a folder nor a hub id ({error})") from error
     if isinstance(config, str) and _is_complete(Path(config).parent):
-        return Path(config).parent
+        folder = Path(config).parent
+        if processor and not any((folder / file).is_file() for file in PROCESSORS):
+            _fetch_processor(weights, folder.name)
+        return folder
     try:
         files = [sibling.rfilename for sibling in HfApi().model_info(weights, timeout=10).siblings]
         for wanted in _wanted_files(files):
@@ -83,6 +88,18 @@ def find_folder(key: str, weights: str | Path) -> Path:
     return folder
 
 
+def _fetch_processor(repository: str, commit: str) -> None:
+    """Put the image processor's file beside weights that some `from_pretrained` cached alone."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:  # model_info first: unlike a download it tries once
+        files = [sibling.rfilename for sibling in HfApi().model_info(repository, revision=commit, timeout=10).siblings]
+        if wanted := [file for file in PROCESSORS if file in files]:
+            snapshot_download(repository, revision=commit, allow_patterns=wanted)
+    except Exception:  # no network, no permission: whoever reads the file says what is taken instead
+        return
+
+
 def _is_complete(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any((folder / file).is_file() for file in _WEIGHT_FILES)
 
@@ -94,7 +111,7 @@ def _wanted_files(files: list[str]) -> list[list[str]]:
     """
     weights = [f for f in files if f.startswith("model") and f.endswith((".safetensors", ".safetensors.index.json"))]
     weights = weights or [f for f in files if f.startswith("pytorch_model") and f.endswith((".bin", ".bin.index.json"))]
-    small = [f for f in files if f in ("config.json", "preprocessor_config.json", "processor_config.json")]
+    small = [f for f in files if f in ("config.json", *PROCESSORS)]
     shards, lists = ([f for f in weights if f.endswith(".json") == is_list] for is_list in (False, True))
     return [some for some in (small, shards, lists) if some]
 

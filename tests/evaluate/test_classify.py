@@ -18,7 +18,7 @@ from kpu_fast.evaluate.images import check_apart, read_images  # noqa: E402
 from kpu_fast.evaluate.knn import knn, vote  # noqa: E402
 from kpu_fast.evaluate.linear import linear  # noqa: E402
 from kpu_fast.evaluate.result import EvaluateError  # noqa: E402
-from kpu_fast.evaluate.zero_shot import class_names, embed_texts, zero_shot  # noqa: E402
+from kpu_fast.evaluate.zero_shot import class_names, embed_texts, repeated, zero_shot  # noqa: E402
 from kpu_fast.models import Features, FeatureSpec, Student, ViT  # noqa: E402
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -143,14 +143,22 @@ def test_braces_in_a_class_or_a_template_are_text(zoo):
     assert (found[0] - found[1]).abs().max() > 1e-3
 
 
-def test_class_names_are_lines_none_empty_and_none_twice(images, tmp_path):
+def test_class_names_are_lines_none_empty(images, tmp_path):
     path = tmp_path / "names.txt"
     path.write_text("green\nred\nsky_blue\n")
     assert class_names(images, path) == ("green", "red", "sky blue")
-    for wrong in ("green\n\nsky_blue\nred\n", "green\nred\nred\n"):
-        path.write_text(wrong)
-        with pytest.raises(EvaluateError, match=r"--classes: .*none empty and none twice"):
-            class_names(images, path)
+    assert repeated(class_names(images, path)) == []
+    path.write_text("green\n\nsky_blue\nred\n")
+    with pytest.raises(EvaluateError, match=r"--classes: .*none empty"):
+        class_names(images, path)
+    path.write_text("sky_blue\nred\nsky blue\nred\ngreen\n")
+    assert repeated(class_names(images, path)) == ["sky blue", "red"]
+
+
+def test_one_class_alone_is_nothing_to_choose_from(images, monkeypatch):
+    monkeypatch.setattr(Colour, "forward", None)
+    with pytest.raises(EvaluateError, match=r"^--images, --classes: the name of one class only"):
+        zero_shot(colours(), TEXTS[:1], Relabelled(images, [0] * 36), **FEW)
 
 
 def test_what_is_not_in_the_texts_space_is_an_error(zoo, student, images):

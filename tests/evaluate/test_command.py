@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,12 +21,14 @@ pytest.importorskip("pycocotools")
 
 import kpu_fast
 from kpu_fast.data.labelled import LabelledImages
+from kpu_fast.evaluate import pca as pca_file
 from kpu_fast.evaluate.__main__ import main
 from kpu_fast.evaluate.boxes import CocoImages
 from kpu_fast.evaluate.detect import detect, load_detector, see_through
 from kpu_fast.evaluate.encoder import load_encoder
 from kpu_fast.evaluate.knn import knn
 from kpu_fast.evaluate.zero_shot import class_names, embed_texts, zero_shot
+from kpu_fast.models.teachers import build_teacher
 
 COMMON = ["--device", "cpu", "--workers", "0"]
 
@@ -89,6 +92,33 @@ def test_the_same_command_gives_the_students_and_its_teachers_figure(zoo, studen
     assert found["task"] == "zero-shot"
 
 
+def test_zero_shot_takes_a_name_twice_with_a_warning(zoo, coloured, tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("red_ball\nsky blue\nred ball\n")
+    command = ["zero-shot", "--model", zoo["clip"], "--images", coloured, "--clip", zoo["clip"], "--classes", names]
+    assert main([*map(str, command), *COMMON]) == 0
+    out, err = capsys.readouterr()
+    assert [line for line in err.splitlines() if line.startswith("warning: ")] == [
+        "warning: --classes: 'red ball' more than once; classes of one name have one text, which tells none of their "
+        "images apart"
+    ]
+    images = LabelledImages(coloured)
+    texts = embed_texts(zoo["clip"], ("red ball", "sky blue", "red ball"))
+    assert json.loads(out)["top1"] == zero_shot(load_encoder(zoo["clip"]), texts, images, size=64)["top1"]
+
+
+def test_detect_takes_no_name_twice(zoo, coloured, tmp_path, refused):
+    names, folders = tmp_path / "names.txt", tmp_path / "folders"
+    for name in ("red_ball", "Red ball", "green"):
+        shutil.copytree(coloured / "red", folders / name)
+    detect = ["detect", "--model", zoo["gdino"], "--images"]
+    for text in ("red\ngreen\nred\n", "red_ball\ngreen\nred ball\n", "Red\ngreen\nred\n"):
+        names.write_text(text)
+        line = refused(*detect, coloured, "--classes", names)
+        assert line.startswith("--classes: the prompt names each class once, found 'red")
+    assert refused(*detect, folders).startswith("--images: the prompt names each class once, found 'red ball' twice")
+
+
 def test_the_command_gives_what_the_function_gives(student, coloured, copied, evaluate):
     sides = ["--train-images", coloured, "--test-images", copied]
     options = ["--k", 3, "--temperature", 0.5, "--features", "map", "--size", 32, "--limit", 20, "--batch-size", 7]
@@ -136,6 +166,27 @@ def test_pca_of_files_and_of_labelled_images(student, zoo, coloured, tmp_path, e
         "pca", "--model", student, "--teacher", zoo["gdino"], "--images", coloured, "--count", 3, "--picture", picture
     )
     assert found["images"] == 3
+
+
+def test_pcas_teacher_dinov2_is_the_one_that_a_run_has(student, coloured, tmp_path, monkeypatch, capsys):
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14, "image_size": 56}
+    folder = tmp_path / "dinov2"
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    panels, save = [], pca_file.save_feature_picture
+    monkeypatch.setattr(pca_file, "save_feature_picture", lambda path, p, **k: (panels.extend(p), save(path, p, **k)))
+    words = ["pca", "--model", student, "--teacher", folder, "--images", coloured, "--count", 1, "--size", 96]
+    assert main([*map(str, words), "--device", "cpu", "--picture", str(tmp_path / "p.png")]) == 0
+    assert "warning: " in capsys.readouterr().err  # the only head with maps of 32 channels is clip's
+    (panel,) = panels
+    cfg = SimpleNamespace(kind="dinov2", weights=str(folder), arch={}, levels=None)
+    teacher = build_teacher("dinov2", cfg, device="cpu", dtype=torch.float32, image_size=(96, 96))
+    expected = teacher(panel.images).maps[0]
+    assert expected.shape == (1, 7, 7, 32)  # 96 is resized to 98, seven patches; a sentinel has six
+    assert torch.equal(panel.teacher, expected)
+    assert panel.projected.shape == expected.shape
 
 
 def test_from_a_shell_the_result_is_the_only_thing_on_standard_output(student, coloured, copied, tmp_path):

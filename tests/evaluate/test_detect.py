@@ -2,6 +2,8 @@
 
 import errno
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,6 +114,41 @@ def test_one_student_can_take_the_place_of_another(zoo, student):
     expected = with_student_backbone(load(zoo), own, "gdino")(**given)
     changed = with_student_backbone(with_student_backbone(load(zoo), Impostor(zoo["gdino"]), "gdino"), own, "gdino")
     assert torch.equal(changed(**given).pred_boxes, expected.pred_boxes)
+
+
+@torch.no_grad()
+def test_what_the_docs_print_works_as_printed(zoo, student, tmp_path, monkeypatch):
+    # The zoo is saved in bf16, transformers loads in the saved dtype, the processor gives fp32.
+    half, folder = load(zoo).bfloat16(), tmp_path / "zoo" / "gdino"
+    half.save_pretrained(folder)
+    size = {"shortest_edge": 50, "longest_edge": 90}
+    processor = {"image_processor_type": "GroundingDinoImageProcessor", "size": size}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    (tmp_path / "runs" / "demo" / "kpu-0").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "kpu-0" / "student").symlink_to(student)
+    monkeypatch.chdir(tmp_path)
+    docs = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    (printed,) = re.findall(r"```python\n([^`]*with_student_backbone[^`]*)```", docs)
+    names = {}
+    exec(printed, names)
+    detector = names["detector"]
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (50, 90, 3), dtype=np.uint8)) for _ in range(2)]
+    given = inputs(zoo) | transformers.AutoImageProcessor.from_pretrained("zoo/gdino")(images, return_tensors="pt")
+    assert (given["pixel_values"].shape, given["pixel_values"].dtype) == ((2, 3, 50, 90), torch.float32)
+    found = detector(**given)
+    # The same detector in fp32: the maps are the same but rounded at the end, the rest differs by bf16's rounding.
+    full = with_student_backbone(half.float(), Student.from_pretrained(student), "gdino")
+    expected = full(**given)
+    padded = [nn.functional.pad(given[key], (0, 6, 0, 14)) for key in ("pixel_values", "pixel_mask")]
+    maps, exact = (d.model.backbone.conv_encoder(*padded) for d in (detector, full))
+    for (m, mask), (e, expected_mask) in zip(maps, exact, strict=True):
+        assert torch.equal(m, e.bfloat16())
+        assert torch.equal(mask, expected_mask)
+    seen, wanted = (out.encoder_last_hidden_state_vision.float() for out in (found, expected))
+    assert (seen - wanted).norm() < 0.05 * wanted.norm()
+    # A dtype that the detector is given later is followed.
+    assert detector.float()(**given).pred_boxes.dtype == torch.float32
 
 
 def test_a_head_that_does_not_fit_the_detector_is_an_error(zoo, student):
@@ -301,8 +338,9 @@ class Oracle(nn.Module):
         self.weight = nn.Parameter(torch.zeros(()))
 
     def forward(self, pixel_values, pixel_mask, input_ids, attention_mask, token_type_ids):
-        b, _, height, width = pixel_values.shape
-        assert height % 32 == width % 32 == 0
+        b = len(pixel_values)
+        assert pixel_mask.amax((0, 2)).all()  # no more padding than the largest image asks for
+        assert pixel_mask.amax((0, 1)).all()
         assert len(input_ids) == len(attention_mask) == len(token_type_ids) == b
         assert not pixel_values.masked_select(pixel_mask[:, None] == 0).any()
         logits, pred = torch.full((b, 1, 32), -9.0), torch.zeros(b, 1, 4)
@@ -339,6 +377,24 @@ def test_a_detector_that_is_right_has_ap_1_on_images_of_several_sizes(zoo, tmp_p
     assert np.asarray(Image.open(picture)).std() > 10
     # Each query counts for both classes, the right one now behind all wrong ones: precision 3/5 for red, 2/5 for blue.
     assert detect(wrong, images, images.classes, size=size, batch_size=3)["ap50"] == pytest.approx(0.5)
+
+
+def test_one_image_at_a_time_has_no_padding_but_what_a_student_needs(zoo, student, coco):
+    images = CocoImages(coco / "annotations.json", coco)  # 50×90 and 70×40
+    detectors = load_detector(zoo["gdino"]), see_through(load_detector(zoo["gdino"]), load_encoder(student))
+    seen = []
+    for detector in detectors:
+        encoder = detector.net.model.backbone.conv_encoder
+        encoder.register_forward_pre_hook(lambda _, args: seen.append(args))
+        detect(detector, images, images.classes, batch_size=1)
+    for i, ((pixels, mask), (padded, padded_mask)) in enumerate(zip(seen[:2], seen[2:], strict=True)):
+        image = (torch.tensor(images[i][0]).permute(2, 0, 1) / 255 - MEAN) / STD
+        torch.testing.assert_close(pixels, image[None], atol=1e-5, rtol=1e-5)
+        assert mask.all()
+        height, width = pixels.shape[2:]
+        more = (0, -width % 32, 0, -height % 32)
+        assert torch.equal(padded, nn.functional.pad(pixels, more))
+        assert torch.equal(padded_mask, nn.functional.pad(mask, more))
 
 
 def test_a_picture_that_cannot_be_finished_leaves_the_one_before(tmp_path, monkeypatch):

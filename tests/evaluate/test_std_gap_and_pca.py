@@ -275,6 +275,29 @@ def test_the_pictures_show_the_images_and_differ_between_models(zoo, student, co
         pca(load_encoder(zoo["dinov2"]), images, tmp_path / "x.png", teacher=load_encoder(zoo["clip"]))
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "asked", "warned"),
+    [
+        ("dinov2", "zoo/dinov2", None, True),
+        ("dinov2", "zoo/dinov2", "clip", False),
+        ("clip", "openai/vit-b-16", None, False),
+        ("backbone", "weights/CLIP-convnext", None, False),
+        ("backbone", "clip/swin", None, True),
+    ],
+)
+def test_a_head_that_nobody_named_and_that_may_be_anothers_is_warned_of(
+    zoo, student, tmp_path, capsys, kind, name, asked, warned
+):
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    teacher = Encoder(name, kind, load_encoder(zoo["clip"]).net, 64)
+    pca(load_encoder(student), images, tmp_path / "a.png", teacher=teacher, teacher_name=asked)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == warned
+    for line in lines:
+        assert "read through its head 'clip', the only one with maps of (32,) channels" in line
+        assert f"if {name} was not that teacher" in line
+
+
 def test_image_files_are_seen_as_in_training(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6

@@ -64,10 +64,12 @@ def test_what_was_fetched_is_found_again_without_a_network(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     own = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "no_proxy": "127.0.0.1"}
     environment = os.environ | own | {"HF_HUB_DISABLE_XET": "1"}
-    code = "from kpu_fast.models.hub import find_folder; print(find_folder('some.key', 'lab/net'))"
+    code = "from kpu_fast.models.hub import find_folder; print(find_folder('some.key', 'lab/net'{}))"
 
-    def find():
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    def find(more=""):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(more)], env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return Path(done.stdout.splitlines()[-1])
 
@@ -82,9 +84,17 @@ def test_what_was_fetched_is_found_again_without_a_network(tmp_path):
     Hub.asked.clear()
     assert find() == first
     assert Hub.asked == []
+    processor = first / "preprocessor_config.json"
+    processor.unlink()  # as where transformers' from_pretrained fetched the weights alone
+    assert find() == first
+    assert Hub.asked == []
+    assert find(", processor=True") == first
+    assert processor.is_file()
+    processor.unlink()
     server.shutdown()
     server.server_close()
-    assert find() == first
+    assert find() == find(", processor=True") == first
+    assert not processor.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff{}", b"[]", b"3", b"null"])
