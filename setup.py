@@ -1,4 +1,4 @@
-"""Packaging. `kernels/` installs as `kpu_fast.kernels`; the core needs torch, triton (Linux) and numpy only."""
+"""Packaging. `kernels/` installs as `kpu_fast.kernels`; the core needs torch, triton (Linux), numpy, safetensors."""
 
 from pathlib import Path
 
@@ -21,7 +21,6 @@ TRAIN = [
     "nvidia-dali-cuda130>=2.0; sys_platform == 'linux'",
     "transformers>=5.0",
     "pydantic>=2.7",
-    "safetensors>=0.5",
     "tqdm",
     "tensorboard",
     "pillow",
@@ -43,7 +42,7 @@ setup(
     python_requires=">=3.10",
     packages=PACKAGES,
     package_dir={"kpu_fast": "kpu_fast", "kpu_fast.kernels": "kernels"},
-    install_requires=["torch>=2.11", "numpy", "triton>=3.6; sys_platform == 'linux'"],
+    install_requires=["torch>=2.11", "numpy", "safetensors>=0.5", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={
         "train": TRAIN,
         # Pre-release, Hopper and Blackwell only; FlashAttention 2 has no wheel and is built by hand (see README).

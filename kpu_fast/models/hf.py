@@ -12,8 +12,9 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import ModelOutput
 
 from kpu_fast.models.features import Features
-from kpu_fast.models.hf_files import MODEL_TYPE, front_matter
+from kpu_fast.models.hf_files import MODEL_TYPE, front_matter, usual_size
 from kpu_fast.models.student import Student
+from kpu_fast.models.vit import ViT
 
 _PREFIX = "student."  # of the weights in the model, not in a student's file
 # Keywords of transformers' save_pretrained: those that make no difference to one file, and the one value of others.
@@ -22,13 +23,40 @@ _ONLY = {"push_to_hub": False, "safe_serialization": True, "variant": None, "dis
 
 
 class KPUStudentConfig(PretrainedConfig):
-    """student: keyword arguments of `Student`."""
+    """student: keyword arguments of `Student`.
+
+    What transformers' users read of a vision model follows from `student`, so config.json does not hold it again.
+    image_size and patch_size are those of the images given to the model, not of the ViT inside: a square image of
+    image_size, the processor's, gives a last_hidden_state of (image_size / patch_size)² cells, hidden_size wide.
+    """
 
     model_type = MODEL_TYPE
 
     def __init__(self, student: dict | None = None, **kwargs):
         self.student = student
         super().__init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        return self._vit["dim"]
+
+    @property
+    def image_size(self) -> int:
+        return usual_size(self._vit)
+
+    @property
+    def patch_size(self) -> int:
+        return 16  # the student resizes its images so that a patch of any size lies on 16 × 16 of their pixels
+
+    @property
+    def num_channels(self) -> int:
+        return 3
+
+    @property
+    def _vit(self) -> dict:
+        if self.student is None:  # transformers makes such a config to look for defaults
+            raise AttributeError("KPUStudentConfig: has no student; give student, the keyword arguments of `Student`.")
+        return {**ViT.__init__.__kwdefaults__, **self.student["vit"]}
 
 
 @dataclass
@@ -63,15 +91,29 @@ class KPUStudentModel(PreTrainedModel):
         if all(module is not part for part in self.student.modules()):
             super()._init_weights(module)
 
-    def forward(self, pixel_values: Tensor, teacher: str | None = None) -> KPUStudentOutput:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        teacher: str | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> KPUStudentOutput | tuple:
         """pixel_values: (B, 3, H, W) in [0, 1], not normalised; H and W as `Student` takes them.
 
         teacher: None for the student's own features, or the name of the teacher in whose space and on whose grids.
+        return_dict: False for a tuple of what is not None. None, here and in the other two: as the config says.
+        Raises ValueError where output_attentions or output_hidden_states is True: a student gives neither.
         """
+        asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        for key, value in asked.items():
+            if getattr(self.config, key) if value is None else value:
+                raise ValueError(f"{key}=True: a student has none to give; leave it out (its maps are feature_maps).")
         features, spec = self.student(pixel_values), self.student.spec
         if teacher is not None:
             features, spec = self.student.project(features, teacher), self.student.head_specs[teacher]
-        return _output(features, spec.strides)
+        out = _output(features, spec.strides)
+        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, state_dict: dict | None = None, **kwargs
@@ -102,18 +144,20 @@ class KPUStudentModel(PreTrainedModel):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args, **kwargs):
         """As in transformers, but raises ValueError for weights that are missing or too many, instead of a warning.
 
         In a subclass that holds for the student's weights only: its own layers may be new.
         """
-        model, info = super().from_pretrained(*args, **{**kwargs, "output_loading_info": True})
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, **{**kwargs, "output_loading_info": True}
+        )
         faults = [(key, "is missing") for key in info["missing_keys"]]
         faults += [(key, "is not expected") for key in info["unexpected_keys"]]
         faults = sorted(f"{key} {what}" for key, what in faults if cls is KPUStudentModel or key.startswith(_PREFIX))
         if faults:
             raise ValueError(
-                f"{args[0]}: model.safetensors does not fit config.json in {len(faults)} tensors "
+                f"{pretrained_model_name_or_path}: model.safetensors does not fit config.json in {len(faults)} tensors "
                 f"({'; '.join(faults[:3])}); the two files must come from one export."
             )
         model.student.freeze()  # transformers marks every weight as trained

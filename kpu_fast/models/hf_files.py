@@ -39,11 +39,13 @@ def code_files(vit: dict) -> dict[str, str]:
     """Name → text of the files that AutoModel and AutoImageProcessor read beside config.json."""
     size = usual_size(vit)
     processor = {
-        "image_processor_type": "ViTImageProcessor",
+        "image_processor_type": "BitImageProcessor",  # DINOv2's own; ViT's squashes what is not square
         "do_convert_rgb": True,  # greyscale, palettes and transparency too
         "do_resize": True,
-        "size": {"height": size, "width": size},
+        "size": {"shortest_edge": size},
         "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": False,  # the student does that itself

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kpu_fast.models.features import Features, FeatureSpec
-from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_config, load_net, read_json
+from kpu_fast.models.hub import (
+    PROCESSORS,
+    WeightsError,
+    find_folder,
+    import_transformers,
+    load_config,
+    load_net,
+    read_json,
+)
 from kpu_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD, require_floating
 
 log = logging.getLogger(__name__)
@@ -44,8 +52,9 @@ class Teacher(nn.Module):
     """A frozen network: images (B, 3, H, W) in [0, 1] → `Features` in the network's dtype, never with a gradient.
 
     Images are normalised in fp32 and then cast. A side that is no multiple of the patch size is first resized (bicubic,
-    antialiased) to the nearest multiple, so that no pixel is cut off. `spec` describes the features of images of
-    `image_size` (H, W). The module stays in eval mode whatever `.train()` is told.
+    antialiased) to the nearest multiple, so that no pixel is cut off; where patches overlap, as Hiera's, their stride
+    stands for their size. `spec` describes the features of images of `image_size` (H, W). The module stays in eval mode
+    whatever `.train()` is told.
 
     net: a network of transformers, on its device and in its dtype. mean, std: three numbers each, for [0, 1] images.
     """
@@ -53,7 +62,8 @@ class Teacher(nn.Module):
     def __init__(self, name: str, kind: str, net: nn.Module, mean, std, image_size: tuple[int, int]):
         super().__init__()
         self.name, self.kind, self.net = name, kind, net
-        patch = getattr(net.config, "patch_size", None) or 1
+        # Where patches overlap (Hiera: 7 pixels, one every 4) the config says how far apart they are.
+        patch = getattr(net.config, "patch_stride", None) or getattr(net.config, "patch_size", None) or 1
         self.patch_size = max(patch) if isinstance(patch, (list, tuple)) else patch
         self.first_patch = 1 + getattr(net.config, "num_register_tokens", 0)
         weight = next(net.parameters())
@@ -150,7 +160,7 @@ def build_teacher(name: str, cfg, *, device, dtype: torch.dtype, image_size: tup
         net = _random_net(name, cfg, seed)
         mean, std = CLIP_MEAN_STD if cfg.kind == "clip" else IMAGENET_MEAN_STD
     else:
-        folder = find_folder(f"teachers.{name}.weights", cfg.weights)
+        folder = find_folder(f"teachers.{name}.weights", cfg.weights, processor=True)
         net = _load_net(name, cfg, folder, dtype)
         mean, std = read_mean_std(f"teachers.{name}.weights", cfg.kind, folder)
     return Teacher(name, cfg.kind, net.to(device=device, dtype=dtype), mean, std, image_size)
@@ -289,7 +299,7 @@ def read_mean_std(key: str, kind: str, folder: Path) -> tuple:
     key: what error messages begin with. Raises WeightsError for values that cannot be used.
     """
     mean, std = CLIP_MEAN_STD if kind == "clip" else IMAGENET_MEAN_STD
-    for file in ("preprocessor_config.json", "processor_config.json"):
+    for file in PROCESSORS:
         if not (folder / file).is_file():
             continue
         processor = read_json(key, folder / file)
@@ -305,6 +315,10 @@ def read_mean_std(key: str, kind: str, folder: Path) -> tuple:
             mean, std = (_three_numbers(key, folder / file, field, processor) for field in ("image_mean", "image_std"))
         scale = 255 * _rescale_factor(key, folder / file, processor)
         return tuple(m / scale for m in mean), tuple(s / scale for s in std)
+    log.warning(
+        "%s: %s has no image processor (%s) that says how; images are normalised with %s's, mean %s and std %s",
+        key, folder, PROCESSORS[0], "CLIP" if kind == "clip" else "ImageNet", mean, std,
+    )  # fmt: skip
     return mean, std
 
 

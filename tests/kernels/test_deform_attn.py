@@ -188,8 +188,7 @@ def test_inputs_made_under_inference_mode(learned, b, impl, device):
         inferred = [x if x is wanted else x.clone() for x in inputs]
         shapes = torch.tensor(ODD, device=device)
     found, expected = (
-        torch.autograd.grad(deform_attn(x[0], shapes, *x[1:], impl=impl).sum(), wanted)[0]
-        for x in (inferred, inputs)
+        torch.autograd.grad(deform_attn(x[0], shapes, *x[1:], impl=impl).sum(), wanted)[0] for x in (inferred, inputs)
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=0 if device == "cpu" else 1e-6)  # float atomics
 

@@ -1,3 +1,5 @@
+import json
+import re
 import sys
 
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kpu_fast.data.labelled import to_batch
 from kpu_fast.models import Student
 from kpu_fast.models.hf_files import auto_keys, front_matter, usual_size
 
@@ -72,6 +75,52 @@ def test_a_teachers_name_gives_its_space(student, folder):
     assert torch.equal(out.last_hidden_state, detector.maps[1].flatten(1, 2))
     with pytest.raises(KeyError, match="no head for teacher 'dino'"):
         model(images(), teacher="dino")
+
+
+@torch.no_grad()
+def test_the_keywords_of_transformers_vision_models(folder):
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    out = model(images(), output_attentions=False, output_hidden_states=None, return_dict=None)
+    found = model(images(), return_dict=False)
+    assert type(found) is tuple
+    for left, right in zip(found, out.to_tuple(), strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0)
+    assert len(model(images(), teacher="detector", return_dict=False)) == 2  # no x
+    for key in ("output_attentions", "output_hidden_states"):
+        with pytest.raises(ValueError, match=f"{key}=True: a student has none"):
+            model(images(), **{key: True})
+    model.config.return_dict, model.config.output_hidden_states = False, True
+    with pytest.raises(ValueError, match="output_hidden_states=True"):
+        model(images())
+    assert type(model(images(), output_hidden_states=False)) is tuple
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vit", [VIT, dict(VIT, dim=24, patch_size=14, image_size=70)])
+def test_the_config_describes_what_the_model_takes_and_gives(vit, tmp_path):
+    from kpu_fast.models.hf import KPUStudentConfig, KPUStudentModel
+
+    Student(vit=vit, adapter=None).save_pretrained(tmp_path)
+    model = KPUStudentModel.from_pretrained(tmp_path)
+    config = model.config
+    side = config.image_size
+    out = model(torch.rand(1, config.num_channels, side, side))
+    assert out.last_hidden_state.shape == (1, (side // config.patch_size) ** 2, config.hidden_size)
+    size = AutoImageProcessor.from_pretrained(tmp_path).crop_size
+    assert (size["height"], size["width"]) == (side, side)
+    names = ("hidden_size", "image_size", "patch_size", "num_channels")
+    config.save_pretrained(tmp_path / "again")
+    assert not set(names) & json.loads((tmp_path / "again" / "config.json").read_text()).keys()
+    again = KPUStudentConfig.from_pretrained(tmp_path / "again")
+    assert [getattr(again, name) for name in names] == [vit["dim"], side, 16, 3]
+
+
+def test_a_config_without_a_student_has_no_sizes():
+    from kpu_fast.models.hf import KPUStudentConfig
+
+    assert not hasattr(KPUStudentConfig(), "hidden_size")
+    by_hand = {key: value for key, value in VIT.items() if key != "image_size"} | {"patch_size": 14}
+    assert KPUStudentConfig(student={"vit": by_hand}).image_size == 224  # of 518, where `ViT` starts from
 
 
 def test_where_kpu_fast_is_imported_no_code_of_the_folder_is_run(student, folder):
@@ -195,6 +244,10 @@ def test_weights_that_do_not_fit_are_errors(change, message, folder):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message):
         AutoModel.from_pretrained(folder, trust_remote_code=True)
+    from kpu_fast.models.hf import KPUStudentModel
+
+    with pytest.raises(ValueError, match=re.escape(f"{folder}: model.safetensors does not fit")):
+        KPUStudentModel.from_pretrained(pretrained_model_name_or_path=folder)
 
 
 @torch.no_grad()
@@ -211,6 +264,22 @@ def test_an_image_goes_through_the_processor_as_the_student_wants_it(student, fo
     vector = torch.tensor(extract(image_module.fromarray(pixels[:40]), pool=True))  # resized to 64 × 64
     assert vector.shape == (1, 16)
     torch.testing.assert_close(torch.tensor(extract(image_module.fromarray(pixels), pool=True)), student(found).x)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(128, 192), (192, 128), (64, 96), (40, 60), (97, 150)],  # made smaller, kept, made larger; no whole factor
+)
+def test_the_processor_keeps_proportions_as_evaluate_does(height, width, folder):
+    coarse = torch.rand(1, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=True).clamp(0, 1)
+    pixels = (smooth[0].permute(1, 2, 0) * 255).round().byte().numpy()
+    found = AutoImageProcessor.from_pretrained(folder)(pixels, return_tensors="pt").pixel_values
+    expected = to_batch([pixels], 64)
+    assert found.shape == expected.shape == (1, 3, 64, 64)
+    # Bytes are rounded once more; with a factor that is not whole the squares lie up to half a pixel apart. Squashed,
+    # the picture would be 0.1 away.
+    assert (found - expected).abs().mean() < (0.01 if height == 97 else 0.003)
 
 
 @pytest.mark.parametrize(

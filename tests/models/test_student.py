@@ -1,9 +1,12 @@
 import json
 import logging
 import os
+import re
+import runpy
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -316,6 +319,14 @@ def test_loading_needs_torch_and_safetensors_only(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_loading_needs_comes_without_an_extra(monkeypatch):
+    given = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    runpy.run_path(str(Path(__file__).parents[2] / "setup.py"))
+    names = {re.match(r"[\w-]+", line)[0] for line in given["install_requires"]}
+    assert {"torch", "safetensors"} <= names
 
 
 def edit(path, change):

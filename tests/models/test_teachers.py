@@ -25,6 +25,7 @@ SWIN = dict(embed_dim=8, depths=[1, 1, 2, 1], num_heads=[1, 1, 2, 2], window_siz
 VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 CLIP = dict(VIT, intermediate_size=48, patch_size=16, image_size=64, projection_dim=24)
 RESNET = dict(embedding_size=8, hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], layer_type="basic")
+HIERA = dict(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])
 SQUARE, WIDE = (64, 64), (64, 96)
 
 
@@ -185,6 +186,32 @@ def test_resnet_backbone_matches_hidden_states(saved):
     _, maps = build("backbone", folder, levels=[2, 4])(images)
     hidden = model.resnet(normalise(images, IMAGENET_MEAN, IMAGENET_STD), output_hidden_states=True).hidden_states
     torch.testing.assert_close(maps, (hidden[2].permute(0, 2, 3, 1), hidden[4].permute(0, 2, 3, 1)))
+
+
+# Patches of 7 pixels, one every 4. 128 is no multiple of 7, and of 256 the nearest (259) has a cell too many.
+@pytest.mark.parametrize("side", [64, 128, 256])
+def test_overlapping_patches_are_as_far_apart_as_their_stride(side):
+    arch = dict(HIERA, model_type="hiera", image_size=[side, side])
+    images = pictures((side, side))
+    teacher = build("backbone", arch=arch, levels=[1, 2, 4], image_size=(side, side))
+    assert teacher.spec == FeatureSpec(None, (8, 16, 64), (4.0, 8.0, 32.0))
+    expected = teacher.net(normalise(images, IMAGENET_MEAN, IMAGENET_STD)).feature_maps  # not resized
+    torch.testing.assert_close(teacher(images).maps, tuple(m.permute(0, 2, 3, 1) for m in expected))
+
+
+def test_a_patch_stride_may_be_one_number():
+    net = transformers.SwinBackbone(transformers.SwinConfig(**SWIN))
+    net.config.patch_size, net.config.patch_stride = 7, 4
+    teacher = teachers.Teacher("t", "backbone", net, IMAGENET_MEAN, IMAGENET_STD, SQUARE)
+    assert teacher.patch_size == 4
+
+
+@pytest.mark.parametrize(("kind", "whose"), [("clip", "CLIP's"), ("dinov2", "ImageNet's")])
+def test_without_an_image_processor_mean_and_std_are_named(saved, kind, whose, caplog):
+    build(kind, saved[kind][1])
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith("teachers.")
+    assert f"normalised with {whose}, mean (0.48" in said
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
@@ -569,6 +596,7 @@ def test_hub_cache_is_used_without_asking_the_network(saved, monkeypatch, tmp_pa
 
     repository = tmp_path / "models--lab--clip"
     shutil.copytree(saved["clip"][1], repository / "snapshots" / "abc")
+    (repository / "snapshots" / "abc" / "preprocessor_config.json").write_text("{}")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
