@@ -11,7 +11,7 @@ from processes import two_ranks
 from torch import nn
 from zero_worker import STEPS, fixed_batches
 
-from kpu_fast.config import load_config
+from kpu_fast.config import ConfigError, load_config
 from kpu_fast.engine.optimizer import build_scheduler
 from kpu_fast.engine.zero import _clip, _norm
 from kpu_fast.models.student import Student
@@ -129,7 +129,10 @@ def test_what_deepspeed_is_asked_for(tiny):
     assert asked({})["gradient_clipping"] == 1.0
     assert asked({}, clip="null")["gradient_clipping"] == 0.0
     assert asked({"gradient_clipping": 0}, clip="null")["gradient_clipping"] == 0
-    assert asked({})["bf16"] == {"enabled": True, "check_grad_overflow": False}
+    usual = {"enabled": True, "check_grad_overflow": False, "immediate_grad_update": True}
+    assert asked({})["bf16"] == usual
     without = {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}
-    assert asked(without, clip="null")["bf16"] == {"enabled": True, "check_grad_overflow": True}
-    assert asked({"bf16": {"enabled": True}})["bf16"] == {"enabled": True, "check_grad_overflow": False}
+    assert asked(without, clip="null")["bf16"] == usual | {"check_grad_overflow": True}
+    assert asked({"bf16": {"enabled": True}})["bf16"] == usual
+    with pytest.raises(ConfigError, match="immediate_grad_update: found false"):
+        asked({"bf16": {"enabled": True, "immediate_grad_update": False}})
