@@ -200,6 +200,7 @@ def check_options(weights, resize, cos_over, reduction, impl) -> None:
     for name, found in zip(("cos_weight", "l1_weight", "beta"), weights, strict=True):
         if isinstance(found, Tensor):  # reading it would wait for the GPU and lose its gradient
             raise TypeError(f"{name}: expected a number, found a tensor; multiply the loss by it instead")
+        # Numbers first: Dynamo cannot trace hasattr of one that it made a symbol.
         if not isinstance(found, int | float | torch.SymInt | torch.SymFloat) and not hasattr(found, "__float__"):
             raise TypeError(f"{name}: expected a number, found {found!r}")
     for name, found, allowed in (

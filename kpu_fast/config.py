@@ -272,10 +272,13 @@ class Config(_Strict):
             ours["zero_allow_untested_optimizer"] = True
         # ZeRO 1 and 2 would look at every gradient for NaN, and wait; the monitor looks at their norm, if there is one.
         normed = self.deepspeed.get("zero_optimization", {}).get("compute_grad_norm", True)
-        half = {"enabled": self.precision == "bf16", "check_grad_overflow": not normed}
-        # ZeRO 1 with data_types.grad_accum_dtype fp32 would empty the gradients before each forward's part of the one
-        # backward, so that only the first teacher's count.
-        half["immediate_grad_update"] = True
+        half = {
+            "enabled": self.precision == "bf16",
+            "check_grad_overflow": not normed,
+            # ZeRO 1 with data_types.grad_accum_dtype fp32 would empty the gradients before each forward's part of the
+            # one backward, so that only the first teacher's count.
+            "immediate_grad_update": True,
+        }
         return ours | self.deepspeed | {"bf16": half | self.deepspeed.get("bf16", {})}
 
 
