@@ -47,11 +47,11 @@ def pytest_addoption(parser):
     )
     group.addoption(
         "--bench-profile",
-        choices=("torch", "cuda"),
+        choices=("torch", "cuda", "none"),
         help="instead of timing, run one step per row: under torch.profiler, which prints its table (torch), "
-        "or between cudaProfilerStart and Stop, for ncu --profile-from-start off (cuda)",
+        "between cudaProfilerStart and Stop, for ncu --profile-from-start off (cuda), or as it is, which leaves what "
+        "it compiled in Triton's and inductor's caches (none)",
     )
-
     group.addoption(
         "--bench-rows",
         type=Path,
@@ -336,6 +336,8 @@ def _as_graph(walk: Callable) -> Callable:
 
 def _profile(how: str, step: Callable) -> None:
     """One step for a profiler: its own table as one line of JSON on stdout, or the range that ncu looks at."""
+    if how == "none":  # the first step has compiled everything
+        return
     on_gpu = torch.cuda.is_available()
     if how == "cuda":
         torch.cuda.synchronize()

@@ -49,7 +49,7 @@ def build_zoo(
     Underscores in names become spaces. minutes: budget of each teacher, in place of the recipe's steps. Raises
     ZooError, SourceError for an image, or OSError for a file that cannot be read or written.
     """
-    zoo = zoo or Zoo()
+    zoo = zoo or Zoo.on(device.type)
     classes = _check(images, test_images, classes, only)
     with _alone(out):
         todo = [name for name in only if not _finished(out / name, say)]

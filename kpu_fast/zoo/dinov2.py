@@ -42,12 +42,13 @@ def train_dinov2(pixels: Pixels, recipe: Dinov2Recipe, folder: Path, *, device, 
     torch.manual_seed(seed)
     net = _Views(_network(recipe, device), recipe.projection)
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in IMAGENET_MEAN_STD)
+    stored = pixels.images.to(device)
 
     def loss_of_step(net: nn.Module, step: int) -> dict[str, Tensor]:
         random = generator(seed, 6, step)
         rows = rows_of_step(step, recipe.fit.batch, len(pixels), seed)
-        images = pixels.images[rows]
-        views = torch.cat([distort(images, random), distort(images, random)]).to(device)
+        images = stored[rows.to(device, non_blocking=True)]
+        views = torch.cat([distort(images, random), distort(images, random)])
         size = recipe.image_size if (step + 1) % recipe.whole_every == 0 else recipe.small_size
         cls, patches = net((to_batch(views, size) - mean) / std)
         parts = {"cls": find_pairs(cls, recipe.temperature), "patches": find_pairs(patches, recipe.temperature)}
@@ -78,17 +79,20 @@ def find_pairs(embeddings: Tensor, temperature: float) -> Tensor:
 
 
 def distort(images: Tensor, random: torch.Generator) -> Tensor:
-    """uint8 (B, H, W, 3) → the same shape: a random part enlarged, perhaps flipped, in other colours, perhaps grey."""
-    count = len(images)
+    """uint8 (B, H, W, 3) → the same shape: a random part enlarged, perhaps flipped, in other colours, perhaps grey.
+
+    random: on the CPU, wherever the images are, so that the same parts and colours are drawn on every device.
+    """
+    count, device = len(images), images.device
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(count, generator=random) * (high - low) + low
+        return (torch.rand(count, generator=random) * (high - low) + low).to(device, non_blocking=True)
 
     side = uniform(*_AREA).sqrt()
     stretch = uniform(-0.3, 0.3).exp()
     width, height = (side * stretch.sqrt()).clamp(max=1), (side / stretch.sqrt()).clamp(max=1)
     flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-    zero = torch.zeros(count)
+    zero = torch.zeros(count, device=device)
     across = torch.stack([width * flip, zero, (1 - width) * uniform(-1, 1)], 1)
     down = torch.stack([zero, height, (1 - height) * uniform(-1, 1)], 1)
     grid = F.affine_grid(torch.stack([across, down], 1), [count, 3, STORED, STORED], align_corners=False)
@@ -98,13 +102,14 @@ def distort(images: Tensor, random: torch.Generator) -> Tensor:
     def per_image(values: Tensor) -> Tensor:
         return values.view(-1, 1, 1, 1)
 
-    grey = (pixels * torch.tensor(_GREY).view(3, 1, 1)).sum(1, keepdim=True)
-    colour = per_image(torch.where(uniform(0, 1) < 0.2, torch.zeros(count), uniform(0.4, 1.6)))
+    grey = (pixels * torch.tensor(_GREY).view(3, 1, 1).to(device, non_blocking=True)).sum(1, keepdim=True)
+    colour = per_image(torch.where(uniform(0, 1) < 0.2, zero, uniform(0.4, 1.6)))
     pixels = grey + colour * (pixels - grey)
     middle = pixels.mean((1, 2, 3), keepdim=True)
     pixels = (middle + per_image(uniform(0.5, 1.5)) * (pixels - middle)) * per_image(uniform(0.6, 1.4))
     # A slight cast: each colour by itself.
-    pixels = pixels * (1 + 0.1 * torch.randn(count, 3, 1, 1, generator=random))
+    cast = torch.randn(count, 3, 1, 1, generator=random).to(device, non_blocking=True)
+    pixels = pixels * (1 + 0.1 * cast)
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 

@@ -1,6 +1,7 @@
 """Sizes and budgets of the zoo's three teachers: the one place with numbers to change."""
 
 from dataclasses import dataclass, field
+from typing import Self
 
 from kpu_fast.zoo.fit import Fit
 
@@ -66,3 +67,12 @@ class Zoo:
     clip: ClipRecipe = field(default_factory=ClipRecipe)
     gdino: GdinoRecipe = field(default_factory=GdinoRecipe)
     dinov2: Dinov2Recipe = field(default_factory=Dinov2Recipe)
+
+    @classmethod
+    def on(cls, device_type: str) -> Self:
+        """All three for "cpu" or "cuda". A GPU has time for the 240 epochs of large batches that learning without
+        classes asks for; the other two know enough of ten classes after few.
+        """
+        if device_type == "cpu":
+            return cls()
+        return cls(dinov2=Dinov2Recipe(fit=Fit(steps=12_000, batch=1024, muon_lr=3e-3, lr=2e-3, warmup=300)))

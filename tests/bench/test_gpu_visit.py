@@ -62,7 +62,8 @@ def test_dry_run(tmp_path):
     assert result["commit"] == "abc"
     assert result["device"].startswith("CPU")
     sections = result["sections"]
-    assert list(sections) == ["tests", "benches", "step", "profile"]
+    assert list(sections) == ["tests", "warm", "benches", "step", "profile"]
+    assert sections["warm"]["exit"] is None
 
     assert sections["tests"]["exit"] == 1
     assert sections["tests"]["result"]["counts"] == {"passed": 2, "failure": 1, "skipped": 1}
