@@ -16,6 +16,7 @@ from .launch import (
     coded,
     device_of,
     inverse_beta,
+    run_kernel,
     token_strides,
     token_tile,
 )
@@ -51,7 +52,8 @@ def launch_group(
                     # A pointer that a flag keeps the kernel from following still has to be a tensor.
                     return tuple(sources[i] if values[i] is None else values[i] for i in some)
 
-                align_group_kernel[(sum(programs[i] for i in some),)](
+                run_kernel(
+                    align_group_kernel, (sum(programs[i] for i in some), 1),
                     take(sources), take(targets),
                     *(take(_dense(x)) for x in (means, stds, valids)),
                     take(grads_source), take(grads_target), counts, partial,
@@ -66,7 +68,8 @@ def launch_group(
                 )  # fmt: skip
                 filled += sum(programs[i] for i in some)
         for some in _at_most(FINISH_TILE.rows, list(range(len(rows)))):
-            align_finish_kernel[(len(some),)](
+            run_kernel(
+                align_finish_kernel, (len(some), 1),
                 partial, losses[some[0] :],
                 coded(first[i] for i in some), coded(first[i] + programs[i] for i in some),
                 COUNT=len(some), BLOCK=FINISH_TILE.channels, num_warps=FINISH_TILE.num_warps,
@@ -85,7 +88,8 @@ def launch_group_scale(grads: tuple[Tensor, ...], places: tuple[int, ...], facto
                 blocks = [triton.cdiv(grads[i].numel(), block) for i in some]
                 share = min(1.0, SCALE_PROGRAMS / sum(blocks))
                 programs = [max(1, int(share * n)) for n in blocks]
-                align_group_scale_kernel[(sum(programs),)](
+                run_kernel(
+                    align_group_scale_kernel, (sum(programs), 1),
                     tuple(grads[i] for i in some), factors, factors.stride(0),
                     coded(sum(programs[:n]) for n in range(len(some))), coded(programs),
                     coded(places[i] for i in some),

@@ -1,7 +1,10 @@
 """Launches of align.py's kernels: along the channels, or across them where it is tokens that are adjacent in memory."""
 
+import functools
 import math
+from typing import NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
@@ -9,14 +12,16 @@ from .align_across_triton import align_across_kernel
 from .align_torch import common_grid
 from .align_triton import align_along_kernel, align_finish_kernel, align_scale_kernel
 from .launch import (
-    ALIGN_TILE_ACROSS,
     FINISH_TILE,
     SCALE_PROGRAMS,
     SCALE_TILE,
+    TokenTile,
+    across_tile,
     coded,
     device_of,
     flat_stride,
     inverse_beta,
+    run_kernel,
     token_tile,
     tokens_adjacent,
 )
@@ -61,27 +66,28 @@ def _launch(
         source if std is None else std.contiguous().resolve_neg(),
         source if valid is None else valid.contiguous(),
     )
-    flags |= {"HAS_MEAN": mean is not None, "HAS_STD": std is not None, "HAS_VALID": valid is not None}
-    flags |= {"GRAD_S": grad_source.numel() > 0, "GRAD_T": grad_target.numel() > 0, "BY_MAP": by_map}
-    flags |= {"HAS_SHARE": share.numel() > 0}
-    grid = common_grid(source, target, resize)
     made = grad_source, grad_target
-    across = tokens_adjacent(source) and tokens_adjacent(target)
-    across &= resize == "none" and _evenly_spaced(source, target, *made)
-    if not across:  # an NCHW side is turned by a copy first
+    plan = _plan(resize, *map(_seen, (upstream, source, target, *made)))
+    if plan is None:  # an NCHW side beside others is turned by a copy first
         source, target = (x.contiguous() if tokens_adjacent(x) else x for x in (source, target))
         made = tuple(x.new_empty(x.shape) if x.numel() and tokens_adjacent(x) else x for x in made)
-    tile = ALIGN_TILE_ACROSS if across else token_tile(source.shape[3])
-    programs = grid[0] * triton.cdiv(grid[1] * grid[2], tile.tokens)
-    found = rows.new_empty(programs) if flags["SUM"] else rows
-    tensors = source if upstream is None else upstream, source, target, *constants, share, found, stats, *made
-    run = _launch_across if across else _launch_along
-    weights = cos_weight, l1_weight, beta, inverse_beta(beta)
+        plan = _plan(resize, *map(_seen, (upstream, source, target, *made)))
+    flags |= {"HAS_MEAN": mean is not None, "HAS_STD": std is not None, "HAS_VALID": valid is not None}
+    flags |= {"GRAD_S": grad_source.numel() > 0, "GRAD_T": grad_target.numel() > 0, "BY_MAP": by_map}
+    flags |= {"HAS_SHARE": share.numel() > 0, **plan.constants}
+    if not plan.across:
+        flags["CORNERS"] = corners
+    found = rows.new_empty(plan.programs) if flags["SUM"] else rows
     with device_of(source):
-        run(programs, tile, tensors, grid, (upstream, source, target, *made), weights, flags, resize, corners)
+        run_kernel(
+            align_across_kernel if plan.across else align_along_kernel, (plan.programs, 1),
+            source if upstream is None else upstream, source, target, *constants, share, found, stats, *made,
+            *plan.numbers, cos_weight, l1_weight, beta, inverse_beta(beta), num_warps=plan.num_warps, **flags,
+        )  # fmt: skip
         if flags["SUM"]:
-            align_finish_kernel[(1,)](
-                found, rows, coded([0]), coded([programs]), COUNT=1, BLOCK=FINISH_TILE.channels,
+            run_kernel(
+                align_finish_kernel, (1, 1),
+                found, rows, coded([0]), coded([plan.programs]), COUNT=1, BLOCK=FINISH_TILE.channels,
                 num_warps=FINISH_TILE.num_warps,
             )  # fmt: skip
     for grad, here in zip((grad_source, grad_target), made, strict=True):
@@ -89,31 +95,66 @@ def _launch(
             grad.copy_(here)
 
 
-def _launch_along(programs, tile, tensors, grid, views, weights, flags, resize, corners) -> None:
+class _Plan(NamedTuple):
+    """What of a launch follows from shapes and strides."""
+
+    across: bool
+    programs: int
+    numbers: tuple[int, ...]  # strides and sizes, in the order of the kernel's parameters
+    num_warps: int
+    constants: dict[str, int | bool]
+
+
+def _seen(x: Tensor | None) -> tuple | None:
+    return None if x is None else (x.shape, x.stride())
+
+
+def _plan(resize: str, *views: tuple | None) -> _Plan | None:
+    """For upstream, source, target and their gradients, as `_seen`; None where an NCHW side has to be turned first."""
+    _, height, width, channels = views[1][0]
+    return _cached_plan(across_tile(height * width), token_tile(channels), resize, *views)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_plan(across: TokenTile, along: TokenTile, resize: str, *views: tuple | None) -> _Plan | None:
+    views = [x if x is None else torch.empty_strided(*x, device="meta") for x in views]
+    _, source, target, *made = views
+    grid = common_grid(source, target, resize)
+    if tokens_adjacent(source) and tokens_adjacent(target) and resize == "none" and _evenly_spaced(*views[1:]):
+        return _plan_across(across, grid, views)
+    if any(tokens_adjacent(x) for x in (source, target, *made) if x.numel()):
+        return None
+    return _plan_along(along, grid, views, resize)
+
+
+def _plan_along(tile: TokenTile, grid: torch.Size, views: list[Tensor | None], resize: str) -> _Plan:
     _, source, target, *_ = views
     samples, height, width = grid
+    programs = samples * triton.cdiv(height * width, tile.tokens)
     flat = resize == "none" and _evenly_spaced(*views)
     strides = _strides(views[0], flat)[:3], *(_strides(x, flat) for x in views[1:])
     if flat:
         height, width = 1, height * width
-    align_along_kernel[(programs,)](
-        *tensors, *(step for steps in strides for step in steps),
-        grid.numel(), samples, source.shape[3], *source.shape[1:3], *target.shape[1:3],
-        height, width, *weights, **flags, FLAT=flat, RESIZE=_RESIZE[resize], CORNERS=corners,
-        TOKENS=tile.tokens, CHUNK=tile.chunk, PIECES=tile.pieces, num_warps=tile.num_warps,
+    numbers = (
+        *(step for steps in strides for step in steps),
+        grid.numel(), samples, source.shape[3], *source.shape[1:3], *target.shape[1:3], height, width,
     )  # fmt: skip
+    constants = {"TOKENS": tile.tokens, "CHUNK": tile.chunk, "PIECES": tile.pieces}
+    return _Plan(False, programs, numbers, tile.num_warps, {"FLAT": flat, "RESIZE": _RESIZE[resize], **constants})
 
 
-def _launch_across(programs, tile, tensors, grid, views, weights, flags, *_) -> None:
+def _plan_across(tile: TokenTile, grid: torch.Size, views: list[Tensor | None]) -> _Plan:
     samples, height, width = grid
     (u_sample, _, u_token, _), *sides = (_strides(x, True) for x in views)
     sides = [(sample, token, channel) for sample, _, token, channel in sides]
     wide = math.gcd(8, height * width, *(step for sample, _, channel in sides for step in (sample, channel)))
-    align_across_kernel[(programs,)](
-        *tensors, u_sample, u_token, *(step for steps in sides for step in steps),
-        grid.numel(), samples, height * width, views[1].shape[3], *weights, **flags,
-        TOKENS=tile.tokens, CHUNK=tile.chunk, WIDE=wide, num_warps=tile.num_warps,
+    numbers = (
+        u_sample, u_token, *(step for steps in sides for step in steps),
+        grid.numel(), samples, height * width, views[1].shape[3],
     )  # fmt: skip
+    programs = samples * triton.cdiv(height * width, tile.tokens)
+    constants = {"TOKENS": tile.tokens, "CHUNK": tile.chunk, "WIDE": wide}
+    return _Plan(True, programs, numbers, tile.num_warps, constants)
 
 
 def _evenly_spaced(*views: Tensor | None) -> bool:
@@ -134,6 +175,7 @@ def launch_scale(grad: Tensor, factor: Tensor) -> None:
     """grad *= factor in place, for a dense gradient in any order of dimensions."""
     block = SCALE_TILE.channels
     with device_of(grad):
-        align_scale_kernel[(min(SCALE_PROGRAMS, triton.cdiv(grad.numel(), block)),)](
-            grad, factor, grad.numel(), BLOCK=block, num_warps=SCALE_TILE.num_warps
+        programs = min(SCALE_PROGRAMS, -(-grad.numel() // block))
+        run_kernel(
+            align_scale_kernel, (programs, 1), grad, factor, grad.numel(), BLOCK=block, num_warps=SCALE_TILE.num_warps
         )

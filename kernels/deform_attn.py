@@ -26,6 +26,7 @@ from .launch import (
     check_float,
     choose_impl,
     is_differentiated,
+    is_plain,
     is_transformed,
     keepable,
 )
@@ -67,18 +68,21 @@ def deform_attn_reference(
 _INPUTS = "Tensor value, Tensor? shapes, SymInt[] sizes, Tensor locations, Tensor weights"
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::deform_attn_forward",
-    mutates_args=(),
-    schema=f"({_INPUTS}, bool deterministic) -> Tensor",
-)
-def _forward(value, shapes, sizes, locations, weights, deterministic):
+def _run_forward(value, shapes, sizes, locations, weights, deterministic):
     """shapes: (L, 2) on value's device, or None for `sizes` = (H_1, W_1, H_2, …). deterministic: of the backward."""
     from .deform_attn_triton import launch_forward
 
     out = _empty_out(value, locations)
     launch_forward(value, shapes, _two_by_two(sizes), locations, weights, out)
     return out
+
+
+_forward = torch.library.custom_op(
+    f"{NAMESPACE}::deform_attn_forward",
+    _run_forward,
+    mutates_args=(),
+    schema=f"({_INPUTS}, bool deterministic) -> Tensor",
+)
 
 
 @_forward.register_fake
@@ -95,13 +99,9 @@ def _two_by_two(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(sizes[::2], sizes[1::2], strict=True))
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::deform_attn_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_INPUTS}, bool deterministic, bool need_value, bool need_locations, bool need_weights)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-def _gradients(grad, value, shapes, sizes, locations, weights, deterministic, need_value, need_locations, need_weights):
+def _run_gradients(
+    grad, value, shapes, sizes, locations, weights, deterministic, need_value, need_locations, need_weights
+):
     """Gradients to value, locations and weights, each contiguous and in its dtype; empty where not needed."""
     from .deform_attn_triton import launch_backward, launch_unfix
 
@@ -127,6 +127,15 @@ def _gradients(grad, value, shapes, sizes, locations, weights, deterministic, ne
     return grad_value, grad_locations, grad_weights
 
 
+_gradients = torch.library.custom_op(
+    f"{NAMESPACE}::deform_attn_backward",
+    _run_gradients,
+    mutates_args=(),
+    schema=f"(Tensor grad, {_INPUTS}, bool deterministic, bool need_value, bool need_locations, bool need_weights)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
 @_gradients.register_fake
 def _(grad, value, shapes, sizes, locations, weights, deterministic, need_value, need_locations, need_weights):
     return _empty_gradients(value, locations, weights, need_value, need_locations, need_weights)
@@ -146,17 +155,30 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*(keepable(x) for x in (value, shapes, locations, weights)))
 
 
-def _backward(ctx, grad):
+def _backward(ctx, grad, gradients=_gradients):
     if torch.is_grad_enabled() or is_differentiated():
         raise RuntimeError(_NO_DOUBLE)
     value, shapes, locations, weights = ctx.saved_tensors
     needed = [ctx.needs_input_grad[place] for place in (0, 3, 4)]
-    found = _gradients(grad, value, shapes, ctx.sizes, locations, weights, ctx.deterministic, *needed)
+    found = gradients(grad, value, shapes, ctx.sizes, locations, weights, ctx.deterministic, *needed)
     to_value, to_locations, to_weights = (g if need else None for g, need in zip(found, needed, strict=True))
     return to_value, None, None, to_locations, to_weights, None
 
 
 _forward.register_autograd(_backward, setup_context=_save)
+
+
+class _Direct(torch.autograd.Function):
+    """The same without the dispatcher between, as in align_op.py."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _save(ctx, inputs, None)
+        return _run_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward(ctx, grad, _run_gradients if is_plain(grad) else _gradients)
 
 
 def deform_attn(
@@ -210,7 +232,8 @@ def deform_attn(
         shapes = _check_shape_tensor(spatial_shapes, levels)
     else:
         sizes = [side for pair in _pairs(spatial_shapes, value, sampling_locations) for side in pair]
-    return _forward(value, shapes, sizes, sampling_locations, attention_weights, deterministic)
+    attend = _Direct.apply if is_plain(value, sampling_locations, attention_weights) else _forward
+    return attend(value, shapes, sizes, sampling_locations, attention_weights, deterministic)
 
 
 def ms_deform_attn(

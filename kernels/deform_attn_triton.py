@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MAX_MAPS, SCALE_TILE, deform_tile, device_of
+from .launch import MAX_MAPS, SCALE_TILE, deform_tile, device_of, run_kernel
 
 # Heights and widths go to the kernels as plain numbers, one per map, so a new pyramid needs no copy to the GPU and no
 # tensor that a captured CUDA graph would have to keep. Nothing that follows from a pyramid is specialised on 1 or on
@@ -271,7 +271,8 @@ def launch_forward(value, shapes, sizes, locations, weights, out) -> None:
     """Fill `out` (B, Q, M·D), contiguous. shapes: (L, 2) on value's device, or None for the pairs `sizes`."""
     grid, options = _tiling(value, locations, "forward")
     with device_of(value):
-        deform_forward_kernel[grid](
+        run_kernel(
+            deform_forward_kernel, grid,
             value, value if shapes is None else shapes.contiguous(), locations, weights, out, *_pack(sizes),
             *value.stride(), *locations.stride(), *weights.stride(), *_counts(value, locations),
             ON_DEVICE=shapes is not None, **options,
@@ -288,7 +289,8 @@ def launch_backward(
     fixed = largest is not None
     grid, options = _tiling(value, locations, "fixed" if fixed else "backward")
     with device_of(value):
-        deform_backward_kernel[grid](
+        run_kernel(
+            deform_backward_kernel, grid,
             grad, value, value if shapes is None else shapes.contiguous(), locations, weights,
             *(largest if fixed else (grad, grad)), grad_value, grad_locations, grad_weights, *_pack(sizes),
             *grad.stride(), *value.stride(), *locations.stride(), *weights.stride(), *_counts(value, locations), unit,
@@ -301,16 +303,18 @@ def launch_unfix(fixed: Tensor, largest: tuple[Tensor, Tensor], unit: float, out
     """Fill `out` with the sums that `fixed` holds in steps of 1/unit."""
     block = SCALE_TILE.channels
     with device_of(fixed):
-        deform_unfix_kernel[(triton.cdiv(fixed.numel(), block),)](
-            fixed, *largest, out, fixed.numel(), 1 / unit, BLOCK=block, num_warps=SCALE_TILE.num_warps
-        )
+        run_kernel(
+            deform_unfix_kernel, (triton.cdiv(fixed.numel(), block), 1),
+            fixed, *largest, out, fixed.numel(), 1 / unit,
+            BLOCK=block, num_warps=SCALE_TILE.num_warps,
+        )  # fmt: skip
 
 
 def _tiling(value: Tensor, locations: Tensor, what: str):
     tile = deform_tile(value.shape[3], what)
     programs = triton.cdiv(locations.shape[1], tile.rows) * value.shape[0] * value.shape[2]
     unroll = next(count for count in (4, 2, 1) if locations.shape[4] % count == 0)
-    return (programs,), {
+    return (programs, 1), {
         "UNROLL": unroll,
         "ROWS": tile.rows,
         "BLOCK_D": tile.channels,

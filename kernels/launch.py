@@ -67,9 +67,10 @@ MAX_RESIZE_CHANNELS = 65535 * 16  # programs of a grid's second axis, of 16 chan
 SCALE_TILE = Tile(1, 2048, 4)
 SCALE_PROGRAMS = 1024  # at most: a factor of 1 ends them all, and starting a program costs more than that
 # Views whose tokens, not channels, are adjacent in memory (NCHW). align_loss walks over the channels a chunk at a time
-# and waits for memory once a chunk, so chunks are large. Of 19 tiles on an H100 the fastest for 14² and 100×168 tokens
-# together, 33.8 and 75.9 µs, but for one that would spill and one of 224 registers; (64, 32) took 41.8 and 77.3.
-ALIGN_TILE_ACROSS = TokenTile(32, 64, 1, 8)
+# and waits for memory once a chunk, so chunks are large; of a small map, whose samples are short lines, programs take
+# few tokens. Fastest of 19 tiles for 14² tokens and within 1 % for 100×168, on an H100 and an H200.
+ALIGN_TILES_ACROSS = {"small": TokenTile(32, 64, 1, 8), "large": TokenTile(128, 32, 1, 4)}
+LARGE_MAP = 1024  # tokens of a sample from which a map is large
 FINISH_TILE = Tile(32, 8192, 16)  # rows: losses whose partial sums one launch adds up
 MAX_SLOTS = 8  # terms in a launch of align_losses
 RESIZE_TILE_ACROSS = TokenTile(64, 16, 1, 4)
@@ -97,6 +98,11 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 def token_tile(channels: int) -> TokenTile:
     """Tile of whole tokens of `channels` ≤ MAX_CHANNELS."""
     return TOKEN_TILES[min(width for width in TOKEN_TILES if width >= channels)]
+
+
+def across_tile(tokens: int) -> TokenTile:
+    """Tile for NCHW views of so many tokens per sample."""
+    return ALIGN_TILES_ACROSS["large" if tokens >= LARGE_MAP else "small"]
 
 
 def inverse_beta(beta: float) -> float:
@@ -259,4 +265,49 @@ def coded(numbers: Iterable[int]) -> tuple[int, ...]:
 
 def device_of(tensor: Tensor) -> AbstractContextManager:
     """Make `tensor`'s GPU the current one for a kernel launch."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+_compiled: dict[tuple, tuple] = {}
+_MAX_COMPILED = 4096
+
+
+def run_kernel(kernel, programs: tuple[int, int], *arguments, num_warps: int, **constants) -> None:
+    """kernel[programs](*arguments, **constants, num_warps=num_warps), where the tensors' GPU is the current one.
+
+    Triton looks at every argument anew in each call, which for kernels with 40 of them takes longer than to launch
+    them. Here a call like an earlier one goes straight to what was compiled for that one; alike are calls with equal
+    whole numbers and constants and with tensors of equal dtypes that start at multiples of 16 bytes or do not, which is
+    more than Triton asks for. constants: every tl.constexpr parameter, which come last.
+    """
+    key = kernel.fn, num_warps, *constants.items(), *_likeness(arguments)
+    known = _compiled.get(key)
+    if known is None:
+        made = kernel[programs](*arguments, **constants, num_warps=num_warps)
+        if made is not None:  # Triton's interpreter compiles nothing
+            if len(_compiled) >= _MAX_COMPILED:  # of shapes that never end
+                _compiled.clear()
+            _compiled[key] = made, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        return
+    made, values = known
+    made[(*programs, 1)](*arguments, *values)
+
+
+def _likeness(arguments: tuple) -> list:
+    """What Triton's compilation depends on, and more: of a float its type, of a whole number itself, of a tensor three
+    things.
+    """
+    found: list = []
+    for x in arguments:
+        kind = type(x)
+        if kind is int:
+            found.append(x)
+        elif kind is float:
+            found.append(float)
+        elif kind is tuple:
+            found.append(tuple(_likeness(x)))
+        else:
+            found += x.dtype, x.get_device(), x.data_ptr() % 16 == 0
+    return found

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, distributed
 
-from .launch import MAX_TOKENS, NAMESPACE, check_float, check_tensor, choose_impl
+from .launch import MAX_TOKENS, NAMESPACE, check_float, check_tensor, choose_impl, is_plain
 
 # Numbers at once in the torch path. Of 2¹⁶…2²¹ within 20 % of the fastest for (32, 14, 14, 768), channels last and
 # first, and (4, 100, 168, 192), float32, on 1 thread of a shared x86 server, November 2026.
@@ -70,10 +70,7 @@ def moments_reference(x: Tensor, *, valid: Tensor | None = None) -> Moments:
     return Moments(keep.sum(), rows.sum(0), rows.square().sum(0))
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::moments", mutates_args=(), schema="(Tensor x, Tensor? valid, bool triton) -> Tensor"
-)
-def _moments(x, valid, triton):
+def _run(x, valid, triton):
     """n, Σx and Σx² of x (A, B, N, C) with valid (A, B, N), packed into (1 + 2·C,) float64."""
     out = _empty(x)
     if valid is None:
@@ -90,6 +87,11 @@ def _moments(x, valid, triton):
         for block, keep in _blocks(x, valid):
             sums += _block_sums(block, keep)
     return out
+
+
+_moments = torch.library.custom_op(
+    f"{NAMESPACE}::moments", _run, mutates_args=(), schema="(Tensor x, Tensor? valid, bool triton) -> Tensor"
+)
 
 
 @_moments.register_fake
@@ -166,7 +168,8 @@ def moments(x: Tensor, *, valid: Tensor | None = None, impl: str = "auto") -> Mo
     chosen = choose_impl(impl, x, supported=math.prod(x.shape[:-1]) <= MAX_TOKENS)
     x = _four_dimensions(x.detach())
     valid = None if valid is None else valid.reshape(x.shape[:3])
-    return _unpack(_moments(x, valid, chosen == "triton"))
+    compute = _run if is_plain(x) else _moments  # the dispatcher between costs more than a small map itself
+    return _unpack(compute(x, valid, chosen == "triton"))
 
 
 def _four_dimensions(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MOMENTS_TILE, device_of
+from .launch import MOMENTS_TILE, device_of, run_kernel
 
 
 @triton.jit
@@ -54,7 +54,8 @@ def launch_moments(x: Tensor, valid: Tensor | None) -> Tensor:
     parts = batch * height * triton.cdiv(width, rows)
     out = x.new_empty((parts, 2, channels), dtype=torch.float64)
     with device_of(x):
-        moments_kernel[(parts * triton.cdiv(channels, block),)](
+        run_kernel(
+            moments_kernel, (parts * triton.cdiv(channels, block), 1),
             x, x if valid is None else valid.contiguous(), out, *x.stride(), height, width, channels,
             HAS_VALID=valid is not None, ROWS=rows, BLOCK_C=block, num_warps=num_warps,
         )  # fmt: skip

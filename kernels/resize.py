@@ -19,6 +19,7 @@ from .launch import (
     check_float,
     choose_impl,
     is_differentiated,
+    is_plain,
     is_transformed,
     same_grid,
 )
@@ -80,7 +81,8 @@ def resize_bilinear(
         if channels_last(out) != channels_last(nhwc):  # interpolate goes by the batch's strides too
             out = out.contiguous() if channels_last(nhwc) else out.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     else:
-        out = _resize(nhwc, height, width, align_corners)
+        resize = _Direct.apply if is_plain(nhwc) else _resize
+        out = resize(nhwc, height, width, align_corners)
     return out if layout == "NHWC" else out.permute(0, 3, 1, 2)
 
 
@@ -137,13 +139,18 @@ def empty_map(like: Tensor, height: int, width: int) -> Tensor:
     return like.new_empty((batch, channels, height, width)).permute(0, 2, 3, 1)
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::resize_bilinear", mutates_args=(), schema="(Tensor x, SymInt h, SymInt w, bool corners) -> Tensor"
-)
-def _resize(x, h, w, corners):
+def _run_resize(x, h, w, corners):
     from .resize_triton import launch_resize
 
     return launch_resize(x, empty_map(x, h, w), corners)
+
+
+_resize = torch.library.custom_op(
+    f"{NAMESPACE}::resize_bilinear",
+    _run_resize,
+    mutates_args=(),
+    schema="(Tensor x, SymInt h, SymInt w, bool corners) -> Tensor",
+)
 
 
 @_resize.register_fake
@@ -221,3 +228,18 @@ def _backward(ctx, grad):
 
 
 _resize.register_autograd(_backward, setup_context=_save_shape)
+
+
+class _Direct(torch.autograd.Function):
+    """The same without the dispatcher between, which costs more than a small map itself."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _save_shape(ctx, inputs, None)
+        return _run_resize(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled() or is_differentiated() or not is_plain(grad):
+            return _backward(ctx, grad)
+        return run_resize_backward(grad, None, ctx.height, ctx.width, ctx.adjacent, ctx.corners, True), None, None, None

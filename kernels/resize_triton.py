@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RESIZE_TILE_ACROSS, device_of, resize_tile, tokens_adjacent
+from .launch import RESIZE_TILE_ACROSS, device_of, resize_tile, run_kernel, tokens_adjacent
 
 
 @triton.jit
@@ -199,9 +199,10 @@ def launch_resize(x: Tensor, out: Tensor, corners: bool) -> Tensor:
     """Fill `out` (B, OH, OW, C) with the resized `x` (B, H, W, C)."""
     grid, sizes = _grid(out)
     with device_of(x):
-        resize_forward_kernel[grid](
-            x, out, *x.stride(), *out.stride(), x.shape[3], *x.shape[1:3], *out.shape[1:3], CORNERS=corners, **sizes
-        )
+        run_kernel(
+            resize_forward_kernel, grid,
+            x, out, *x.stride(), *out.stride(), x.shape[3], *x.shape[1:3], *out.shape[1:3], CORNERS=corners, **sizes,
+        )  # fmt: skip
     return out
 
 
@@ -210,7 +211,8 @@ def launch_resize_backward(grad: Tensor, scale: Tensor | None, out: Tensor, corn
     grid, sizes = _grid(out)
     reach = (_reach(n_in, n_out, corners) for n_in, n_out in zip(out.shape[1:3], grad.shape[1:3], strict=True))
     with device_of(grad):
-        resize_backward_kernel[grid](
+        run_kernel(
+            resize_backward_kernel, grid,
             grad, grad if scale is None else scale, out, *grad.stride(), *out.stride(), out.shape[3],
             *out.shape[1:3], *grad.shape[1:3], *reach, HAS_SCALE=scale is not None, CORNERS=corners, **sizes,
         )  # fmt: skip

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from kpu_fast.machine import missing, usable_device
 
-NEEDED = "torch transformers tokenizers safetensors PIL scipy tqdm torchmetrics pycocotools"
+NEEDED = "torch transformers tokenizers safetensors PIL tqdm"
+NEEDED_BY_GDINO = "scipy torchmetrics pycocotools"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     args = parser.parse_args(argv)
 
-    if problem := missing(NEEDED):
+    if problem := missing(f"{NEEDED} {NEEDED_BY_GDINO}" if args.only in (None, "gdino") else NEEDED):
         return _fail(problem)
     if args.minutes is not None and not (args.minutes > 0 and math.isfinite(args.minutes)):
         return _fail(f"--minutes {args.minutes}: expected a number above 0")

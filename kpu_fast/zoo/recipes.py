@@ -1,7 +1,6 @@
 """Sizes and budgets of the zoo's three teachers: the one place with numbers to change."""
 
 from dataclasses import dataclass, field
-from typing import Self
 
 from kpu_fast.zoo.fit import Fit
 
@@ -69,7 +68,7 @@ class Zoo:
     dinov2: Dinov2Recipe = field(default_factory=Dinov2Recipe)
 
     @classmethod
-    def on(cls, device_type: str) -> Self:
+    def on(cls, device_type: str) -> "Zoo":
         """All three for "cpu" or "cuda". A GPU has time for the 240 epochs of large batches that learning without
         classes asks for; the other two know enough of ten classes after few.
         """

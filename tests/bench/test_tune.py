@@ -25,12 +25,12 @@ def tune():
 
 def tables():
     """Everything that a launch reads its tile from, as it is now."""
-    from kpu_fast.kernels import align_group_launch, align_launch, launch, moments_triton
+    from kpu_fast.kernels import align_group_launch, launch, moments_triton
 
     tokens = [launch.token_tile(channels) for channels in launch.TOKEN_TILES]
     deform = [launch.deform_tile(32, what) for what in launch.DEFORM_TILES]
-    across, finish = align_launch.ALIGN_TILE_ACROSS, align_group_launch.FINISH_TILE
-    return [*tokens, *deform, across, finish, moments_triton.MOMENTS_TILE]
+    across = launch.ALIGN_TILES_ACROSS.values()
+    return [*tokens, *deform, *across, align_group_launch.FINISH_TILE, moments_triton.MOMENTS_TILE]
 
 
 def test_every_tile_is_in_the_table_while_it_is_tried_and_gone_afterwards(tune):

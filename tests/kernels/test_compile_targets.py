@@ -1,5 +1,6 @@
 """Every Triton kernel, at every tile of the launch table, compiled for real GPUs without one."""
 
+import itertools
 import json
 import os
 import re
@@ -83,8 +84,9 @@ def cases():
         off = {name: False for name in ("HAS_SHARE", "HAS_MEAN", "HAS_STD", "HAS_VALID", "GRAD_T", "CORNERS")}
         plain = {**off, **block, "FORWARD": True, "FLAT": case["RESIZE"] == 0, "GRAD_S": True, **case}
         yield align_triton.align_along_kernel, plain, tile.num_warps, (SPILL_FREE,)
-    tile = launch.ALIGN_TILE_ACROSS
-    for forward, stats in ((True, False), (True, True), (False, False)):
+    for tile, (forward, stats) in itertools.product(
+        launch.ALIGN_TILES_ACROSS.values(), ((True, False), (True, True), (False, False))
+    ):
         across = {**flags, "TOKENS": tile.tokens, "CHUNK": tile.chunk, "FORWARD": forward, "STATS": stats, "WIDE": 1}
         across |= {"GRAD_S": not stats, "GRAD_T": not stats, "SUM": not stats}
         yield align_across_triton.align_across_kernel, across, tile.num_warps, everywhere
