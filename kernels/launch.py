@@ -68,8 +68,9 @@ SCALE_TILE = Tile(1, 2048, 4)
 SCALE_PROGRAMS = 1024  # at most: a factor of 1 ends them all, and starting a program costs more than that
 # Views whose tokens, not channels, are adjacent in memory (NCHW). align_loss walks over the channels a chunk at a time
 # and waits for memory once a chunk, so chunks are large; of a small map, whose samples are short lines, programs take
-# few tokens. Fastest of 19 tiles for 14² tokens and within 1 % for 100×168, on an H100 and an H200.
-ALIGN_TILES_ACROSS = {"small": TokenTile(32, 64, 1, 8), "large": TokenTile(128, 32, 1, 4)}
+# few tokens. Of 19 tiles for 14² tokens within 2 % of the fastest on an H100 and an H200; for 100×168 within 2 and 5 %
+# of one of 224 registers, and 0.91 and 0.82 of the time of the small map's.
+ALIGN_TILES_ACROSS = {"small": TokenTile(32, 64, 1, 8), "large": TokenTile(32, 32, 1, 4)}
 LARGE_MAP = 1024  # tokens of a sample from which a map is large
 FINISH_TILE = Tile(32, 8192, 16)  # rows: losses whose partial sums one launch adds up
 MAX_SLOTS = 8  # terms in a launch of align_losses

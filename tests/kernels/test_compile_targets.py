@@ -266,8 +266,8 @@ def signatures(*calls, of: str = "groups") -> list[str]:
     return run_alone(of, json.dumps(calls))
 
 
-def record(module, *kernels: str) -> list:
-    """A list to which `module`'s launches of these kernels add their names and signatures, and launch nothing."""
+def record(module) -> list:
+    """A list to which `module`'s launches add their kernels' names and signatures, and launch nothing."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.jit import create_function_from_signature
@@ -275,16 +275,11 @@ def record(module, *kernels: str) -> list:
     backend = CUDABackend(GPUTarget("cuda", SPILL_FREE, 32))
     seen = []
 
-    class Recorded:
-        def __init__(self, kernel):
-            self.name = kernel.__name__
-            self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    def recorded(kernel, programs, *arguments, num_warps, **constants):
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        seen.append((kernel.__name__, str(bind(*arguments, **constants)[1])))
 
-        def __getitem__(self, grid):
-            return lambda *args, num_warps, **kwargs: seen.append((self.name, str(self.bind(*args, **kwargs)[1])))
-
-    for name in kernels:
-        setattr(module, name, Recorded(getattr(module, name)))
+    module.run_kernel = recorded
     return seen
 
 
@@ -293,7 +288,7 @@ def print_pyramids(calls) -> None:
     import torch
     from kpu_fast.kernels import deform_attn_triton as launch
 
-    seen = record(launch, "deform_forward_kernel", "deform_backward_kernel")
+    seen = record(launch)
     for batch, queries, heads, channels, sizes in calls:
         value = torch.zeros(batch, sum(h * w for h, w in sizes), heads, channels)
         locations = torch.zeros(batch, queries, heads, len(sizes), 3, 2)
@@ -311,7 +306,7 @@ def print_groups(calls) -> None:
     import torch
     from kpu_fast.kernels import align_group_launch as launch
 
-    seen = record(launch, "align_group_kernel", "align_finish_kernel", "align_group_scale_kernel")
+    seen = record(launch)
     for shapes in calls:
         sides = [torch.zeros(shape) for shape in shapes]
         terms, nothing = len(sides), [None] * len(sides)
