@@ -28,7 +28,6 @@ COMBINATIONS = (
     ("cuda", "fp16", "full", ("eager", "ours")),
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-GRAPH_LIMIT = 64 << 20  # counted bytes from which launches no longer matter: about 20 µs of copy on an H100
 CPU_SECONDS = 270  # of a session without a GPU, whose numbers are ratios on one more CPU
 SECONDS = 0.4  # of rounds per row, unless three rounds take longer
 # Of a round on a GPU: where one step is a few kernels, what the first launch takes must not count as the kernels' time.
@@ -234,9 +233,6 @@ def measure(benchmark, device, request):
 
     def run(make: Callable[[], tuple], step: Callable, counted: int) -> None:
         mode = request.node.callspec.params.get("mode")
-        limit = getattr(request.module, "GRAPH_LIMIT", GRAPH_LIMIT)
-        if mode == "graph" and counted > limit:
-            pytest.skip(f"{counted >> 20} MB: launches do not matter from {limit >> 20} MB on, see mode full")
         facts = _circumstances(device)
         passes = max(1, math.ceil(2 * facts["cache_bytes"] / counted))
         if device == "cpu":

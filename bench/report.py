@@ -19,7 +19,7 @@ MODES = ("graph", "full", "forward")  # the first that was measured stands for a
 DTYPES = ("bf16", "fp32", "fp16")
 BASELINES = ("eager", "compile")
 COLOURS = {"ours": "#0b6fb8", "compile": "#e08214", "eager": "#8c8c8c"}
-MODE_TEXT = {"graph": "forward + backward, CUDA graph", "full": "forward + backward", "forward": "forward"}
+MODE_TEXT = {"graph": "as a CUDA graph", "full": "forward + backward", "forward": "forward"}
 COLUMNS = ("op", "shape", "row", "dtype", "mode", "device", "ms", "gb_per_s", "copy_gb_per_s", "percent_of_copy")
 
 

@@ -12,7 +12,6 @@ CLIP_X, CLIP_MAP = 512, (32, 14, 14, 768)
 GDINO_MAPS = ((100, 168, 192), (50, 84, 384), (25, 42, 768))  # height, width, channels
 GDINO_BATCH = {"cuda": 4, "cpu": 1}
 EXTRA_ROWS = {"separate": ["cpu", "cuda"]}
-GRAPH_LIMIT = 1 << 30  # many launches for these bytes: how much of the time is theirs is the question
 
 
 def pairs(device):

@@ -90,6 +90,7 @@ MAX_MAPS = 8  # of deform_attn: their sizes are arguments of the kernels
 # thread, read once, stay in registers; the 16 bytes per channel that a program writes are 3 % of the 512 it reads. On
 # an H100 the fastest of 23 tiles on two of four maps, within 3 % on the others.
 MOMENTS_TILE = Tile(256, 32, 4)
+MOMENTS_FINISH_TILE = Tile(64, 16, 4)  # rows: parts added up at once
 
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

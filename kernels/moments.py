@@ -27,15 +27,19 @@ class Moments:
     count: Tensor
     total: Tensor
     square: Tensor
+    # (2, C), where the kernel that added up the sums made mean and variance of them as well.
+    _made: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def mean(self) -> Tensor:
         """(C,); 0 where nothing was counted."""
-        return self.total / self.count.clamp(min=1)
+        return self.total / self.count.clamp(min=1) if self._made is None else self._made[0]
 
     @property
     def var(self) -> Tensor:
         """(C,) population variance, Σ(x − mean)²/n; 0 where nothing was counted."""
+        if self._made is not None:
+            return self._made[1]
         return (self.square / self.count.clamp(min=1) - self.mean**2).clamp(min=0)
 
     @property
@@ -59,7 +63,7 @@ class Moments:
             return self
         packed = torch.cat([self.count.reshape(1), self.total, self.square])
         distributed.all_reduce(packed, group=group)
-        return _unpack(packed)
+        return _unpack(packed, len(self.total))
 
 
 def moments_reference(x: Tensor, *, valid: Tensor | None = None) -> Moments:
@@ -71,21 +75,22 @@ def moments_reference(x: Tensor, *, valid: Tensor | None = None) -> Moments:
 
 
 def _run(x, valid, triton):
-    """n, Σx and Σx² of x (A, B, N, C) with valid (A, B, N), packed into (1 + 2·C,) float64."""
-    out = _empty(x)
+    """n, Σx and Σx² of x (A, B, N, C) with valid (A, B, N), packed into (1 + 2·C,) float64; mean and var behind them,
+    (1 + 4·C,), where triton.
+    """
+    out = _empty(x, triton)
+    if triton:
+        from .moments_triton import launch_moments
+
+        launch_moments(x, valid, out)
+        return out
     if valid is None:
         out[0].fill_(math.prod(x.shape[:3]))
     else:
         torch.sum(valid, (0, 1, 2), dtype=out.dtype, out=out[0])
-    sums = out[1:].view(2, -1)
-    if triton:
-        from .moments_triton import launch_moments
-
-        torch.sum(launch_moments(x, valid), 0, out=sums)
-    else:
-        sums.zero_()
-        for block, keep in _blocks(x, valid):
-            sums += _block_sums(block, keep)
+    sums = out[1:].view(2, -1).zero_()
+    for block, keep in _blocks(x, valid):
+        sums += _block_sums(block, keep)
     return out
 
 
@@ -96,17 +101,16 @@ _moments = torch.library.custom_op(
 
 @_moments.register_fake
 def _(x, valid, triton):
-    return _empty(x)
+    return _empty(x, triton)
 
 
-def _empty(x: Tensor) -> Tensor:
-    return x.new_empty(1 + 2 * x.shape[-1], dtype=torch.float64)
+def _empty(x: Tensor, triton: bool) -> Tensor:
+    return x.new_empty(1 + (4 if triton else 2) * x.shape[-1], dtype=torch.float64)
 
 
-def _unpack(packed: Tensor) -> Moments:
-    channels = len(packed) // 2
-    count, total, square = packed.split([1, channels, channels])
-    return Moments(count.reshape(()), total, square)
+def _unpack(packed: Tensor, channels: int) -> Moments:
+    count, total, square, made = packed.split([1, channels, channels, len(packed) - 1 - 2 * channels])
+    return Moments(count.reshape(()), total, square, made.view(2, channels) if len(made) else None)
 
 
 def _blocks(x: Tensor, valid: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -168,8 +172,9 @@ def moments(x: Tensor, *, valid: Tensor | None = None, impl: str = "auto") -> Mo
     chosen = choose_impl(impl, x, supported=math.prod(x.shape[:-1]) <= MAX_TOKENS)
     x = _four_dimensions(x.detach())
     valid = None if valid is None else valid.reshape(x.shape[:3])
-    compute = _run if is_plain(x) else _moments  # the dispatcher between costs more than a small map itself
-    return _unpack(compute(x, valid, chosen == "triton"))
+    plain = is_plain(x) and (valid is None or is_plain(valid))
+    compute = _run if plain else _moments  # the dispatcher between costs more than a small map itself
+    return _unpack(compute(x, valid, chosen == "triton"), x.shape[-1])
 
 
 def _four_dimensions(x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ POINTERS = {  # what is not in the dtype of the maps
     "loss_ptr": "*fp32",
     "scale_ptr": "*fp32",
     "parts_ptr": "*fp64",
+    "sums_ptr": "*fp64",
     "loc_ptr": "*fp32",
     "weight_ptr": "*fp32",  # a softmax under autocast
     "gl_ptr": "*fp32",
@@ -115,6 +116,9 @@ def cases():
     for adjacent in ({"height": 1}, {"x_sw": 1}):  # the one line of a dense map, or an NCHW view
         block = {"ROWS": MOMENTS_TILE.rows, "BLOCK_C": MOMENTS_TILE.channels, "HAS_VALID": True, **adjacent}
         yield moments_triton.moments_kernel, block, MOMENTS_TILE.num_warps, everywhere
+    tile = launch.MOMENTS_FINISH_TILE
+    finish = {"ROWS": tile.rows, "BLOCK_C": tile.channels}
+    yield moments_triton.moments_finish_kernel, finish, tile.num_warps, everywhere
     for what, tiles in DEFORM_TILES.items():
         wanted = {"GRAD_V": True, "GRAD_L": True, "GRAD_W": True, "FIXED": what == "fixed", "UNROLL": 4}
         kernel = deform_attn_triton.deform_forward_kernel
@@ -355,8 +359,8 @@ def test_no_spills_and_128_bit_accesses_on_sm_90(compiled):
         assert found["narrow_map_loads"] <= mask or found.get("ACROSS") or found.get("FLAT") is False, found
         if found.get("WIDE") == 4:
             continue  # four tokens of 14², 8 bytes
-        if found.get("ACROSS") or found.get("FLAT") is False or found["kernel"] == "align_finish_kernel":
-            continue  # tokens found by a division, neighbours only to the eye; the finish reads one number per program
+        if found.get("ACROSS") or found.get("FLAT") is False or "finish" in found["kernel"]:
+            continue  # tokens found by a division, neighbours only to the eye; a finish reads few numbers per program
         # Loads that move a map: each side once, or its four neighbours; a gradient is stored once per side.
         sides = 2 if found["kernel"].startswith("align_") and "scale" not in found["kernel"] else 1
         loads = 5 if found.get("RESIZE") else 4 if found["kernel"] == "resize_forward_kernel" else sides

@@ -152,6 +152,7 @@ def test_every_launch_reaches_the_kernel_as_by_tritons_own_way(found):
         "resize_forward_kernel",
         "resize_backward_kernel",
         "moments_kernel",
+        "moments_finish_kernel",
         "deform_forward_kernel",
         "deform_backward_kernel",
         "deform_unfix_kernel",
