@@ -1,6 +1,8 @@
 """Launches of align_group.py's kernels: sorts terms into launches and lays out their tuples."""
 
+import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,6 +15,7 @@ from .launch import (
     MAX_SLOTS,
     SCALE_PROGRAMS,
     SCALE_TILE,
+    Tile,
     coded,
     device_of,
     inverse_beta,
@@ -26,54 +29,85 @@ def launch_group(
     sources, targets, means, stds, valids, cos_weights, l1_weights, betas, grads_source, grads_target, losses
 ) -> None:
     """Fill losses (T,), and the gradients where they are not empty."""
-    classes: dict[tuple, list[int]] = {}
-    for i, (s, t) in enumerate(zip(sources, targets, strict=True)):
-        options = tuple(x[i] if x[i] is None else x[i].dtype for x in (means, stds, valids))
-        wanted = tuple(x[i].numel() > 0 for x in (grads_source, grads_target))
-        classes.setdefault((s.dtype, t.dtype, *options, *wanted, token_tile(s.shape[-1])), []).append(i)
-    rows = [s.numel() // s.shape[-1] for s in sources]
-    channels = [s.shape[-1] for s in sources]
-    programs = [triton.cdiv(n, token_tile(c).tokens) for n, c in zip(rows, channels, strict=True)]
-    sides = [token_strides(x) for x in (*sources, *targets)]
-    samples, strides = [n for n, *_ in sides[: len(rows)]], [steps for _, *steps in sides]
-    partial = losses.new_empty(sum(programs))
+    options = means, stds, valids
+    plan = _plan(
+        tuple((x.shape, x.stride(), x.dtype) for x in (*sources, *targets)),
+        tuple(x if x is None else x.dtype for values in options for x in values),
+        tuple(x.numel() > 0 for x in (*grads_source, *grads_target)),
+        tuple(token_tile(x.shape[-1]) for x in sources),
+        FINISH_TILE,
+    )
+    partial = losses.new_empty(plan.programs)
     counts = _inverse_counts(valids, losses)
-    first = [0] * len(rows)  # of each term's partials
-    filled = 0
+    options = [_dense(x) for x in options]
+    inverse = [inverse_beta(beta) for beta in betas]
     with device_of(losses):
-        for (_, _, has_mean, has_std, has_valid, grad_s, grad_t, tile), members in classes.items():
-            for some in _at_most(MAX_SLOTS, members):
-                starts = []
-                for i in some:
-                    starts.append(sum(programs[j] for j in some[: len(starts)]))
-                    first[i] = filled + starts[-1]
+        for some, programs, numbers, strides_and_channels, first, constants in plan.launches:
 
-                def take(values, some=some):
-                    # A pointer that a flag keeps the kernel from following still has to be a tensor.
-                    return tuple(sources[i] if values[i] is None else values[i] for i in some)
+            def take(values, some=some):
+                # A pointer that a flag keeps the kernel from following still has to be a tensor.
+                return tuple(sources[i] if values[i] is None else values[i] for i in some)
 
-                run_kernel(
-                    align_group_kernel, (sum(programs[i] for i in some), 1),
-                    take(sources), take(targets),
-                    *(take(_dense(x)) for x in (means, stds, valids)),
-                    take(grads_source), take(grads_target), counts, partial,
-                    coded(starts), coded(take(rows)), coded(take(samples)), coded(some),
-                    *(tuple(strides[side + i][d] for i in some) for side in (0, len(rows)) for d in (0, 1)),
-                    take(channels), take(cos_weights), take(l1_weights),
-                    take(betas), take([inverse_beta(beta) for beta in betas]), filled,
-                    HAS_MEAN=has_mean is not None, HAS_STD=has_std is not None, HAS_VALID=has_valid is not None,
-                    GRAD_S=grad_s, GRAD_T=grad_t,
-                    COUNT=len(some), TOKENS=tile.tokens, CHUNK=tile.chunk, PIECES=tile.pieces,
-                    num_warps=tile.num_warps,
-                )  # fmt: skip
-                filled += sum(programs[i] for i in some)
-        for some in _at_most(FINISH_TILE.rows, list(range(len(rows)))):
             run_kernel(
-                align_finish_kernel, (len(some), 1),
-                partial, losses[some[0] :],
-                coded(first[i] for i in some), coded(first[i] + programs[i] for i in some),
-                COUNT=len(some), BLOCK=FINISH_TILE.channels, num_warps=FINISH_TILE.num_warps,
+                align_group_kernel, (programs, 1),
+                take(sources), take(targets), *map(take, options), take(grads_source), take(grads_target),
+                counts, partial, *numbers, *strides_and_channels,
+                take(cos_weights), take(l1_weights), take(betas), take(inverse), first, **constants,
             )  # fmt: skip
+        for start, firsts, lasts in plan.finishes:
+            run_kernel(
+                align_finish_kernel, (len(firsts), 1),
+                partial, losses[start:], firsts, lasts,
+                COUNT=len(firsts), BLOCK=FINISH_TILE.channels, num_warps=FINISH_TILE.num_warps,
+            )  # fmt: skip
+
+
+class _Plan(NamedTuple):
+    """What of launch_group follows from shapes, strides, dtypes and from what is wanted."""
+
+    programs: int  # of all launches together, each with a partial sum
+    launches: list[tuple]  # terms, programs, coded numbers, strides and channels, first partial, constants
+    finishes: list[tuple]  # first term, coded first partials, coded ends
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(sides: tuple, options: tuple, wanted: tuple, tiles: tuple, finish: Tile) -> _Plan:
+    """sides: shape, stride and dtype of the sources, then of the targets. options: dtypes or None of all means, then
+    of all stds, then of all valids. wanted: gradients to the sources, then to the targets. tiles: of each term.
+    """
+    terms = len(tiles)
+    classes: dict[tuple, list[int]] = {}
+    for i, tile in enumerate(tiles):
+        dtypes = sides[i][2], sides[terms + i][2]
+        classes.setdefault((*dtypes, *options[i::terms], *wanted[i::terms], tile), []).append(i)
+    shapes = [shape for shape, *_ in sides[:terms]]
+    rows = [shape[:-1].numel() for shape in shapes]
+    programs = [triton.cdiv(n, tile.tokens) for n, tile in zip(rows, tiles, strict=True)]
+    views = [token_strides(torch.empty_strided(shape, stride, device="meta")) for shape, stride, _ in sides]
+    samples, strides = [n for n, *_ in views[:terms]], [steps for _, *steps in views]
+    first = [0] * terms  # of each term's partials
+    launches, filled = [], 0
+    for (_, _, has_mean, has_std, has_valid, grad_s, grad_t, tile), members in classes.items():
+        for some in _at_most(MAX_SLOTS, members):
+            starts = [sum(programs[j] for j in some[:n]) for n in range(len(some))]
+            for i, start in zip(some, starts, strict=True):
+                first[i] = filled + start
+            numbers = coded(starts), *(coded(values[i] for i in some) for values in (rows, samples)), coded(some)
+            steps = [tuple(strides[side + i][d] for i in some) for side in (0, terms) for d in (0, 1)]
+            constants = {
+                "HAS_MEAN": has_mean is not None, "HAS_STD": has_std is not None, "HAS_VALID": has_valid is not None,
+                "GRAD_S": grad_s, "GRAD_T": grad_t, "COUNT": len(some),
+                "TOKENS": tile.tokens, "CHUNK": tile.chunk, "PIECES": tile.pieces, "num_warps": tile.num_warps,
+            }  # fmt: skip
+            count = sum(programs[i] for i in some)
+            channels = tuple(shapes[i][-1] for i in some)
+            launches.append((some, count, numbers, (*steps, channels), filled, constants))
+            filled += count
+    finishes = [
+        (some[0], coded(first[i] for i in some), coded(first[i] + programs[i] for i in some))
+        for some in _at_most(finish.rows, list(range(terms)))
+    ]
+    return _Plan(filled, launches, finishes)
 
 
 def launch_group_scale(grads: tuple[Tensor, ...], places: tuple[int, ...], factors: Tensor) -> None:

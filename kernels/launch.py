@@ -299,7 +299,7 @@ def run_kernel(kernel, programs: tuple[int, int], *arguments, num_warps: int, **
 
 def _likeness(arguments: tuple) -> list:
     """What Triton's compilation depends on, and more: of a float its type, of a whole number itself, of a tensor three
-    things.
+    things; of a tuple, whose elements are of one kind, the same.
     """
     found: list = []
     for x in arguments:
@@ -308,8 +308,10 @@ def _likeness(arguments: tuple) -> list:
             found.append(x)
         elif kind is float:
             found.append(float)
-        elif kind is tuple:
-            found.append(tuple(_likeness(x)))
-        else:
+        elif kind is not tuple:
             found += x.dtype, x.get_device(), x.data_ptr() % 16 == 0
+        elif type(x[0]) is int:
+            found.append(x)
+        else:
+            found.append(tuple(_likeness(x)))
     return found
