@@ -25,11 +25,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# 480 without the last.
+# Their sum without the last: 480.
 SECONDS = {"tests": 90, "warm": 60, "benches": 180, "step": 75, "profile": 75, "compiled": 400}
 ASKED_FOR = {"compiled"}  # only where --stages names it: 140 s were too few to compile teachers and student on an H100
 KEPT_SECONDS = {"tests": 15, "memcheck": 25}  # for each folder still to come, and for memcheck once all is compiled
-DRY_SECONDS = {"tests": 15, "warm": 1, "benches": 30, "step": 60, "profile": 15}
+DRY_SECONDS = {"tests": 15, "benches": 30, "step": 60, "profile": 15}
 # The folders of tests that can meet the GPU, and what each needs beside torch and triton.
 TESTS = {
     "tests/kernels": ("hypothesis",),
@@ -196,7 +196,8 @@ class Visit:
         workers = ["-n", str(min(WARM_PROCESSES, os.cpu_count() or 1))]
         options = ["-k", select, "--bench-profile=none", "-q", *workers]
         run = self._pytest([*self._benches(), *options], time.monotonic() + self.seconds["warm"])
-        return {"exit": run["exit"], "note": run["last"]}
+        # Nothing to compile (5), or not all of it in time (124): the next stage does the rest itself.
+        return {"exit": 0 if run["exit"] in (5, 124) else run["exit"], "note": run["last"]}
 
     def benches(self) -> dict:
         """Every benchmark; what had been measured when time ran out is kept."""

@@ -84,7 +84,7 @@ def _grouped(terms: Sequence[AlignTerm]) -> Tensor:
     needs = [[recording and x.requires_grad for x in side] for side in (sources, targets)]
     lists = means, stds, valids, [float(x) for x in cos], [float(x) for x in l1], [float(x) for x in betas], *needs
     if is_plain(*sources, *targets):
-        return _Direct.apply(len(terms), lists, *sources, *targets)
+        return _AlignLosses.apply(len(terms), lists, *sources, *targets)
     return _forward(sources, targets, *lists)[0]
 
 
@@ -166,7 +166,7 @@ def _backward_operator(ctx, upstream, *_):
 _forward.register_autograd(_backward_operator, setup_context=_save_operator)
 
 
-class _Direct(torch.autograd.Function):
+class _AlignLosses(torch.autograd.Function):
     """The same without the dispatcher between, as in align_op.py."""
 
     @staticmethod

@@ -194,7 +194,10 @@ def _backward(ctx, upstream, recompute, gather):
             )
         )
     elif upstream is not None and any(ctx.needs):
-        grads = recompute(upstream, *ctx.saved_tensors, *ctx.weights, ctx.resize, ctx.corners, ctx.triton, *ctx.needs)
+        saved = ctx.saved_tensors
+        if recompute is _run_recompute and not is_plain(*(x for x in saved if x is not None)):
+            recompute = _recompute  # of hooks on saved tensors, say
+        grads = recompute(upstream, *saved, *ctx.weights, ctx.resize, ctx.corners, ctx.triton, *ctx.needs)
         grads = tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True))
     return (*grads, *[None] * 13)
 
@@ -227,8 +230,8 @@ _forward.register_autograd(
 )
 
 
-class _Direct(torch.autograd.Function):
-    """The same forward and backward without the dispatcher between, which costs more than a small loss itself."""
+class _AlignLoss(torch.autograd.Function):
+    """The operator for `is_plain` tensors without the dispatcher between, which costs more than a small loss itself."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -246,5 +249,7 @@ class _Direct(torch.autograd.Function):
 def align(source: Tensor, target: Tensor, *inputs) -> Tensor:
     """The loss of checked (B, H, W, C) sides; further inputs as in the schema of kpu_fast::align_forward."""
     if is_plain(source, target):
-        return _Direct.apply(source, target, *inputs)
+        *_, need_source, need_target = inputs
+        recorded = need_source or need_target
+        return _AlignLoss.apply(source, target, *inputs) if recorded else _run_forward(source, target, *inputs)[0]
     return _forward(source, target, *inputs)[0]

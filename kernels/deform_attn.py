@@ -13,6 +13,7 @@
 #   step = 2^(⌈log2 Q·P⌉ − 58) · 2^⌊log2 max|G|⌋ · 2^⌊log2 max|a|⌋, as one cell is a corner of at most Q·P samples.
 
 from collections.abc import Sequence
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -155,11 +156,13 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*(keepable(x) for x in (value, shapes, locations, weights)))
 
 
-def _backward(ctx, grad, gradients=_gradients):
+def _backward(ctx, grad, direct=False):
     if torch.is_grad_enabled() or is_differentiated():
         raise RuntimeError(_NO_DOUBLE)
     value, shapes, locations, weights = ctx.saved_tensors
     needed = [ctx.needs_input_grad[place] for place in (0, 3, 4)]
+    plain = direct and is_plain(grad, *(x for x in (value, shapes, locations, weights) if x is not None))
+    gradients = _run_gradients if plain else _gradients
     found = gradients(grad, value, shapes, ctx.sizes, locations, weights, ctx.deterministic, *needed)
     to_value, to_locations, to_weights = (g if need else None for g, need in zip(found, needed, strict=True))
     return to_value, None, None, to_locations, to_weights, None
@@ -168,8 +171,8 @@ def _backward(ctx, grad, gradients=_gradients):
 _forward.register_autograd(_backward, setup_context=_save)
 
 
-class _Direct(torch.autograd.Function):
-    """The same without the dispatcher between, as in align_op.py."""
+class _DeformAttn(torch.autograd.Function):
+    """The operator for `is_plain` tensors without the dispatcher between, as in align_op.py."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -178,7 +181,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _backward(ctx, grad, _run_gradients if is_plain(grad) else _gradients)
+        return _backward(ctx, grad, direct=True)
 
 
 def deform_attn(
@@ -232,7 +235,11 @@ def deform_attn(
         shapes = _check_shape_tensor(spatial_shapes, levels)
     else:
         sizes = [side for pair in _pairs(spatial_shapes, value, sampling_locations) for side in pair]
-    attend = _Direct.apply if is_plain(value, sampling_locations, attention_weights) else _forward
+    inputs = value, sampling_locations, attention_weights
+    attend = _forward
+    if is_plain(*inputs, *([] if shapes is None else [shapes])):
+        recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        attend = _DeformAttn.apply if recorded else _run_forward
     return attend(value, shapes, sizes, sampling_locations, attention_weights, deterministic)
 
 
@@ -317,6 +324,8 @@ def _pairs(spatial_shapes: Shapes | Tensor, value: Tensor, locations: Tensor) ->
         spatial_shapes = _check_shape_tensor(spatial_shapes, levels).tolist()
     try:
         pairs = [tuple(shape) for shape in spatial_shapes]
+        # Tensors and numpy's numbers become int: the kernels take nothing else.
+        pairs = [tuple(n if isinstance(n, float | torch.SymInt) else index(n) for n in pair) for pair in pairs]
     except TypeError:
         raise ValueError(f"spatial_shapes: expected a list of pairs (H, W), found {spatial_shapes}") from None
     if any(len(pair) != 2 or isinstance(side, float) or side < 1 for pair in pairs for side in pair):

@@ -68,10 +68,10 @@ SCALE_TILE = Tile(1, 2048, 4)
 SCALE_PROGRAMS = 1024  # at most: a factor of 1 ends them all, and starting a program costs more than that
 # Views whose tokens, not channels, are adjacent in memory (NCHW). align_loss walks over the channels a chunk at a time
 # and waits for memory once a chunk, so chunks are large; of a small map, whose samples are short lines, programs take
-# few tokens. Of 19 tiles for 14² tokens within 2 % of the fastest on an H100 and an H200; for 100×168 within 2 and 5 %
-# of one of 224 registers, and 0.91 and 0.82 of the time of the small map's.
+# few tokens. Of 19 tiles on an H100 and an H200, "small" is within 2 % of the fastest for 14² tokens; "large" takes
+# 0.91 and 0.82 of its time for 100×168, and 1.02 and 1.05 of that of the fastest, which has 224 registers.
 ALIGN_TILES_ACROSS = {"small": TokenTile(32, 64, 1, 8), "large": TokenTile(32, 32, 1, 4)}
-LARGE_MAP = 1024  # tokens of a sample from which a map is large
+LARGE_MAP = 1024  # tokens of a sample from which a map is large: somewhere between the two that were measured
 FINISH_TILE = Tile(32, 8192, 16)  # rows: losses whose partial sums one launch adds up
 MAX_SLOTS = 8  # terms in a launch of align_losses
 RESIZE_TILE_ACROSS = TokenTile(64, 16, 1, 4)
@@ -177,10 +177,14 @@ _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether a call on these tensors needs no operator: nothing compiles, traces, transforms or wraps it."""
-    if torch.compiler.is_compiling() or _transforms() or _modes():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transforms() or _modes():
         return False
     # The kernels read memory as it is, so a view with a negative bit goes through the dispatcher, which resolves it.
-    return all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg() and not _is_batched(x) for x in tensors)
+    return all(
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not (x.is_neg() or x.is_meta or x._is_zerotensor() or _is_batched(x))
+        for x in tensors
+    )
 
 
 def keepable(x: Tensor | None) -> Tensor | None:
@@ -280,16 +284,19 @@ def run_kernel(kernel, programs: tuple[int, int], *arguments, num_warps: int, **
     """kernel[programs](*arguments, **constants, num_warps=num_warps), where the tensors' GPU is the current one.
 
     Triton looks at every argument anew in each call, which for kernels with 40 of them takes longer than to launch
-    them. Here a call like an earlier one goes straight to what was compiled for that one; alike are calls with equal
-    whole numbers and constants and with tensors of equal dtypes that start at multiples of 16 bytes or do not, which is
-    more than Triton asks for. constants: every tl.constexpr parameter, which come last.
+    them. Here a call like an earlier one goes straight to what was compiled for that one; `_likeness` says which are
+    alike. arguments: tensors, int, float, and tuples of one of these. constants: every tl.constexpr parameter, which
+    come last. Debugging switches of Triton and hooks on its kernels count at a kernel's first launch only; hooks on
+    launches always do.
     """
     key = kernel.fn, num_warps, *constants.items(), *_likeness(arguments)
     known = _compiled.get(key)
     if known is None:
+        from triton.compiler import CompiledKernel
+
         made = kernel[programs](*arguments, **constants, num_warps=num_warps)
-        if made is not None:  # Triton's interpreter compiles nothing
-            if len(_compiled) >= _MAX_COMPILED:  # of shapes that never end
+        if isinstance(made, CompiledKernel):  # not in Triton's interpreter, nor where it compiles in other threads
+            if len(_compiled) >= _MAX_COMPILED:  # of tuples that never repeat
                 _compiled.clear()
             _compiled[key] = made, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
         return
@@ -298,18 +305,20 @@ def run_kernel(kernel, programs: tuple[int, int], *arguments, num_warps: int, **
 
 
 def _likeness(arguments: tuple) -> list:
-    """What Triton's compilation depends on, and more: of a float its type, of a whole number itself, of a tensor three
-    things; of a tuple, whose elements are of one kind, the same.
+    """What Triton's compilation depends on: of a whole number whether it is 1, a multiple of 16, or needs 64 bits, of a
+    float its type, of a tensor its dtype, device and alignment. Tuples of whole numbers are alike where they are equal.
     """
     found: list = []
     for x in arguments:
         kind = type(x)
         if kind is int:
-            found.append(x)
+            found.append(x == 1 or 2 * (x % 16 == 0) + 4 * (not -(2**31) <= x < 2**31))
         elif kind is float:
             found.append(float)
-        elif kind is not tuple:
+        elif isinstance(x, Tensor):
             found += x.dtype, x.get_device(), x.data_ptr() % 16 == 0
+        elif kind is not tuple:
+            raise TypeError(f"expected a tensor, int, float or a tuple of them, found {kind.__name__}")
         elif type(x[0]) is int:
             found.append(x)
         else:

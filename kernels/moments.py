@@ -27,20 +27,18 @@ class Moments:
     count: Tensor
     total: Tensor
     square: Tensor
-    # (2, C), where the kernel that added up the sums made mean and variance of them as well.
-    _made: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def mean(self) -> Tensor:
         """(C,); 0 where nothing was counted."""
-        return self.total / self.count.clamp(min=1) if self._made is None else self._made[0]
+        return self.total / self.count.clamp(min=1)
 
     @property
     def var(self) -> Tensor:
         """(C,) population variance, Σ(x − mean)²/n; 0 where nothing was counted."""
-        if self._made is not None:
-            return self._made[1]
-        return (self.square / self.count.clamp(min=1) - self.mean**2).clamp(min=0)
+        count = self.count.clamp(min=1)
+        mean = self.total / count
+        return torch.addcmul(self.square / count, mean, mean, value=-1).clamp_(min=0)
 
     @property
     def std(self) -> Tensor:
@@ -63,7 +61,7 @@ class Moments:
             return self
         packed = torch.cat([self.count.reshape(1), self.total, self.square])
         distributed.all_reduce(packed, group=group)
-        return _unpack(packed, len(self.total))
+        return _unpack(packed)
 
 
 def moments_reference(x: Tensor, *, valid: Tensor | None = None) -> Moments:
@@ -75,10 +73,8 @@ def moments_reference(x: Tensor, *, valid: Tensor | None = None) -> Moments:
 
 
 def _run(x, valid, triton):
-    """n, Σx and Σx² of x (A, B, N, C) with valid (A, B, N), packed into (1 + 2·C,) float64; mean and var behind them,
-    (1 + 4·C,), where triton.
-    """
-    out = _empty(x, triton)
+    """n, Σx and Σx² of x (A, B, N, C) with valid (A, B, N), packed into (1 + 2·C,) float64."""
+    out = _empty(x)
     if triton:
         from .moments_triton import launch_moments
 
@@ -101,16 +97,17 @@ _moments = torch.library.custom_op(
 
 @_moments.register_fake
 def _(x, valid, triton):
-    return _empty(x, triton)
+    return _empty(x)
 
 
-def _empty(x: Tensor, triton: bool) -> Tensor:
-    return x.new_empty(1 + (4 if triton else 2) * x.shape[-1], dtype=torch.float64)
+def _empty(x: Tensor) -> Tensor:
+    return x.new_empty(1 + 2 * x.shape[-1], dtype=torch.float64)
 
 
-def _unpack(packed: Tensor, channels: int) -> Moments:
-    count, total, square, made = packed.split([1, channels, channels, len(packed) - 1 - 2 * channels])
-    return Moments(count.reshape(()), total, square, made.view(2, channels) if len(made) else None)
+def _unpack(packed: Tensor) -> Moments:
+    channels = len(packed) // 2
+    count, total, square = packed.split([1, channels, channels])
+    return Moments(count.reshape(()), total, square)
 
 
 def _blocks(x: Tensor, valid: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -174,7 +171,7 @@ def moments(x: Tensor, *, valid: Tensor | None = None, impl: str = "auto") -> Mo
     valid = None if valid is None else valid.reshape(x.shape[:3])
     plain = is_plain(x) and (valid is None or is_plain(valid))
     compute = _run if plain else _moments  # the dispatcher between costs more than a small map itself
-    return _unpack(compute(x, valid, chosen == "triton"), x.shape[-1])
+    return _unpack(compute(x, valid, chosen == "triton"))
 
 
 def _four_dimensions(x: Tensor) -> Tensor:

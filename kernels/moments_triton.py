@@ -51,7 +51,7 @@ def moments_kernel(
 @triton.jit
 def moments_finish_kernel(
     parts_ptr,  # (parts, 1 + 2·C) float64
-    sums_ptr,  # (1 + 4·C,) float64, out: n, Σx, Σx², mean and variance
+    sums_ptr,  # (1 + 2·C,) float64, out: n, Σx and Σx²
     parts, channels,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -71,31 +71,26 @@ def moments_finish_kernel(
     count = tl.sum(counts, axis=0)
     total = tl.sum(totals, axis=0)
     square = tl.sum(squares, axis=0)
-    mean = total / tl.maximum(count, 1.0)
-    var = square / tl.maximum(count, 1.0) - mean * mean
-    var = tl.where(var < 0.0, 0.0, var)  # NaN stays
     inside = cols < channels
     tl.store(sums_ptr, count)
     tl.store(sums_ptr + 1 + cols, total, mask=inside)
     tl.store(sums_ptr + 1 + channels + cols, square, mask=inside)
-    tl.store(sums_ptr + 1 + 2 * channels + cols, mean, mask=inside)
-    tl.store(sums_ptr + 1 + 3 * channels + cols, var, mask=inside)
 
 
 def launch_moments(x: Tensor, valid: Tensor | None, out: Tensor) -> None:
-    """Fill `out` (1 + 4·C,) float64 with n, Σx, Σx², mean and variance of x (B, H, W, C)."""
+    """Fill `out` (1 + 2·C,) float64 with n, Σx and Σx² of x (B, H, W, C)."""
     batch, height, width, channels = x.shape
     rows, block, num_warps = MOMENTS_TILE
     parts = batch * height * triton.cdiv(width, rows)
-    sums = x.new_empty((parts, 1 + 2 * channels), dtype=torch.float64)
+    each = x.new_empty((parts, 1 + 2 * channels), dtype=torch.float64)
     with device_of(x):
         run_kernel(
             moments_kernel, (parts * triton.cdiv(channels, block), 1),
-            x, x if valid is None else valid.contiguous(), sums, *x.stride(), height, width, channels,
+            x, x if valid is None else valid.contiguous(), each, *x.stride(), height, width, channels,
             HAS_VALID=valid is not None, ROWS=rows, BLOCK_C=block, num_warps=num_warps,
         )  # fmt: skip
         rows, block, num_warps = MOMENTS_FINISH_TILE
         run_kernel(
             moments_finish_kernel, (triton.cdiv(channels, block), 1),
-            sums, out, parts, channels, ROWS=rows, BLOCK_C=block, num_warps=num_warps,
+            each, out, parts, channels, ROWS=rows, BLOCK_C=block, num_warps=num_warps,
         )  # fmt: skip

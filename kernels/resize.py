@@ -67,6 +67,7 @@ def resize_bilinear(
     height, width = _whole_numbers(size)
     if antialias and align_corners:
         raise ValueError("antialias, align_corners: expected at most one of them to be True, found both")
+    align_corners = bool(align_corners)  # numpy's own kind, say
     nhwc = x if layout == "NHWC" else x.permute(0, 2, 3, 1)
     grids = (height, width), nhwc.shape[1:3]
     fits = all(h <= MAX_SIDE and w <= MAX_SIDE and x.shape[0] * h * w <= MAX_TOKENS for h, w in grids)
@@ -81,7 +82,9 @@ def resize_bilinear(
         if channels_last(out) != channels_last(nhwc):  # interpolate goes by the batch's strides too
             out = out.contiguous() if channels_last(nhwc) else out.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     else:
-        resize = _Direct.apply if is_plain(nhwc) else _resize
+        resize = _resize
+        if is_plain(nhwc):
+            resize = _ResizeBilinear.apply if torch.is_grad_enabled() and nhwc.requires_grad else _run_resize
         out = resize(nhwc, height, width, align_corners)
     return out if layout == "NHWC" else out.permute(0, 3, 1, 2)
 
@@ -230,8 +233,8 @@ def _backward(ctx, grad):
 _resize.register_autograd(_backward, setup_context=_save_shape)
 
 
-class _Direct(torch.autograd.Function):
-    """The same without the dispatcher between, which costs more than a small map itself."""
+class _ResizeBilinear(torch.autograd.Function):
+    """The operator for `is_plain` tensors without the dispatcher between, which costs more than a small map itself."""
 
     @staticmethod
     def forward(ctx, *inputs):

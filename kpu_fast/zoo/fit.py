@@ -205,8 +205,8 @@ def _load(path: Path, facts: dict, name: str) -> dict | None:
     different = [key for key, value in facts.items() if saved["facts"].get(key) != value]
     if different:
         raise ZooError(
-            f"{path}: {name} was begun with different {' and '.join(different)}; run the same command to go on, or "
-            f"remove {path.parent} to begin again"
+            f"{path}: {name} was begun with different {' and '.join(different)}; run the same command on the same kind "
+            f"of device to go on, or remove {path.parent} to begin again"
         )
     return saved
 

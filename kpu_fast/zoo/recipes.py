@@ -69,8 +69,8 @@ class Zoo:
 
     @classmethod
     def on(cls, device_type: str) -> "Zoo":
-        """All three for "cpu" or "cuda". A GPU has time for the 240 epochs of large batches that learning without
-        classes asks for; the other two know enough of ten classes after few.
+        """All three for "cpu" or "cuda". A GPU has time for the steps of large batches (246 epochs of CIFAR-10) that
+        learning without classes asks for; the other two know enough of ten classes after few.
         """
         if device_type == "cpu":
             return cls()

@@ -193,6 +193,37 @@ def test_inputs_made_under_inference_mode(learned, b, impl, device):
     torch.testing.assert_close(found, expected, rtol=0, atol=0 if device == "cpu" else 1e-6)  # float atomics
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_nothing_is_kept_where_no_gradient_is_recorded(grad, device, monkeypatch):
+    module = importlib.import_module("kpu_fast.kernels.deform_attn")
+    kept = []
+    monkeypatch.setattr(module, "keepable", lambda x: kept.append(x) or x)
+    inputs = make(ODD, dtype=torch.float32, device=device)
+    with torch.set_grad_enabled(grad):
+        value, locations, weights = (x.detach() for x in inputs) if grad else inputs
+        deform_attn(value, ODD, locations, weights, impl="triton")
+    assert not kept
+
+
+@pytest.mark.parametrize("kind", ["tensors", "numpy", "negative view"])
+def test_sizes_of_any_kind(kind, impl, device):
+    value, locations, weights = make(ODD, dtype=torch.float32, device=device)
+    sizes = torch.tensor(ODD)
+    sizes = {"tensors": list(sizes), "numpy": sizes.numpy(), "negative view": torch._neg_view(-sizes.to(device))}[kind]
+    found = deform_attn(value, sizes, locations, weights, impl=impl)
+    torch.testing.assert_close(found, deform_attn(value, ODD, locations, weights, impl=impl), rtol=0, atol=0)
+
+
+def test_tensors_that_hooks_hand_back_as_negative_views(device):
+    inputs = make(ODD, dtype=torch.float32, device=device)
+    expected = run(deform_attn, inputs, ODD, impl="triton")
+    unpack = lambda x: torch._neg_view(-x) if x.is_floating_point() else x  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+        found = run(deform_attn, inputs, ODD, impl="triton")
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_gradients_match_finite_differences():
     inputs = make([(3, 4), (2, 2)], b=1, q=2, m=2, d=2)
     assert torch.autograd.gradcheck(lambda v, s, w: deform_attn(v, [(3, 4), (2, 2)], s, w), inputs)

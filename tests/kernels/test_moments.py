@@ -162,6 +162,24 @@ def fields(m):
     return m.count, m.total, m.square
 
 
+def test_a_trace_is_not_of_one_size():
+    """torch.jit.trace sees the operator, not the blocks into which these few rows fall."""
+    traced = torch.jit.trace(lambda x: moments(x, impl="torch").mean, torch.rand(10, 8), check_trace=False)
+    x = torch.rand(200_000, 8)
+    torch.testing.assert_close(traced(x), moments(x).mean)
+
+
+def test_statistics_follow_what_is_added_to_them(impl, device):
+    one, other = (make((3, 5, 8), device, seed=seed) for seed in (1, 2))
+    found, more = moments(one, impl=impl), moments(other, impl=impl)
+    found.mean, found.var  # noqa: B018
+    for name in ("count", "total", "square"):
+        getattr(found, name).add_(getattr(more, name))
+    both = moments(torch.cat([one, other]), impl=impl)
+    torch.testing.assert_close(found.mean, both.mean)
+    torch.testing.assert_close(found.var, both.var)
+
+
 def test_two_runs_are_bit_equal(impl, device):
     x = make((2, 300, 41), device)
     for first, second in zip(fields(moments(x, impl=impl)), fields(moments(x, impl=impl)), strict=True):

@@ -112,6 +112,12 @@ def test_align_corners(case, layout, dtype, impl, device):
     check(impl, make(shape, device, dtype), size, layout=layout, align_corners=True)
 
 
+def test_align_corners_of_numpys_own_kind(impl, device):
+    x = make((1, 3, 4, 5), device, torch.float32)
+    found, expected = (resize_bilinear(x, (5, 2), align_corners=on, impl=impl) for on in (np.True_, True))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_independent_of_f_interpolate(impl, device):
     # Sampling at the centres c = (o + ½)·in/out − ½, borders repeated, is grid_sample's definition.
     x = make((1, 5, 3, 4), device).detach()

@@ -120,7 +120,10 @@ def main() -> None:
     for what, changed in {
         "first": (x, factor, 64),
         "the same": (torch.zeros(64), torch.zeros(()), 64),
-        "another number": (x, factor, 60),
+        "another multiple of 16": (x, factor, 48),
+        "no multiple of 16": (x, factor, 60),
+        "1": (x, factor, 1),
+        "more than 32 bits": (x, factor, 60 + 2**40),
         "another dtype": (x.half(), factor, 64),
         "not a multiple of 16 bytes": (x[1:], factor, 64),
     }.items():
@@ -128,7 +131,7 @@ def main() -> None:
         launch.run_kernel(scale, (1, 1), *changed, BLOCK=64, num_warps=4)
         calls[what] = scale.calls - before
     launch._MAX_COMPILED = len(launch._compiled)
-    launch.run_kernel(scale, (1, 1), x, factor, 48, BLOCK=64, num_warps=4)
+    launch.run_kernel(scale, (1, 1), x.bfloat16(), factor, 64, BLOCK=64, num_warps=4)
     print(json.dumps({"agree": agree, "calls": calls, "kept": len(launch._compiled)}))
 
 
@@ -163,11 +166,22 @@ def test_triton_looks_again_at_what_it_may_compile_anew_for(found):
     assert found["calls"] == {
         "first": 1,
         "the same": 0,
-        "another number": 1,
+        "another multiple of 16": 0,
+        "no multiple of 16": 1,
+        "1": 1,
+        "more than 32 bits": 1,
         "another dtype": 1,
         "not a multiple of 16 bytes": 1,
     }
     assert found["kept"] == 1  # a full table is begun anew
+
+
+def test_what_no_kernel_takes_is_refused():
+    import numpy as np
+    from kpu_fast.kernels.launch import run_kernel
+
+    with pytest.raises(TypeError, match="tensor, int, float or a tuple of them, found int64"):
+        run_kernel(SimpleNamespace(fn=None), (1, 1), np.int64(3), num_warps=4)
 
 
 if __name__ == "__main__":
