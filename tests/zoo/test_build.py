@@ -377,6 +377,19 @@ def test_bad_input_is_named_and_exits_with_2(shapes, tmp_path, capsys):
     assert "is a file" in said("--images", train, "--test-images", test)
 
 
+def test_only_gdino_needs_what_judges_boxes(shapes, tmp_path, capsys, monkeypatch):
+    made = []
+    monkeypatch.setattr(build, "build_zoo", lambda *args, only, **kwargs: made.append(only))
+    for name in ("pycocotools", "torchmetrics"):
+        monkeypatch.setitem(sys.modules, name, None)
+    sources = ["--images", str(shapes / "train"), "--test-images", str(shapes / "test"), "--out", str(tmp_path)]
+    assert main([*sources, "--only", "dinov2"]) == 0
+    assert made == [("dinov2",)]
+    for arguments in ([], ["--only", "gdino"]):
+        assert main([*sources, *arguments]) == 2
+        assert "not installed: torchmetrics, pycocotools" in capsys.readouterr().err
+
+
 def test_help_needs_no_torch():
     """It is what a new user asks first; it must come at once."""
     code = "import sys; from kpu_fast.zoo.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
