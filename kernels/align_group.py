@@ -167,7 +167,7 @@ _forward.register_autograd(_backward_operator, setup_context=_save_operator)
 
 
 class _AlignLosses(torch.autograd.Function):
-    """The same without the dispatcher between, as in align_op.py."""
+    """The operator for `is_plain` tensors without the dispatcher between, as in align_op.py."""
 
     @staticmethod
     def forward(ctx, count, lists, *sides):

@@ -204,6 +204,7 @@ def _backward(ctx, upstream, recompute, gather):
 
 def _scaled(ctx, grad: Tensor, upstream: Tensor, gather, name: str, side: tuple) -> Tensor:
     if ctx.resize == name:
+        gather = gather if is_plain(grad) else resize_backward  # of hooks on saved tensors, say
         return gather(grad, upstream, *side, ctx.corners, ctx.triton)
     if not may_overwrite(grad, upstream):
         return scaled(grad, upstream)

@@ -325,7 +325,9 @@ def _pairs(spatial_shapes: Shapes | Tensor, value: Tensor, locations: Tensor) ->
     try:
         pairs = [tuple(shape) for shape in spatial_shapes]
         # Tensors and numpy's numbers become int: the kernels take nothing else.
-        pairs = [tuple(n if isinstance(n, float | torch.SymInt) else index(n) for n in pair) for pair in pairs]
+        # A side that a compiler keeps open passes for an int already, and index would settle it.
+        kept = int | float | torch.SymInt
+        pairs = [tuple(n if isinstance(n, kept) else index(n) for n in pair) for pair in pairs]
     except TypeError:
         raise ValueError(f"spatial_shapes: expected a list of pairs (H, W), found {spatial_shapes}") from None
     if any(len(pair) != 2 or isinstance(side, float) or side < 1 for pair in pairs for side in pair):

@@ -677,6 +677,20 @@ def test_opcheck(options, resize):
     )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sample"])
+@pytest.mark.parametrize("resize", ["source", "target", None])
+def test_tensors_that_hooks_hand_back_as_negative_views(resize, reduction, impl, device):
+    source, target = (make((2, 4, 5, 6), device, seed=seed) for seed in (1, 2))
+    if resize:
+        target = make((2, 3, 4, 6), device, seed=2)
+    options = {"resize": resize, "reduction": reduction, "impl": impl}
+    sides = source.requires_grad_(), target.requires_grad_()
+    expected = run(align_loss, *sides, **options)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: torch._neg_view(-x)):
+        found = run(align_loss, *sides, **options)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"resize": "source"}, {"resize": "target", "reduction": "sample"}, {"cos_over": "map"}],

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kpu_fast.kernels import MultiScaleDeformableAttention, deform_attn, deform_attn_reference, ms_deform_attn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -502,6 +503,25 @@ def test_fullgraph_compile(form, impl, device):
         inputs = make(ADAPTER, q=7, d=8, dtype=torch.float32, device=device)
         for found, expected in zip(run(compiled, inputs, ADAPTER), run(step, inputs, ADAPTER), strict=True):
             torch.testing.assert_close(found, expected)
+
+
+def test_sizes_of_a_tensor_stay_open_under_compile(impl, device):
+    """Not one compilation for every size of the map."""
+    counter = CompileCounter()
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def attend(x, locations, weights):
+        value = x.flatten(2).mT.unflatten(2, (2, 3))
+        return deform_attn(value, [(x.shape[2], x.shape[3])], locations, weights, impl=impl)
+
+    _, locations, weights = (x.detach() for x in make([(1, 1)], dtype=torch.float32, device=device))
+    for height in range(2, 8):
+        x = torch.randn(2, 6, height, height + 3, device=device)
+        value = x.flatten(2).mT.unflatten(2, (2, 3))
+        expected = deform_attn(value, [(height, height + 3)], locations, weights, impl=impl)
+        torch.testing.assert_close(attend(x, locations, weights), expected)
+    assert counter.frame_count <= 2
 
 
 def test_second_derivative_is_refused(device):
