@@ -195,7 +195,7 @@ def _backward(ctx, upstream, recompute, gather):
         )
     elif upstream is not None and any(ctx.needs):
         saved = ctx.saved_tensors
-        if recompute is _run_recompute and not is_plain(*(x for x in saved if x is not None)):
+        if recompute is _run_recompute and not is_plain(*saved):
             recompute = _recompute  # of hooks on saved tensors, say
         grads = recompute(upstream, *saved, *ctx.weights, ctx.resize, ctx.corners, ctx.triton, *ctx.needs)
         grads = tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True))

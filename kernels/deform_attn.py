@@ -161,7 +161,7 @@ def _backward(ctx, grad, direct=False):
         raise RuntimeError(_NO_DOUBLE)
     value, shapes, locations, weights = ctx.saved_tensors
     needed = [ctx.needs_input_grad[place] for place in (0, 3, 4)]
-    plain = direct and is_plain(grad, *(x for x in (value, shapes, locations, weights) if x is not None))
+    plain = direct and is_plain(grad, value, shapes, locations, weights)
     gradients = _run_gradients if plain else _gradients
     found = gradients(grad, value, shapes, ctx.sizes, locations, weights, ctx.deterministic, *needed)
     to_value, to_locations, to_weights = (g if need else None for g, need in zip(found, needed, strict=True))
@@ -237,7 +237,7 @@ def deform_attn(
         sizes = [side for pair in _pairs(spatial_shapes, value, sampling_locations) for side in pair]
     inputs = value, sampling_locations, attention_weights
     attend = _forward
-    if is_plain(*inputs, *([] if shapes is None else [shapes])):
+    if is_plain(*inputs, shapes):
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         attend = _DeformAttn.apply if recorded else _run_forward
     return attend(value, shapes, sizes, sampling_locations, attention_weights, deterministic)

@@ -175,8 +175,8 @@ _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: 
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
-def is_plain(*tensors: Tensor) -> bool:
-    """Whether a call on these tensors needs no operator: nothing compiles, traces, transforms or wraps it."""
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a call on these (or None) needs no operator: nothing compiles, traces, transforms or wraps it."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transforms() or _modes():
         return False
     # The kernels read memory as it is, so a view with a negative bit goes through the dispatcher, which resolves it.
@@ -184,6 +184,7 @@ def is_plain(*tensors: Tensor) -> bool:
         type(x) in (Tensor, torch.nn.Parameter)
         and not (x.is_neg() or x.is_meta or x._is_zerotensor() or _is_batched(x))
         for x in tensors
+        if x is not None
     )
 
 

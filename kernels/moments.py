@@ -169,8 +169,7 @@ def moments(x: Tensor, *, valid: Tensor | None = None, impl: str = "auto") -> Mo
     chosen = choose_impl(impl, x, supported=math.prod(x.shape[:-1]) <= MAX_TOKENS)
     x = _four_dimensions(x.detach())
     valid = None if valid is None else valid.reshape(x.shape[:3])
-    plain = is_plain(x) and (valid is None or is_plain(valid))
-    compute = _run if plain else _moments  # the dispatcher between costs more than a small map itself
+    compute = _run if is_plain(x, valid) else _moments  # the dispatcher between costs more than a small map itself
     return _unpack(compute(x, valid, chosen == "triton"))
 
 

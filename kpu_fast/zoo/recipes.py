@@ -1,6 +1,6 @@
 """Sizes and budgets of the zoo's three teachers: the one place with numbers to change."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kpu_fast.zoo.fit import Fit
 
@@ -74,4 +74,5 @@ class Zoo:
         """
         if device_type == "cpu":
             return cls()
-        return cls(dinov2=Dinov2Recipe(fit=Fit(steps=12_000, batch=1024, muon_lr=3e-3, lr=2e-3, warmup=300)))
+        dinov2 = Dinov2Recipe()
+        return cls(dinov2=replace(dinov2, fit=replace(dinov2.fit, steps=12_000, batch=1024, warmup=300)))
