@@ -182,6 +182,10 @@ class AlignLoss(nn.Module):
         self.register_buffer("target_mean", target_mean, persistent=False)
         self.register_buffer("target_std", target_std, persistent=False)
 
+    def extra_repr(self) -> str:
+        """The options, as they were given."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
     def forward(self, source: Tensor, target: Tensor, *, valid: Tensor | None = None) -> Tensor:
         """Same shapes, results and errors as `align_loss`."""
         mean, std = self.target_mean, self.target_std
@@ -230,7 +234,9 @@ def check_tensors(source, target, resize, mean, std, valid) -> None:
     if source.dim() != target.dim() or source.shape[0] != target.shape[0]:
         raise ValueError(f"source, target: expected equal rank and batch, found {both}")
     if source.shape[-1] != target.shape[-1]:
-        raise ValueError(f"source, target: expected equal channels (last dimension), found {both}; project one")
+        nchw = source.dim() == 4 and source.shape[1] == target.shape[1] and source.shape[2] != target.shape[2]
+        fix = "NCHW maps go in through .permute(0, 2, 3, 1)" if nchw else "project one"
+        raise ValueError(f"source, target: expected equal channels (last dimension), found {both}; {fix}")
     if (resize is None or source.dim() != 4) and source.shape != target.shape:
         fix = "only (B, H, W, C) maps can be resized"
         if source.dim() == 4:

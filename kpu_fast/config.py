@@ -327,6 +327,11 @@ def _check_deepspeed(cfg: Config) -> None:
     zero = block.get("zero_optimization", {})
     if not isinstance(zero, dict) or isinstance(zero.get("stage"), bool) or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise _impossible(f"deepspeed.zero_optimization: found {zero}; expected an object with stage 0, 1, 2 or 3")
+    if zero.get("compute_grad_norm") is False and cfg.optimizer.clip_grad_norm is not None:
+        raise _impossible(
+            "deepspeed.zero_optimization.compute_grad_norm: found false, but clipping needs the norm; "
+            "set optimizer.clip_grad_norm to null with it"
+        )
 
 
 def _enabled(block: dict[str, Any], key: str) -> bool:
@@ -444,6 +449,10 @@ def _explain(error: ValidationError, tree: dict[str, Any]) -> list[str]:
         key, found = ".".join(str(part) for part in loc), _kind_of(item.get("input"))
         if item["type"] == "extra_forbidden":
             lines.append(f"{key}: unknown key{_suggest(loc)}")
+        elif item["type"] == "missing" and isinstance(loc[-1], int):  # the second of two numbers
+            lines.append(f"{key.rpartition('.')[0]}: found {found}; it should be a list of two numbers")
+        elif item["type"] in ("tuple_type", "too_long"):
+            lines.append(f"{key}: found {found}; it should be a list of two numbers")
         elif item["type"] == "missing":
             lines.append(f"{key}: missing; it has no default")
         elif item["type"] == "impossible":

@@ -145,6 +145,15 @@ MISTAKES = [
         "teachers.clip.data.source=7",
         "teachers.clip.data.source: found 7 (an integer); it should be a valid string or a valid array",
     ),
+    (
+        "teachers.clip.data.size=224",
+        "teachers.clip.data.size: found 224 (an integer); it should be a list of two numbers",
+    ),
+    (
+        "teachers.clip.data.size=[224]",
+        "teachers.clip.data.size: found [224] (a list); it should be a list of two numbers",
+    ),
+    ("optimizer.betas=[0.9,0.9,0.9]", "optimizer.betas: found [0.9, 0.9, 0.9] (a list); it should be a list of two"),
     ("teachers.clip.data.crop_scale=[0.9,0.1]", "teachers.clip.data.crop_scale: found [0.9, 0.1]"),
     ("teachers.gdino.data.crop_scale=[0.5,1]", 'teachers.gdino.data.crop_scale: belongs to fit "crop"; found "pad"'),
     ("teachers.clip.levels=[1]", 'teachers.clip.levels: found [1] with kind "clip"'),
@@ -161,6 +170,7 @@ MISTAKES = [
     ("objective.standardize_batches=9", 'objective.standardize_batches: belongs to standardize "meanstd" or "phi_s"'),
     ("optimizer.warmup_steps=121", "optimizer.warmup_steps: found 121, more than steps = 120"),
     ("deepspeed.zero_optimization.stage=4", "deepspeed.zero_optimization: found"),
+    ("deepspeed.zero_optimization.compute_grad_norm=false", "found false, but clipping needs the norm"),
     ("deepspeed.optimizer.type=Adam", "deepspeed.optimizer: set it through optimizer"),
     ("deepspeed.train_micro_batch_size_per_gpu=3", "deepspeed.train_micro_batch_size_per_gpu: found 3"),
     ("deepspeed.train_batch_size=18", "deepspeed.train_batch_size: found 18; it depends on the number of ranks"),

@@ -16,14 +16,16 @@ from kpu_fast.models.attention import BackendError, activate_backend
 from kpu_fast.models.features import Features, FeatureSpec
 from kpu_fast.models.hf_files import auto_keys, code_files
 from kpu_fast.models.projector import FeatureHeads
-from kpu_fast.models.vit import ViT, require_floating, resize_to_stride_16
+from kpu_fast.models.vit import ViT, check_images, resize_to_stride_16
 
 _LOG = logging.getLogger(__name__)
 
 _FORMAT = "kpu_fast.student"
 _VERSION = 1
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
-_ADAPTER_KEYS = ("cross_attention", "interactions", "heads", "points", "inner_ratio", "ffn_ratio", "inplanes")
+_ADAPTER_KEYS = (
+    "cross_attention", "interactions", "heads", "points", "inner_ratio", "ffn_ratio", "inplanes", "x_injector"
+)  # fmt: skip
 
 
 class Student(nn.Module):
@@ -82,7 +84,7 @@ class Student(nn.Module):
         self.vit.embed.mask_token.requires_grad_(False)  # nothing reads it
 
     def forward(self, images: Tensor) -> Features:
-        require_floating(images)
+        check_images(images)
         if self.adapter is not None:
             return self.adapter(images, self.vit, self.levels)
         x, patches = self.vit(resize_to_stride_16(images, self.vit.patch_size))

@@ -24,7 +24,7 @@ from kpu_fast.models.hub import (
     load_net,
     read_json,
 )
-from kpu_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD, require_floating
+from kpu_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD, check_images
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Teacher(nn.Module):
 
         Raises ValueError for images that are not floating point.
         """
-        require_floating(images)
+        check_images(images)
         pixels = (self._fit(images.float()) - self.mean) / self.std
         pixels = pixels.to(self.dtype)
         if self.kind == "clip":

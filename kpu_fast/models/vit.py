@@ -17,8 +17,10 @@ _EPS = 1e-6
 _KEY = "student.vit.weights"
 
 
-def require_floating(images: Tensor) -> None:
-    """Raises ValueError for images of whole numbers: bytes up to 255 would be taken for [0, 1]."""
+def check_images(images: Tensor) -> None:
+    """Raises ValueError unless images are (B, 3, H, W) floats: bytes up to 255 would be taken for [0, 1]."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images: expected (B, 3, H, W), found shape {tuple(images.shape)}.")
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}, expected floating point in [0, 1]; give images.float() / 255.")
 

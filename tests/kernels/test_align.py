@@ -749,7 +749,8 @@ def test_any_shape_stride_and_dtype(grids, channels, batch, dtypes, layouts, res
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"target": torch.zeros(2, 3, 4, 7)}, ValueError, "equal channels"),
+        ({"target": torch.zeros(2, 3, 4, 7)}, ValueError, "equal channels.*project one"),
+        ({"target": torch.zeros(2, 3, 5, 7), "resize": "source"}, ValueError, "NCHW maps go in through .permute"),
         ({"target": torch.zeros(2, 3, 5, 6)}, ValueError, 'resize="source" or "target" brings'),
         ({"target": torch.zeros(3, 3, 4, 6)}, ValueError, "equal rank and batch"),
         ({"target": torch.zeros(2, 12, 6)}, ValueError, "equal rank and batch"),
@@ -814,6 +815,8 @@ def test_module_is_the_function():
     expected = align_loss(source, target, target_std=std, valid=valid, **options)
     assert torch.equal(module(source, target, valid=valid), expected)
     assert not module.state_dict()
+    assert "beta=2.0" in repr(module)
+    assert "reduction='sample'" in repr(module)
     with pytest.raises(ValueError, match="reduction"):
         AlignLoss(reduction="sum")
 

@@ -186,6 +186,13 @@ def test_whole_numbers_are_no_images(adapter, dtype):
         student((images() * 255).to(dtype))
 
 
+@pytest.mark.parametrize("adapter", [ADAPTER, None])
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 4, 64, 64), (1, 64, 64, 3)])
+def test_what_is_no_batch_of_rgb_images_is_named(adapter, shape):
+    with pytest.raises(ValueError, match=r"images: expected \(B, 3, H, W\), found shape"):
+        Student(vit=VIT, adapter=adapter)(torch.rand(shape))
+
+
 # ---- from a config ----
 
 
