@@ -126,7 +126,8 @@ def align_loss(
     forward is scaled in place: a forward captured in a CUDA graph of its own takes one backward per replay.
     Raises ValueError for shapes, grids, devices and options that do not fit, TypeError for dtypes.
     """
-    check_options((cos_weight, l1_weight, beta), resize, cos_over, reduction, impl)
+    check_weights(cos_weight, l1_weight, beta)
+    check_choices(resize, cos_over, reduction, impl)
     check_tensors(source, target, resize, target_mean, target_std, valid)
     rank = source.dim()
     shape = (target if resize == "source" else source).shape[:-1]
@@ -177,7 +178,8 @@ class AlignLoss(nn.Module):
         super().__init__()
         weights = {"cos_weight": cos_weight, "l1_weight": l1_weight, "beta": beta}
         choices = {"resize": resize, "cos_over": cos_over, "reduction": reduction, "impl": impl}
-        check_options(weights.values(), **choices)
+        check_weights(**weights)
+        check_choices(**choices)
         self.options = weights | choices | {"align_corners": align_corners}
         self.register_buffer("target_mean", target_mean, persistent=False)
         self.register_buffer("target_std", target_std, persistent=False)
@@ -199,14 +201,22 @@ def takes_triton(impl: str, source: Tensor, target: Tensor, resized: bool = Fals
     return choose_impl(impl, source, target, supported=fits) == "triton"
 
 
-def check_options(weights, resize, cos_over, reduction, impl) -> None:
-    """Raise what `align_loss` promises for options that do not fit; weights: cos_weight, l1_weight, beta."""
-    for name, found in zip(("cos_weight", "l1_weight", "beta"), weights, strict=True):
+def check_weights(cos_weight, l1_weight, beta) -> None:
+    """Raise what `align_loss` promises for numbers that do not fit."""
+    for name, found in (("cos_weight", cos_weight), ("l1_weight", l1_weight), ("beta", beta)):
+        if type(found) is float:
+            continue
         if isinstance(found, Tensor):  # reading it would wait for the GPU and lose its gradient
             raise TypeError(f"{name}: expected a number, found a tensor; multiply the loss by it instead")
         # Numbers first: Dynamo cannot trace hasattr of one that it made a symbol.
         if not isinstance(found, int | float | torch.SymInt | torch.SymFloat) and not hasattr(found, "__float__"):
             raise TypeError(f"{name}: expected a number, found {found!r}")
+    if not (beta == 0 or 1e-30 <= beta <= 1e30):  # it and 1/beta have to be float32
+        raise ValueError(f"beta: expected 0 or a number from 1e-30 to 1e30, found {beta}")
+
+
+def check_choices(resize, cos_over, reduction, impl) -> None:
+    """Raise what `align_loss` promises for choices that do not fit."""
     for name, found, allowed in (
         ("impl", impl, IMPLS),
         ("resize", resize, ("source", "target", None)),
@@ -217,9 +227,6 @@ def check_options(weights, resize, cos_over, reduction, impl) -> None:
             raise ValueError(f"{name}: expected one of {allowed}, found {found!r}")
     if cos_over == "map" and reduction == "token":
         raise ValueError('reduction: expected "mean" or "sample" with cos_over="map" (one cosine), found "token"')
-    *_, beta = weights
-    if not (beta == 0 or 1e-30 <= beta <= 1e30):  # it and 1/beta have to be float32
-        raise ValueError(f"beta: expected 0 or a number from 1e-30 to 1e30, found {beta}")
 
 
 def check_tensors(source, target, resize, mean, std, valid) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .align import align_loss, check_options, check_tensors, takes_triton
+from .align import align_loss, check_choices, check_tensors, check_weights, takes_triton
 from .align_op import NO_DOUBLE, gradient_in_forward, may_overwrite, scaled
 from .launch import NAMESPACE, is_differentiated, is_plain, is_transformed, token_strides
 
@@ -42,21 +42,25 @@ def align_losses(terms: Sequence[AlignTerm], *, impl: str = "auto") -> Tensor:
     terms = list(terms)
     if not terms:
         raise ValueError("align_losses: expected at least one term, found none")
+    check_choices(None, "token", "mean", impl)
+    transformed = is_transformed()
     together = []
     for number, term in enumerate(terms):
         if not isinstance(term, AlignTerm):
             raise TypeError(f"term {number}: expected an AlignTerm, found {type(term).__name__}")
         try:
-            check_options(term[2:5], None, "token", "mean", impl)
-            check_tensors(term.source, term.target, None, term.target_mean, term.target_std, term.valid)
-            if not is_transformed() and takes_triton(impl, term.source, term.target) and _can_share(term):
+            check_weights(*term[2:5])
+            if transformed:
+                _check_tensors(term)
+            elif _can_share(term, impl):
                 together.append(number)
         except (ValueError, TypeError, RuntimeError) as error:
             raise type(error)(f"term {number}: {error}") from None
-        if term.source.device != terms[0].source.device:
+    device = terms[0].source.device
+    for number, term in enumerate(terms):
+        if term.source.device != device:
             raise ValueError(
-                f"term {number}: expected the device of the first, {terms[0].source.device}, "
-                f"found {term.source.device}; move it first"
+                f"term {number}: expected the device of the first, {device}, found {term.source.device}; move it first"
             )
     if len(together) < 2:
         return torch.stack([_alone(term, impl) for term in terms])
@@ -73,9 +77,46 @@ def _alone(term: AlignTerm, impl: str) -> Tensor:
     return align_loss(source, target, target_mean=mean, target_std=std, **options)
 
 
-def _can_share(term: AlignTerm) -> bool:
+_known: dict[tuple, bool] = {}
+_MAX_KNOWN = 4096
+
+
+def _can_share(term: AlignTerm, impl: str) -> bool:
+    """Whether the term may share launches. Raises what `align_loss` raises for its tensors.
+
+    Terms like an earlier one are not looked at again: on the host that took a fifth of a whole call with its backward.
+    """
+    alike = _likeness(term, impl)
+    if alike is not None and alike in _known:
+        return _known[alike]
+    _check_tensors(term)
     sides = term.source, term.target
-    return gradient_in_forward(*sides, "token", "mean") and all(token_strides(x) for x in sides)
+    shares = takes_triton(impl, *sides) and gradient_in_forward(*sides, "token", "mean")
+    shares = shares and all(token_strides(x) for x in sides)
+    if alike is not None:
+        if len(_known) >= _MAX_KNOWN:
+            _known.clear()
+        _known[alike] = shares
+    return shares
+
+
+def _check_tensors(term: AlignTerm) -> None:
+    check_tensors(term.source, term.target, None, term.target_mean, term.target_std, term.valid)
+
+
+def _likeness(term: AlignTerm, impl: str) -> tuple | None:
+    """What `_can_share` depends on; None where something traces or wraps the tensors."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    found: list = [impl]
+    for x in (term.source, term.target, *term[5:]):
+        if type(x) is Tensor or type(x) is torch.nn.Parameter:
+            found += x.shape, x.stride(), x.dtype, x.device, x.requires_grad
+        elif x is None:
+            found.append(None)
+        else:
+            return None
+    return tuple(found)
 
 
 def _grouped(terms: Sequence[AlignTerm]) -> Tensor:

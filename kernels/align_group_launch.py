@@ -1,7 +1,8 @@
 """Launches of align_group.py's kernels: sorts terms into launches and lays out their tuples."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -39,20 +40,16 @@ def launch_group(
     )
     partial = losses.new_empty(plan.programs)
     counts = _inverse_counts(valids, losses)
-    options = [_dense(x) for x in options]
-    inverse = [inverse_beta(beta) for beta in betas]
+    # A pointer that a flag keeps the kernel from following still has to be a tensor.
+    options = [[s if x is None else _dense(x) for x, s in zip(values, sources, strict=True)] for values in options]
+    tensors = sources, targets, *options, grads_source, grads_target
+    weights = cos_weights, l1_weights, betas, [inverse_beta(beta) for beta in betas]
     with device_of(losses):
-        for some, programs, numbers, strides_and_channels, first, constants in plan.launches:
-
-            def take(values, some=some):
-                # A pointer that a flag keeps the kernel from following still has to be a tensor.
-                return tuple(sources[i] if values[i] is None else values[i] for i in some)
-
+        for take, programs, numbers, strides_and_channels, first, constants in plan.launches:
             run_kernel(
                 align_group_kernel, (programs, 1),
-                take(sources), take(targets), *map(take, options), take(grads_source), take(grads_target),
-                counts, partial, *numbers, *strides_and_channels,
-                take(cos_weights), take(l1_weights), take(betas), take(inverse), first, **constants,
+                *map(take, tensors), counts, partial, *numbers, *strides_and_channels, *map(take, weights), first,
+                **constants,
             )  # fmt: skip
         for start, firsts, lasts in plan.finishes:
             run_kernel(
@@ -66,7 +63,7 @@ class _Plan(NamedTuple):
     """What of launch_group follows from shapes, strides, dtypes and from what is wanted."""
 
     programs: int  # of all launches together, each with a partial sum
-    launches: list[tuple]  # terms, programs, coded numbers, strides and channels, first partial, constants
+    launches: list[tuple]  # taker of its terms, programs, coded numbers, strides and channels, first partial, constants
     finishes: list[tuple]  # first term, coded first partials, coded ends
 
 
@@ -101,7 +98,7 @@ def _plan(sides: tuple, options: tuple, wanted: tuple, tiles: tuple, finish: Til
             }  # fmt: skip
             count = sum(programs[i] for i in some)
             channels = tuple(shapes[i][-1] for i in some)
-            launches.append((some, count, numbers, (*steps, channels), filled, constants))
+            launches.append((_taker(some), count, numbers, (*steps, channels), filled, constants))
             filled += count
     finishes = [
         (some[0], coded(first[i] for i in some), coded(first[i] + programs[i] for i in some))
@@ -112,28 +109,45 @@ def _plan(sides: tuple, options: tuple, wanted: tuple, tiles: tuple, finish: Til
 
 def launch_group_scale(grads: tuple[Tensor, ...], places: tuple[int, ...], factors: Tensor) -> None:
     """grads[i] *= factors[places[i]], in place; dense gradients of any dtypes."""
-    block = SCALE_TILE.channels
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for i, grad in enumerate(grads):
-        by_dtype.setdefault(grad.dtype, []).append(i)
+    kinds = tuple((grad.dtype, grad.numel()) for grad in grads)
     with device_of(factors):
-        for members in by_dtype.values():
-            for some in _at_most(MAX_SLOTS, members):
-                blocks = [triton.cdiv(grads[i].numel(), block) for i in some]
-                share = min(1.0, SCALE_PROGRAMS / sum(blocks))
-                programs = [max(1, int(share * n)) for n in blocks]
-                run_kernel(
-                    align_group_scale_kernel, (sum(programs), 1),
-                    tuple(grads[i] for i in some), factors, factors.stride(0),
-                    coded(sum(programs[:n]) for n in range(len(some))), coded(programs),
-                    coded(places[i] for i in some),
-                    tuple(grads[i].numel() for i in some),
-                    COUNT=len(some), BLOCK=block, num_warps=SCALE_TILE.num_warps,
-                )  # fmt: skip
+        for take, programs, firsts, counts, slots, sizes in _scale_plan(kinds, places, SCALE_TILE, SCALE_PROGRAMS):
+            run_kernel(
+                align_group_scale_kernel, (programs, 1),
+                take(grads), factors, factors.stride(0), firsts, counts, slots, sizes,
+                COUNT=len(sizes), BLOCK=SCALE_TILE.channels, num_warps=SCALE_TILE.num_warps,
+            )  # fmt: skip
 
 
-def _dense(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    return [x if x is None else x.contiguous().resolve_neg() for x in tensors]
+@functools.lru_cache(maxsize=1024)
+def _scale_plan(kinds: tuple, places: tuple[int, ...], tile: Tile, most: int) -> list[tuple]:
+    """Per launch: its gradients of a list, programs, coded first programs, counts and places, sizes.
+
+    kinds: dtype and size of each gradient. most: programs of a launch, or one for each gradient.
+    """
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, (dtype, _) in enumerate(kinds):
+        by_dtype.setdefault(dtype, []).append(i)
+    launches = []
+    for members in by_dtype.values():
+        for some in _at_most(MAX_SLOTS, members):
+            sizes = tuple(kinds[i][1] for i in some)
+            blocks = [triton.cdiv(size, tile.channels) for size in sizes]
+            share = min(1.0, most / sum(blocks))
+            programs = [max(1, int(share * n)) for n in blocks]
+            firsts = coded(sum(programs[:n]) for n in range(len(some)))
+            slots = coded(places[i] for i in some)
+            launches.append((_taker(some), sum(programs), firsts, coded(programs), slots, sizes))
+    return launches
+
+
+def _taker(some: Sequence[int]) -> Callable[[Sequence], tuple]:
+    """What picks the members `some` of a list, as a tuple."""
+    return itemgetter(*some) if len(some) > 1 else lambda values: (values[some[0]],)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous().resolve_neg()
 
 
 def _inverse_counts(valids: list[Tensor | None], losses: Tensor) -> Tensor:

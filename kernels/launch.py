@@ -316,12 +316,10 @@ def _likeness(arguments: tuple) -> list:
             found.append(x == 1 or 2 * (x % 16 == 0) + 4 * (not -(2**31) <= x < 2**31))
         elif kind is float:
             found.append(float)
+        elif kind is tuple:
+            found.append(x if type(x[0]) is int else tuple(_likeness(x)))
         elif isinstance(x, Tensor):
             found += x.dtype, x.get_device(), x.data_ptr() % 16 == 0
-        elif kind is not tuple:
-            raise TypeError(f"expected a tensor, int, float or a tuple of them, found {kind.__name__}")
-        elif type(x[0]) is int:
-            found.append(x)
         else:
-            found.append(tuple(_likeness(x)))
+            raise TypeError(f"expected a tensor, int, float or a tuple of them, found {kind.__name__}")
     return found

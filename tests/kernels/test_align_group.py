@@ -108,6 +108,38 @@ def test_terms_share_launches(device, monkeypatch):
     assert launched[3:] == [launch.MAX_SLOTS, 11 - launch.MAX_SLOTS]
 
 
+def test_terms_like_earlier_ones_are_not_looked_at_again(device, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from kpu_fast.kernels import align_group
+
+    def term(**changes):
+        sides = make((2, 3, 5, 24), device, seed=1), make((2, 3, 5, 24), device, seed=2, grad=False)
+        mean, valid = torch.zeros(24, device=device), torch.ones(2, 3, 5, dtype=torch.bool, device=device)
+        return AlignTerm(*sides, target_mean=mean, valid=valid)._replace(**changes)
+
+    first = align_losses([term(), term()], impl="triton")
+
+    def look(*tensors):
+        raise ValueError("looked at")
+
+    monkeypatch.setattr(align_group, "check_tensors", look)
+    assert torch.equal(align_losses([term(), term()], impl="triton"), first)
+    other = term()
+    for change in (
+        {"source": other.source.double()},
+        {"target": other.target.transpose(1, 2).contiguous().transpose(1, 2)},
+        {"target_mean": torch.zeros(24, device=device, requires_grad=True)},
+        {"target_mean": None},
+        {"target_std": torch.ones(24, device=device)},
+        {"valid": other.valid.int()},
+        {"valid": other.valid[:1]},
+    ):
+        with pytest.raises(ValueError, match="term 1: looked at"):
+            align_losses([term(), term(**change)], impl="triton")
+    with pytest.raises(ValueError, match="term 1: beta: expected 0 or a number"):
+        align_losses([term(), term(beta=-1.0)], impl="triton")
+
+
 def test_more_terms_than_one_finish_takes(device):
     pytest.importorskip("triton", reason="triton is not installed")
     from kpu_fast.kernels.launch import FINISH_TILE
