@@ -14,9 +14,11 @@ import numpy as np
 
 from kpu_fast.data.sources import SourceFile, normalise
 
-VERSION = 2  # raise it when the meaning of the stored fields changes: older files are then scanned anew
-_COLUMNS = {"file": np.int32, "offset": np.int64, "length": np.int64, "height": np.int32, "width": np.int32}
-_PLAIN = ("source", "files", "converted", "rejected", "problems", "ignored")
+VERSION = 3  # raise it when the meaning of the stored fields changes: older files are then scanned anew
+_COLUMNS = {
+    "file": np.int32, "offset": np.int64, "length": np.int64, "height": np.int32, "width": np.int32, "crc": np.uint32,
+}  # fmt: skip
+_PLAIN = ("source", "files", "converted", "rejected", "problems", "unread", "ignored")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +26,12 @@ class Index:
     """N usable images: image i is `length[i]` bytes at `offset[i]` of `files[file[i]]`, and decodes to (height, width).
 
     `file`, `offset`, `length`, `height`, `width`: (N,) integer arrays; sizes in pixels, after EXIF rotation.
+    `crc`: (N,), the CRC-32 of each image's bytes in the source.
     `files`: the source's files, then `converted` PNG files of the cache that stand in for what DALI cannot read or
     reads wrongly.
-    `rejected`: (name, reason) of each image left out. `problems`: what was wrong with whole shards.
-    `ignored`: number of files or tar members that are no images by their suffix, or second images of their sample.
+    `rejected`: (name, reason) of each image left out. `problems`: what was wrong with whole shards, and which images
+    and shards were not read. `unread`: paths of files that could not be read when the scan was made.
+    `ignored`: number of other files in the folders and of other members in the shards.
     """
 
     source: list[str]
@@ -38,8 +42,10 @@ class Index:
     length: np.ndarray
     height: np.ndarray
     width: np.ndarray
+    crc: np.ndarray
     rejected: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     ignored: int = 0
 
     def __len__(self) -> int:
@@ -64,10 +70,8 @@ class Index:
         return data
 
     def digest(self) -> str:
-        """Tells one set of images from another; the same wherever the files lie."""
-        columns = (
-            np.ascontiguousarray(getattr(self, name), np.int64).tobytes() for name in ("length", "height", "width")
-        )
+        """Tells one set of images from another; the same wherever the files lie and whoever converted them."""
+        columns = (np.ascontiguousarray(getattr(self, name), np.int64).tobytes() for name in ("height", "width", "crc"))
         return hashlib.sha256(b"".join(columns)).hexdigest()[:16]
 
     def summary(self) -> str:
@@ -104,17 +108,17 @@ def load(source: str | list[str]) -> Index | None:
     """The stored index of `source`; None where there is none that this version can read."""
     try:
         body = json.loads(index_path(source).read_bytes())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):  # not JSON, or not even text
         return None
-    if body.pop("version", None) != VERSION:
+    if not isinstance(body, dict) or body.pop("version", None) != VERSION:
         return None
     body["files"] = [SourceFile(*row) for row in body["files"]]
     body["rejected"] = [tuple(row) for row in body["rejected"]]
     return Index(**{**body, **{name: np.array(body[name], dtype) for name, dtype in _COLUMNS.items()}})
 
 
-def from_rows(rows: Sequence[tuple[int, int, int, int, int]], **plain) -> Index:
-    """An Index from one (file, offset, length, height, width) per image and the remaining fields."""
+def from_rows(rows: Sequence[tuple[int, int, int, int, int, int]], **plain) -> Index:
+    """An Index from one (file, offset, length, height, width, crc) per image and the remaining fields."""
     columns = zip(*rows, strict=True) if rows else ([] for _ in _COLUMNS)
     arrays = {name: np.array(column, dtype) for (name, dtype), column in zip(_COLUMNS.items(), columns, strict=True)}
     return Index(**arrays, **plain)

@@ -14,7 +14,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kpu_fast.data.decode import UNREADABLE, to_rgb
-from kpu_fast.data.sources import IMAGE_SUFFIXES, SourceError, SourceFile, is_shard, list_files, shard_candidates
+from kpu_fast.data.sources import (
+    IMAGE_SUFFIXES,
+    SourceError,
+    SourceFile,
+    is_shard,
+    list_files,
+    open_regular,
+    read_shard,
+    tar_members,
+)
 
 _CIFAR_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 _CIFAR_META = "batches.meta"
@@ -50,8 +59,6 @@ class LabelledImages(Dataset):
             self._pixels, self.labels, self.classes = _read_cifar(path, split or "train")
         elif split:
             raise SourceError(f"source {self.source!r}: only CIFAR-10's own archive or folder has a {split!r} part")
-        elif path.endswith((".tar.gz", ".tgz")):
-            raise SourceError(f"source {path!r}: only CIFAR-10's archive is read compressed; unpack this one")
         else:
             self._index(path)
 
@@ -64,7 +71,7 @@ class LabelledImages(Dataset):
             return self._pixels[i], label
         path, first, length, name = self._files[i]
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 file.seek(first)
                 return to_rgb(Image.open(io.BytesIO(file.read(length)))), label
         except UNREADABLE as error:
@@ -88,14 +95,18 @@ class LabelledImages(Dataset):
             folder = os.path.abspath(os.path.expanduser(source))
             # Of a glob or a `package:` entry, the class folders are what lies below all that it finds.
             root = folder if os.path.isdir(folder) else os.path.commonpath([_above_class(file.path) for file in files])
-            found = {Path(file.path).relative_to(root).parts[0] for file in files}
-            self.classes = _class_folders(root) if root == folder else tuple(sorted(found))
+            found = []
             for file in files:
-                parts = Path(file.path).relative_to(root).parts
-                if len(parts) < 2:
-                    raise SourceError(f"{file.path}: is in no class folder; expected {root}/CLASS/{parts[0]}")
+                name, *rest = Path(file.path).relative_to(root).parts
+                if not rest:
+                    raise SourceError(f"{file.path}: is in no class folder; expected {root}/CLASS/{name}")
+                found.append(name)
                 self._files.append((file.path, 0, -1, file.path))
-                self.labels.append(self.classes.index(parts[0]))
+            self.classes = tuple(sorted(set(found)))
+            if root == folder:
+                _check_class_folders(root, self.classes)
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            self.labels = [numbers[name] for name in found]
             return
         if len(shards) < len(files):
             other = next(file.path for file in files if not is_shard(file.path))
@@ -104,13 +115,15 @@ class LabelledImages(Dataset):
         if names.is_file():
             self.classes = read_class_names(names)
         for number, file in enumerate(shards):
-            candidates, _, problem = shard_candidates(number, file)
-            if problem:
-                raise SourceError(f"{file.path}: {problem}")
-            if not candidates:
+            shard = read_shard(number, file)
+            if shard.problem:
+                raise SourceError(f"{file.path}: {shard.problem}")
+            if shard.rejected:
+                raise SourceError(": ".join(shard.rejected[0]))
+            if not shard.images:
                 raise SourceError(f"{file.path}: holds no image; expected {' '.join(sorted(IMAGE_SUFFIXES)[:4])} …")
-            labels = _shard_labels(file.path)
-            for image in candidates:
+            labels = _shard_labels(file)
+            for image in shard.images:
                 member = image.name.split("::", 1)[1]
                 label = labels.get(_sample(member))
                 if label is None:
@@ -150,12 +163,13 @@ def _above_class(path: str) -> str:
     return os.path.dirname(os.path.dirname(path))
 
 
-def _class_folders(root: str) -> tuple[str, ...]:
-    folders = sorted(p for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith("."))
-    for folder in folders:
-        if not any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.rglob("*")):
-            raise SourceError(f"{folder}: a class folder without an image; remove it or fill it")
-    return tuple(folder.name for folder in folders)
+def _check_class_folders(root: str, classes: tuple[str, ...]) -> None:
+    folders = {p.name for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith(".")}
+    for name in sorted(folders - {"lost+found", *classes}):
+        raise SourceError(
+            f"{root}/{name}: a class folder without an image (hidden files are none; a folder that has links to it is "
+            "read once); remove it or fill it"
+        )
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:
@@ -178,16 +192,19 @@ def _sample(member: str) -> str:
     return f"{folder}/{base.split('.')[0]}"
 
 
-def _shard_labels(path: str) -> dict[str, int]:
+def _shard_labels(file: SourceFile) -> dict[str, int]:
     labels = {}
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            if not member.isreg() or not member.name.endswith(".cls"):
+    with open(file.path, "rb") as shard:
+        for name, member in tar_members(file)[0].items():
+            if not name.endswith(".cls"):
                 continue
-            text = tar.extractfile(member).read(32)
+            if member is None:
+                raise SourceError(f"{file.path}::{name}: a link to nothing in its tar")
+            shard.seek(member.offset_data)
+            text = shard.read(min(member.size, 32))
             if not text.strip().isdigit():
-                raise SourceError(f"{path}::{member.name}: is {text!r}, expected a class number (0, 1, 2 …)")
-            labels[_sample(member.name)] = int(text)
+                raise SourceError(f"{file.path}::{name}: is {text!r}, expected a class number (0, 1, 2 …)")
+            labels[_sample(name)] = int(text)
     return labels
 
 

@@ -8,12 +8,14 @@ reads, that DALI sees otherwise than Pillow, and CMYK are converted to RGB PNG i
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import multiprocessing
 import os
 import sys
 import threading
+import zlib
 from collections import Counter
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -27,7 +29,19 @@ from kpu_fast.data import index as index_file
 from kpu_fast.data.dali import import_dali
 from kpu_fast.data.decode import to_rgb
 from kpu_fast.data.index import Index
-from kpu_fast.data.sources import Candidate, SourceError, SourceFile, is_shard, list_files, normalise, shard_candidates
+from kpu_fast.data.sources import (
+    CANNOT_BE_READ,
+    Candidate,
+    Shard,
+    SourceError,
+    SourceFile,
+    is_shard,
+    list_files,
+    normalise,
+    open_regular,
+    read_shard,
+    survey,
+)
 
 MAX_PIXELS = 80_000_000  # 240 MB decoded; below the size at which Pillow suspects a decompression bomb
 MAX_BYTES = 1 << 28
@@ -43,11 +57,12 @@ _local = threading.local()
 def load_or_scan(source: str | list[str]) -> Index:
     """The index of `source`: the stored one if no file was added, removed or changed since, else a new scan's.
 
+    A stored index that lacks a file because it could not be read holds only while that file cannot be read.
     Ranks of one job: let rank 0 call it first and the others after a barrier; they then only read.
     Raises SourceError as `scan` does.
     """
     stored = index_file.load(source)
-    if stored and stored.source_files() == list_files(source) and _converted_exist(stored):
+    if stored and stored.source_files() == list_files(source) and _converted_exist(stored) and _still_unread(stored):
         return stored
     return scan(source, progress=True)
 
@@ -60,9 +75,11 @@ def scan(source: str | list[str], *, workers: int | None = None, progress: bool 
     Raises SourceError when the source is missing or holds no usable image, ImportError without DALI.
     """
     import_dali()
-    files = list_files(source)
+    files, others = survey(source)
     with _pool(files, workers or len(os.sched_getaffinity(0))) as pool:
-        candidates, ignored, problems = _candidates(files, pool)
+        numbered = {number: file for number, file in enumerate(files) if is_shard(file.path)}
+        shards = dict(zip(numbered, pool.map(read_shard, numbered, numbered.values()), strict=True))
+        candidates = _candidates(files, shards)
         chunks = [candidates[i : i + _CHUNK] for i in range(0, len(candidates), _CHUNK)]
         tasks = ([(candidate, files[candidate.file]) for candidate in chunk] for chunk in chunks)
         check = partial(_check_chunk, index_file.cache_folder(source) / "converted")
@@ -71,7 +88,7 @@ def scan(source: str | list[str], *, workers: int | None = None, progress: bool 
             for chunk, found in zip(chunks, pool.map(check, tasks), strict=True):
                 verdicts += zip(chunk, found, strict=True)
                 bar.update(len(chunk))
-    found = _collect(normalise(source), files, verdicts, problems, ignored)
+    found = _collect(normalise(source), files, others, shards, verdicts)
     if not len(found):
         raise SourceError(_nothing_usable(found))
     found.save()
@@ -84,59 +101,77 @@ def _pool(files: list[SourceFile], workers: int) -> Executor:
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"))
 
 
-def _candidates(files: list[SourceFile], pool: Executor) -> tuple[list[Candidate], int, list[str]]:
-    shards = {number: file for number, file in enumerate(files) if is_shard(file.path)}
-    listed = dict(zip(shards, pool.map(shard_candidates, shards, shards.values()), strict=True))
-    candidates, ignored, problems = [], 0, []
+def _candidates(files: list[SourceFile], shards: dict[int, Shard]) -> list[Candidate]:
+    candidates = []
     for number, file in enumerate(files):
-        if number not in listed:
+        if number in shards:
+            candidates += shards[number].images
+        else:
             candidates.append(Candidate(number, 0, file.size, file.path))
-            continue
-        members, others, problem = listed[number]
-        candidates += members
-        ignored += others
-        if problem:
-            problems.append(f"{file.path}: {problem}")
-    return candidates, ignored, problems
+    return candidates
 
 
-def _collect(source, files, verdicts, problems, ignored) -> Index:
-    rows, rejected, converted = [], [], []
+def _collect(source, files: list[SourceFile], others: list[str], shards: dict[int, Shard], verdicts) -> Index:
+    rows, converted = [], []
+    rejected = [row for shard in shards.values() for row in shard.rejected]
+    unread = {number for number, shard in shards.items() if (shard.problem or "").startswith(CANNOT_BE_READ)}
     for candidate, verdict in verdicts:
         match verdict:
             case str():
                 rejected.append((candidate.name, verdict))
-            case (height, width):
-                rows.append((candidate.file, candidate.offset, candidate.length, height, width))
-            case (height, width, path):
-                stat = os.stat(path)
-                rows.append((len(files) + len(converted), 0, stat.st_size, height, width))
-                converted.append(SourceFile(str(path), stat.st_size, stat.st_mtime_ns))
+                if verdict.startswith(CANNOT_BE_READ):
+                    unread.add(candidate.file)
+            case (height, width, crc):
+                rows.append((candidate.file, candidate.offset, candidate.length, height, width, crc))
+            case (height, width, crc, path):
+                made = os.stat(path)
+                rows.append((len(files) + len(converted), 0, made.st_size, height, width, crc))
+                converted.append(SourceFile(str(path), made.st_size, made.st_mtime_ns))
     return index_file.from_rows(
         rows,
         source=source,
         files=files + converted,
         converted=len(converted),
         rejected=rejected,
-        problems=problems,
-        ignored=ignored,
+        problems=_problems(files, others, shards),
+        unread=[files[number].path for number in sorted(unread)],
+        ignored=sum(shard.ignored for shard in shards.values()) + sum(not is_shard(path) for path in others),
     )
+
+
+def _problems(files: list[SourceFile], others: list[str], shards: dict[int, Shard]) -> list[str]:
+    problems = [f"{files[number].path}: {shard.problem}" for number, shard in shards.items() if shard.problem]
+    further = [f"{files[number].path}::{name}" for number, shard in shards.items() for name in shard.further]
+    if further:
+        problems.append(
+            f"{_some(further)}: not read, since the sample has another image (its name ends at the first dot; of one "
+            "name the last member counts)"
+        )
+    beside = [path for path in others if is_shard(path)]
+    if beside:
+        pattern = os.path.join(os.path.dirname(beside[0]), "*.tar")
+        problems.append(f"{_some(beside)}: not read, being in a folder of images; add {pattern!r} to the source")
+    return problems
+
+
+def _some(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
 
 
 def _check_chunk(folder: Path, chunk: list[tuple[Candidate, SourceFile]]) -> list:
     return [_check(file, candidate, folder) for candidate, file in chunk]
 
 
-def _check(file: SourceFile, candidate: Candidate, folder: Path) -> str | tuple[int, int] | tuple[int, int, Path]:
-    """Why the candidate is left out; or its (height, width); or these and the PNG that stands in for it."""
+def _check(file: SourceFile, candidate: Candidate, folder: Path) -> str | tuple:
+    """Why the candidate is left out; or its (height, width, CRC-32); or these and the PNG that stands in for it."""
     if candidate.length > MAX_BYTES:
         return f"more than {MAX_BYTES >> 20} MiB"
     try:
-        with open(file.path, "rb") as stream:
+        with open_regular(file.path) as stream:
             stream.seek(candidate.offset)
             data = stream.read(candidate.length)
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return f"{CANNOT_BE_READ} ({error.strerror})"
     if not data:
         return "empty file"
     try:
@@ -154,15 +189,15 @@ def _check(file: SourceFile, candidate: Candidate, folder: Path) -> str | tuple[
         pixels = to_rgb(image)
     except ValueError as error:
         return str(error)
-    size = pixels.shape[:2]
+    facts = (*pixels.shape[:2], zlib.crc32(data))
     if image.mode != "CMYK" and image.format in _DALI_FORMATS and _dali_agrees(data, pixels):
-        return size
+        return facts
     name = hashlib.sha256(f"{file}{candidate.offset}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
     path = folder / f"{name}.png"
     png = io.BytesIO()
     Image.fromarray(pixels).save(png, "PNG", compress_level=1)
     index_file.write_atomically(path, png.getvalue())
-    return (*size, path)
+    return (*facts, path)
 
 
 def _dali_agrees(data: bytes, pixels: np.ndarray) -> bool:
@@ -198,6 +233,15 @@ def _converted_exist(stored: Index) -> bool:
     return all(os.path.isfile(file.path) and os.path.getsize(file.path) == file.size for file in made)
 
 
+def _still_unread(stored: Index) -> bool:
+    for path in stored.unread:
+        with contextlib.suppress(OSError), open_regular(path) as file:
+            while file.read(1 << 20):
+                pass
+            return False
+    return True
+
+
 def _nothing_usable(found: Index) -> str:
     reasons = Counter(reason for _, reason in found.rejected)
     told = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(4))
@@ -205,11 +249,17 @@ def _nothing_usable(found: Index) -> str:
     return f"source {', '.join(found.source)}: no usable image (found {told or 'nothing'}); give it images that decode"
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number of at least 1")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 when there are usable images, 2 when not."""
     parser = argparse.ArgumentParser(prog="python -m kpu_fast.data.scan", description=__doc__.partition("\n")[0])
     parser.add_argument("source", nargs="+", help="folder, .tar shard, glob, image file, or package:NAME/path")
-    parser.add_argument("--workers", type=int, help="parallel decoders (default: the CPUs this process may use)")
+    parser.add_argument("--workers", type=_count, help="parallel decoders (default: the CPUs this process may use)")
     options = parser.parse_args(arguments)
     try:
         found = scan(options.source, workers=options.workers, progress=True)

@@ -1,18 +1,24 @@
 """From what a user writes as `source` to the files behind it."""
 
+import errno
 import glob
 import importlib.util
 import os
 import re
+import stat
 import tarfile
 from collections import Counter
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 _SUFFIXES = "jpg jpeg jpe jfif png bmp webp tif tiff ppm pgm pbm pnm jp2 gif avif"
 IMAGE_SUFFIXES = frozenset(f".{name}" for name in _SUFFIXES.split())
 PACKAGE_PREFIX = "package:"
+CANNOT_BE_READ = "cannot be read"  # how a problem begins that may pass
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _TAR_BLOCK = 512
+_TAIL_CHUNK = 1 << 16
+_TAR_ERRORS = (tarfile.TarError, ValueError)  # ValueError: of a damaged pax header
 
 
 class SourceError(ValueError):
@@ -34,6 +40,20 @@ class Candidate(NamedTuple):
     offset: int
     length: int
     name: str
+
+
+class Shard(NamedTuple):
+    """What a tar shard holds; its problem is what is wrong with the tar, or None.
+
+    images: one per sample. rejected: (name, reason) of images that cannot be read. further: names of a sample's other
+    images, and of images that came again under their name. ignored: number of the other members.
+    """
+
+    images: list[Candidate]
+    rejected: list[tuple[str, str]]
+    further: list[str]
+    ignored: int
+    problem: str | None
 
 
 def normalise(source: str | list[str]) -> list[str]:
@@ -58,19 +78,27 @@ def list_files(source: str | list[str]) -> list[SourceFile]:
     listed too: reading it says why. Raises SourceError when an entry is missing or holds nothing to read, and when a
     folder cannot be listed.
     """
+    return survey(source)[0]
+
+
+def survey(source: str | list[str]) -> tuple[list[SourceFile], list[str]]:
+    """What `list_files` gives, and the paths of the other files in the folders that it searched."""
     paths: dict[str, None] = {}
+    others: dict[str, None] = {}
     for entry in normalise(source):
         for path in _expand(entry):
-            paths.update(dict.fromkeys(_walk(path, entry) if os.path.isdir(path) else [path]))
-    files = []
-    for path in paths:
-        try:
-            stat = os.stat(path)
-        except OSError:
-            files.append(SourceFile(path, 0, 0))
-        else:
-            files.append(SourceFile(path, stat.st_size, stat.st_mtime_ns))
-    return files
+            images, rest = _walk(path, entry) if os.path.isdir(path) else ([path], [])
+            paths.update(dict.fromkeys(images))
+            others.update(dict.fromkeys(rest))
+    return [_source_file(path) for path in paths], [path for path in others if path not in paths]
+
+
+def _source_file(path: str) -> SourceFile:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return SourceFile(path, 0, 0)
+    return SourceFile(path, found.st_size, found.st_mtime_ns)
 
 
 def is_shard(path: str) -> bool:
@@ -78,38 +106,100 @@ def is_shard(path: str) -> bool:
     return path.endswith(".tar")
 
 
-def shard_candidates(number: int, file: SourceFile) -> tuple[list[Candidate], int, str | None]:
-    """The images of tar shard `file`, the count of its other members, and what is wrong with the tar (None: nothing).
+def open_regular(path: str) -> BinaryIO:
+    """`path`, opened for reading. Raises OSError, also for what is no regular file: a pipe would wait for a writer."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "no regular file", path)
+    return open(path, "rb")
+
+
+def read_shard(number: int, file: SourceFile) -> Shard:
+    """The images of tar shard `file`, number `number` of its source. A shard cut short keeps the whole members.
 
     A WebDataset sample (members that share the name up to the first dot) gives one image: the one with the plainest
-    extension (`0.jpg` rather than `0.depth.png`). A shard cut short keeps the members that are whole.
+    extension (`0.jpg` rather than `0.depth.png`).
     """
-    samples: dict[str, tarfile.TarInfo] = {}
-    members = end = 0
-    problem = None
-    try:
-        with tarfile.open(file.path, "r:") as tar:
-            for member in tar:
-                end = member.offset_data + -(-member.size // _TAR_BLOCK) * _TAR_BLOCK
-                if member.offset_data + member.size > file.size:
-                    problem = f"cut short inside {member.name}"
-                    break
-                if not member.isreg():
-                    continue
-                members += 1
-                key, suffixes = _split_member(member.name)
-                if os.path.splitext(member.name)[1].lower() not in IMAGE_SUFFIXES or not key:
-                    continue
-                if key not in samples or len(suffixes) < len(_split_member(samples[key].name)[1]):
-                    samples[key] = member
-        problem = problem or _tail_problem(file, end)
-    except (tarfile.TarError, OSError) as error:
-        gzip = file.size >= 2 and _read(file.path, 0, 2) == b"\x1f\x8b"
-        problem = "compressed: unpack it first (gunzip)" if gzip else f"not a readable tar ({error})"
-    candidates = [
-        Candidate(number, member.offset_data, member.size, f"{file.path}::{member.name}") for member in samples.values()
+    members, replaced, problem = tar_members(file)
+    further = [name for name in replaced if _is_image(name)]
+    ignored = len(replaced) - len(further)
+    rejected = []
+    samples: dict[str, str] = {}
+    for name, member in members.items():
+        key, suffixes = _split_member(name)
+        if not _is_image(name):
+            ignored += 1
+        elif member is None:
+            rejected.append((f"{file.path}::{name}", "a link to nothing in its tar"))
+        elif member.issparse():
+            rejected.append((f"{file.path}::{name}", "stored sparse: pack it without --sparse"))
+        elif key not in samples:
+            samples[key] = name
+        elif len(suffixes) < len(_split_member(samples[key])[1]):
+            further.append(samples[key])
+            samples[key] = name
+        else:
+            further.append(name)
+    images = [
+        Candidate(number, members[name].offset_data, members[name].size, f"{file.path}::{name}")
+        for name in samples.values()
     ]
-    return candidates, members - len(candidates), problem
+    return Shard(images, rejected, further, ignored, problem)
+
+
+def tar_members(file: SourceFile) -> tuple[dict[str, tarfile.TarInfo | None], list[str], str | None]:
+    """Name → the member of tar `file` with its bytes; the names that came again; what is wrong with the tar, or None.
+
+    As for `tar x`, the last member of a name counts, and a link is what it leads to; None where that is not in the tar.
+    """
+    found: dict[str, tarfile.TarInfo | str | None] = {}
+    replaced: list[str] = []
+    try:
+        with open_regular(file.path) as stream:
+            problem = _read_members(stream, file.size, found, replaced)
+    except OSError as error:
+        problem = f"{CANNOT_BE_READ} ({error.strerror or error})"
+    return {name: _follow(found, target) for name, target in found.items()}, replaced, problem
+
+
+def _read_members(stream: BinaryIO, size: int, found: dict, replaced: list[str]) -> str | None:
+    """Fill `found` (name → member, or where a symbolic link leads) and `replaced`; returns what is wrong."""
+    try:
+        tar = tarfile.TarFile(fileobj=stream)
+    except _TAR_ERRORS as error:
+        stream.seek(0)
+        gzip = stream.read(2) == b"\x1f\x8b"
+        return "compressed: unpack it first (gunzip)" if gzip else f"not a readable tar ({error})"
+    try:
+        for member in tar:
+            name = os.path.normpath(member.name)
+            if member.isreg():
+                if not member.issparse() and member.offset_data + member.size > size:
+                    return f"cut short inside {member.name}"
+                target = member
+            elif member.islnk():
+                target = found.get(os.path.normpath(member.linkname))
+            elif member.issym():
+                target = os.path.normpath(os.path.join(os.path.dirname(name), member.linkname))
+            else:
+                continue
+            if name in found:
+                replaced.append(name)
+            found[name] = target
+    except _TAR_ERRORS as error:
+        return f"unreadable from byte {tar.offset:,} on ({error})"
+    return _tail_problem(stream, tar.offset, size)
+
+
+def _follow(found: dict[str, tarfile.TarInfo | str | None], target: tarfile.TarInfo | str | None):
+    seen = set()
+    while isinstance(target, str) and target not in seen:
+        seen.add(target)
+        target = found.get(target)
+    return None if isinstance(target, str) else target
+
+
+def _is_image(member: str) -> bool:
+    return os.path.splitext(member)[1].lower() in IMAGE_SUFFIXES and _split_member(member)[0] != ""
 
 
 def _split_member(name: str) -> tuple[str, list[str]]:
@@ -118,28 +208,35 @@ def _split_member(name: str) -> tuple[str, list[str]]:
     return (f"{folder}/{stem}" if stem else ""), suffixes  # a leading dot: no sample, as in WebDataset
 
 
-def _tail_problem(file: SourceFile, end: int) -> str | None:
+def _tail_problem(stream: BinaryIO, end: int, size: int) -> str | None:
     # tarfile takes a damaged or missing header after the first member for the end of the archive without a word.
-    tail = _read(file.path, end, _TAR_BLOCK)
-    if tail == bytes(_TAR_BLOCK):
-        return None
-    if len(tail) < _TAR_BLOCK:
+    stream.seek(end)
+    mark = stream.read(_TAR_BLOCK)
+    if len(mark) < _TAR_BLOCK:
         return f"cut short at byte {end:,} (no end-of-archive mark)"
-    return f"unreadable from byte {end:,} on"
-
-
-def _read(path: str, offset: int, length: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(length)
+    if any(mark):
+        return f"unreadable from byte {end:,} on"
+    while chunk := stream.read(_TAIL_CHUNK):
+        if rest := len(chunk.lstrip(b"\0")):
+            after = size - (stream.tell() - rest)
+            return f"{after:,} bytes after the end-of-archive mark are not read; joined tars? (`tar -A` joins rightly)"
+    return None
 
 
 def _expand(entry: str) -> list[str]:
     path = _package_path(entry) if entry.startswith(PACKAGE_PREFIX) else entry
-    if os.path.exists(path):
-        return [path]
-    found = sorted({match for pattern in _braces(path) for match in glob.glob(pattern, recursive=True)})
+    matches = {path: [path]} if os.path.exists(path) else {p: glob.glob(p, recursive=True) for p in _braces(path)}
+    found = sorted({match for matched in matches.values() for match in matched})
     if found:
+        missing = [pattern for pattern, matched in matches.items() if not matched]
+        if missing:
+            named = ", ".join(missing[:4]) + (", …" if len(missing) > 4 else "")
+            raise SourceError(
+                f"source {entry!r}: {len(missing)} of {len(matches)} in the range are not there ({named}); fetch them, "
+                "or change the range"
+            )
+        if path.endswith(_COMPRESSED) and not os.path.isdir(path):
+            raise SourceError(f"source {entry!r}: compressed: unpack it first")
         return found
     if glob.has_magic(path) or _RANGE.search(path):
         raise SourceError(f"source {entry!r}: no file matches the pattern; check the folder and the range")
@@ -179,14 +276,16 @@ def _package_path(entry: str) -> str:
     return os.path.join(folders[0], rest) if rest else folders[0]
 
 
-def _walk(folder: str, entry: str) -> list[str]:
+def _walk(folder: str, entry: str) -> tuple[list[str], list[str]]:
+    """The paths of the images below `folder`, and of the other files."""
+
     def refuse(error: OSError):  # os.walk itself would go on without the folder, and the data set shrink
         raise SourceError(
             f"source {entry!r}: {error.filename} cannot be listed ({error.strerror}); make it readable, or name the "
             "folders to read one by one"
         ) from error
 
-    images, others, seen = [], Counter(), set()
+    images, others, seen = [], [], set()
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:  # a link back up the tree
@@ -199,9 +298,10 @@ def _walk(folder: str, entry: str) -> list[str]:
             if suffix in IMAGE_SUFFIXES and not name.startswith("."):
                 images.append(os.path.join(root, name))
             else:
-                others[suffix or "no suffix"] += 1
+                others.append(os.path.join(root, name))
     if not images:
-        found = ", ".join(f"{count} × {suffix}" for suffix, count in others.most_common(4)) or "no files"
-        hint = f"; to read its shards write {os.path.join(folder, '*.tar')!r}" if others[".tar"] else ""
+        suffixes = Counter(os.path.splitext(path)[1].lower() or "no suffix" for path in others)
+        found = ", ".join(f"{count} × {suffix}" for suffix, count in suffixes.most_common(4)) or "no files"
+        hint = f"; to read its shards write {os.path.join(folder, '*.tar')!r}" if suffixes[".tar"] else ""
         raise SourceError(f"source {entry!r}: the folder holds no image (found {found}){hint}")
-    return images
+    return images, others

@@ -138,6 +138,11 @@ def _find_images(cfg: Config, world: World) -> dict[str, Index]:
             for name, source in sources.items():
                 if turn and source not in found:
                     found[source] = load_or_scan(cfg.teachers[name].data.source)
+    digests = {source: index.digest() for source, index in found.items()}
+    with _together(world):
+        for source, digest in from_rank0(world, digests).items():
+            if digests[source] != digest:
+                raise RunError(f"source {source} changed while the run started: start again when nothing writes to it")
     return {name: found[source] for name, source in sources.items()}
 
 

@@ -129,13 +129,13 @@ def average_precision(
         for i, f in enumerate(found)
         for box, label, score in zip(_xywh(f["boxes"]), f["labels"].tolist(), f["scores"].tolist(), strict=True)
     ]
-    if not results:
-        return {name: 0.0 if truth["annotations"] else None for name in _STATS}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its table
-        coco = COCO()
-        coco.dataset = truth
+        coco, nothing = COCO(), COCO()
+        coco.dataset, nothing.dataset = truth, {**truth, "annotations": []}
         coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(results), iouType="bbox")
+        nothing.createIndex()
+        # loadRes takes no empty list.
+        evaluation = COCOeval(coco, coco.loadRes(results) if results else nothing, iouType="bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, features
 
 from kpu_fast.data.labelled import LabelledImages, cifar_part, read_class_names, source_files, to_batch
 from kpu_fast.data.sources import SourceError, list_files
@@ -211,6 +211,82 @@ def test_bad_folders_name_the_file(folders):
         LabelledImages(f"{folders}:test")
     with pytest.raises(ValueError, match="no such file"):
         LabelledImages(folders / "none")
+
+
+def test_class_folders_are_those_that_images_are_found_in(folders, tmp_path):
+    (folders / "lost+found").mkdir()
+    (folders / ".cache").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "4.png").write_bytes(png(4))
+    (folders / "dog").mkdir()
+    (folders / "dog" / "linked").symlink_to(tmp_path / "elsewhere")
+    images = LabelledImages(folders)
+    assert images.classes == ("cat", "dog", "ship")
+    assert images.labels == [0, 0, 1, 2, 2]
+    (folders / "again").symlink_to(folders / "cat")  # listed first, so that cat gives nothing
+    with pytest.raises(ValueError, match=r"images/cat: a class folder without an image"):
+        LabelledImages(folders)
+    (folders / "again").unlink()
+    (folders / "mac").mkdir()
+    (folders / "mac" / "._a.jpg").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"images/mac: a class folder without an image"):
+        LabelledImages(folders)
+
+
+def test_the_last_member_of_a_name_gives_image_and_class(make, tmp_path):
+    rows = [("0.png", png(0)), ("0.cls", b"0"), ("1.png", png(1)), ("1.cls", b"1")]
+    make.tar(tmp_path / "s.tar", [*rows, ("0.png", png(5)), ("0.cls", b"5")])
+    check(LabelledImages(tmp_path / "s.tar"), [5, 1], [5, 1])
+
+
+def test_links_in_a_shard_give_image_and_class(make, tmp_path):
+    make.tar(tmp_path / "s.tar", [("0.png", png(0)), ("0.cls", b"3")])
+    links = [("1.png", "0.png"), ("1.cls", "0.cls"), ("2.png", "0.png"), ("2.cls", "nowhere.cls")]
+    for count in (2, 4):
+        with tarfile.open(tmp_path / "s.tar", "a") as tar:
+            for name, target in links[count - 2 : count]:
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname = tarfile.LNKTYPE, target
+                tar.addfile(info)
+        if count == 2:
+            check(LabelledImages(tmp_path / "s.tar"), [0, 0], [3, 3])
+    with pytest.raises(ValueError, match=r"s\.tar::2\.cls: a link to nothing in its tar"):
+        LabelledImages(tmp_path / "s.tar")
+    make.tar(tmp_path / "s.tar", [("0.png", png(0)), ("0.cls", b"3")])
+    with tarfile.open(tmp_path / "s.tar", "a") as tar:
+        info = tarfile.TarInfo("1.png")
+        info.type, info.linkname = tarfile.SYMTYPE, "../1.png"
+        tar.addfile(info)
+    with pytest.raises(ValueError, match=r"s\.tar::1\.png: a link to nothing in its tar"):
+        LabelledImages(tmp_path / "s.tar")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_damaged_avif_is_named(tmp_path):
+    whole, rng = encoded(Image.fromarray(picture(1, (40, 56))), "AVIF"), np.random.default_rng(0)
+    path = tmp_path / "cat" / "a.avif"
+    path.parent.mkdir()
+    path.write_bytes(whole)
+    images = LabelledImages(tmp_path)
+    for _ in range(600):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            Image.open(path).load()
+        except RuntimeError:  # what this is about
+            with pytest.raises(SourceError, match=r"a\.avif: not an image that can be read"):
+                images[0]
+            return
+        except (OSError, ValueError, SyntaxError):
+            continue
+    pytest.fail("none of the damaged files made Pillow raise RuntimeError")
+
+
+def test_a_pipe_is_named_and_never_opened(folders):
+    os.mkfifo(folders / "cat" / "0.png")
+    with pytest.raises(SourceError, match=r"0\.png: not an image that can be read .*no regular file"):
+        LabelledImages(folders)[0]
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,16 @@ import errno
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps, features
 
+from kpu_fast.data.decode import to_rgb
 from kpu_fast.data.index import index_path
 from kpu_fast.data.pipeline import Stream
 from kpu_fast.data.scan import MAX_PIXELS, load_or_scan, main, scan
@@ -122,6 +125,62 @@ def test_every_kind_of_image_comes_out_of_the_stream_as_pillow_shows_it(tmp_path
         assert np.abs(got - expected).max() < 1.01, name  # one level: two JPEG decoders may round differently
 
 
+def tiff(planes, bits, photometric=1):
+    """An uncompressed TIFF of (planes, H, W) samples, each plane a strip of its own."""
+    planes = np.asarray(planes, np.uint16)
+    count, height, width = planes.shape
+    if bits == 12:
+        first, second = planes[..., ::2], planes[..., 1::2]
+        packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=3).astype(np.uint8)
+    else:
+        packed = planes.astype("<u2")
+    strips = [plane.tobytes() for plane in packed]
+    rest, end = bytearray(), 8 + 2 + 12 * 10 + 4
+    directory = struct.pack("<H", 10)
+    offsets = [end + 3 * 10 * count + i * len(strips[0]) for i in range(count)]
+    tags = [(256, 4, [width]), (257, 4, [height]), (258, 3, [bits] * count), (259, 3, [1]), (262, 3, [photometric]),
+            (273, 4, offsets), (277, 3, [count]), (278, 4, [height]), (279, 4, [len(strips[0])] * count),
+            (284, 3, [2 if count > 1 else 1])]  # fmt: skip
+    for tag, kind, values in tags:
+        data = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        field = data.ljust(4, b"\0") if len(data) <= 4 else struct.pack("<I", end + len(rest))
+        rest += data if len(data) > 4 else b""
+        directory += struct.pack("<HHI", tag, kind, len(values)) + field
+    rest = bytes(rest).ljust(3 * 10 * count, b"\0")
+    return b"II*\0\x08\0\0\0" + directory + bytes(4) + rest + b"".join(strips)
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(12, 1), (16, 1), (16, 0)])
+def test_a_tiff_is_as_bright_as_its_bits_and_its_white_say(tmp_path, make, bits, photometric):
+    samples = np.random.default_rng(bits).integers(0, 1 << bits, (1, 40, 56))
+    (tmp_path / "a.tif").write_bytes(tiff(samples, bits, photometric))
+    index = scan(str(tmp_path))
+    assert index.converted == (not photometric)
+    stream = Stream(make.config(fit="pad", flip=False, size=(40, 56), batch_size=1), index,
+                    rank=0, world_size=1, device="cpu", seed=0)  # fmt: skip
+    got = next(stream).images[0].permute(1, 2, 0).numpy()
+    true = samples[0] / ((1 << bits) - 1)
+    assert np.abs(got - (true if photometric else 1 - true)[..., None]).max() < 1.51 / 255
+
+
+def test_a_planar_tiff_of_16_bits_is_left_out(tmp_path, make):
+    samples = np.random.default_rng(0).integers(0, 1 << 16, (3, 40, 56))
+    (tmp_path / "a.tif").write_bytes(tiff(samples, 16, photometric=2))
+    make.ramp(1).save(tmp_path / "b.png")
+    assert reasons(scan(str(tmp_path))) == {"a.tif": "planar TIFF with 16 bits per sample, which Pillow misreads"}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["TIFF", "PNG"])
+def test_pixels_as_stored_are_not_turned(make, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = make.encoded(make.ramp(1), kind, exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert np.array_equal(to_rgb(Image.open(io.BytesIO(data)), upright=False), np.asarray(make.ramp(1)))
+    assert np.array_equal(to_rgb(Image.open(io.BytesIO(data))), upright)
+
+
 @pytest.mark.parametrize("magic", ["P5", "P6"])
 @pytest.mark.parametrize("maxval", [1, 15, 100, 200, 254, 255, 256, 1023, 4095, 65535])
 def test_a_ppm_is_as_bright_as_its_maxval_says(tmp_path, make, magic, maxval):
@@ -230,7 +289,90 @@ def test_a_sample_of_several_images_gives_the_plain_one(tmp_path, make):
     make.tar(tmp_path / "a.tar", [("0.depth.png", second), ("0.png", first), ("1.png", first), ("1.seg.png", second)])
     index = scan(str(tmp_path / "a.tar"))
     assert [index.read(i).tobytes() for i in range(len(index))] == [first, first]
+    assert index.ignored == 0
+    assert "a.tar::0.depth.png and 1 more: not read, since the sample has another image" in index.summary()
+
+
+def test_names_with_a_dot_are_one_sample_and_that_is_said(tmp_path, make):
+    make.tar(tmp_path / "a.tar", [(f"2024.01.{day:02d}.png", make.encoded(make.ramp(day))) for day in range(9)])
+    index = scan(str(tmp_path / "a.tar"))
+    assert (len(index), index.ignored) == (1, 0)
+    assert "2024.01.01.png and 7 more: not read" in index.summary()
+    assert "ends at the first dot" in index.summary()
+
+
+def test_of_members_with_one_name_the_last_counts(tmp_path, make):
+    old, new = make.encoded(make.ramp(1)), make.encoded(make.ramp(20))
+    make.tar(tmp_path / "a.tar", [("0.png", old), ("0.txt", b"1"), ("1.png", old), ("./0.png", new), ("0.txt", b"2")])
+    index = scan(str(tmp_path / "a.tar"))
+    assert [index.read(i).tobytes() for i in range(len(index))] == [new, old]
+    assert "a.tar::0.png: not read" in index.summary()
     assert index.ignored == 2
+
+
+def test_joined_tars_are_reported(tmp_path, make):
+    for shard in range(2):
+        make.tar(tmp_path / f"{shard}.tar", [(f"{shard}.png", make.encoded(make.ramp(shard)))])
+    first, second = ((tmp_path / f"{shard}.tar").read_bytes() for shard in range(2))
+    (tmp_path / "both.tar").write_bytes(first + second)
+    index = scan(str(tmp_path / "both.tar"))
+    assert len(index) == 1
+    assert f"both.tar: {len(second):,} bytes after the end-of-archive mark are not read" in index.summary()
+    (tmp_path / "padded.tar").write_bytes(first + bytes(200_000))
+    assert scan(str(tmp_path / "padded.tar")).problems == []
+
+
+def test_links_inside_a_shard_lead_to_its_images(tmp_path, make):
+    image = make.encoded(make.ramp(1))
+    links = {
+        "in/hard.png": (tarfile.LNKTYPE, "in/0.png"),
+        "in/soft.png": (tarfile.SYMTYPE, "0.png"),
+        "chain.png": (tarfile.SYMTYPE, "in/soft.png"),
+        "early.png": (tarfile.SYMTYPE, "late.png"),
+        "in/0.png": (tarfile.LNKTYPE, "in/0.png"),  # what tar writes for a file that it is given twice
+        "out.png": (tarfile.SYMTYPE, "/etc/0.png"),
+        "loop.png": (tarfile.SYMTYPE, "loop.png"),
+        "text.txt": (tarfile.SYMTYPE, "in/0.png"),
+    }
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("in/0.png", "late.png"):
+            info = tarfile.TarInfo(name)
+            info.size = len(image)
+            tar.addfile(info, io.BytesIO(image))
+            for link, (kind, target) in links.items() if name == "in/0.png" else ():
+                info = tarfile.TarInfo(link)
+                info.type, info.linkname = kind, target
+                tar.addfile(info)
+    index = scan(str(tmp_path / "a.tar"))
+    assert len(index) == 6
+    assert all(index.read(i).tobytes() == image for i in range(6))
+    assert reasons(index) == dict.fromkeys(["out.png", "loop.png"], "a link to nothing in its tar")
+    assert index.ignored == 1
+    run_an_epoch(index, make)
+
+
+def test_a_member_stored_sparse_is_left_out_alone(tmp_path, make):
+    image = make.encoded(make.ramp(1))
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, headers in (("0.png", {"GNU.sparse.map": "0,100,9000,100"}), ("1.png", {})):
+            info = tarfile.TarInfo(name)
+            info.size, info.pax_headers = len(image), headers | ({"GNU.sparse.size": "9100"} if headers else {})
+            tar.addfile(info, io.BytesIO(image))
+    index = scan(str(tmp_path / "a.tar"))
+    assert reasons(index) == {"0.png": "stored sparse: pack it without --sparse"}
+    assert (len(index), index.problems) == (1, [])
+
+
+def test_what_a_folder_holds_beside_images_is_counted_and_shards_are_named(folder, make):
+    (folder / "notes.txt").write_text("x")
+    (folder / ".hidden.jpg").write_bytes(b"x")
+    for shard in range(3):
+        make.tar(folder / f"t-{shard}.tar", [(f"{shard}.png", make.encoded(make.ramp(shard)))])
+    index = scan(str(folder))
+    assert (len(index), index.ignored) == (10, 2)
+    assert f"t-0.tar and 2 more: not read, being in a folder of images; add '{folder}/*.tar'" in index.summary()
+    both = scan([str(folder), f"{folder}/*.tar"])
+    assert (len(both), both.ignored, both.problems) == (13, 2, [])
 
 
 def test_nothing_usable_is_an_error_that_says_what_was_there(tmp_path):
@@ -269,6 +411,83 @@ def test_a_link_to_nothing_is_left_out_with_a_reason(folder, make, tmp_path):
     assert "b.tar" in index.problems[0]
     make.ramp(3).save(folder / "nowhere.png")  # what the link pointed to is back: the stored index no longer holds
     assert len(load_or_scan([str(folder), f"{tmp_path}/*.tar"])) == 13
+
+
+def failing_open(monkeypatch, *names):
+    """From here on reading what is called so fails, until the returned function is called."""
+    opened = open
+
+    def fail(path, *args, **options):
+        if os.path.basename(path) in names:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr("kpu_fast.data.sources.open", fail, raising=False)
+    return lambda: monkeypatch.setattr("kpu_fast.data.sources.open", opened)
+
+
+@pytest.mark.parametrize("name", ["2.png", "a.tar"])
+def test_what_could_not_be_read_once_is_read_again_when_it_can(folder, make, monkeypatch, name):
+    make.tar(folder / "a.tar", [("0.png", make.encoded(make.ramp(1)))])
+    source = [str(folder), f"{folder}/*.tar"]
+    scans = []
+    monkeypatch.setattr("kpu_fast.data.scan.scan", lambda *args, **kwargs: scans.append(args) or scan(*args))
+    mend = failing_open(monkeypatch, name)
+    for _ in range(2):  # while it stays unreadable there is nothing to gain from another scan
+        index = load_or_scan(source)
+        assert len(index) == 10
+        assert f"{name}: cannot be read (Permission denied)" in index.summary() or name == "2.png"
+        assert len(scans) == 1
+    mend()
+    assert len(load_or_scan(source)) == 11
+    assert len(load_or_scan(source)) == 11
+    assert len(scans) == 2
+
+
+def test_a_shard_that_cannot_be_read_costs_only_itself(tmp_path, make, monkeypatch):
+    for name in ("a", "b"):
+        make.tar(tmp_path / f"{name}.tar", [("0.png", make.encoded(make.ramp(1)))])
+    failing_open(monkeypatch, "b.tar")
+    index = scan(f"{tmp_path}/*.tar")
+    assert len(index) == 1
+    assert index.problems == [f"{tmp_path}/b.tar: cannot be read (Permission denied)"]
+
+
+def test_a_pipe_is_left_out_and_never_opened(folder):
+    for name in ("pipe.jpg", "pipe.tar"):
+        os.mkfifo(folder / name)
+    command = [sys.executable, "-m", "kpu_fast.data.scan", str(folder), f"{folder}/pipe.tar"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "10 images usable, 1 left out" in done.stdout
+    assert "cannot be read (no regular file): 1" in done.stdout
+    assert "pipe.tar: cannot be read (no regular file)" in done.stdout
+
+
+def test_a_shard_cut_inside_a_long_name_says_where(tmp_path, make):
+    image = make.encoded(make.ramp(1))
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for number in range(3):
+            info = tarfile.TarInfo(f"{'x' * 150}{number}.png")
+            info.size = len(image)
+            tar.addfile(info, io.BytesIO(image))
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[2].offset
+    path.write_bytes(path.read_bytes()[: third + 600])
+    index = scan(str(path))
+    assert len(index) == 2
+    assert f"a.tar: unreadable from byte {third:,} on" in index.summary()
+
+
+def test_a_damaged_long_header_costs_only_its_shard(tmp_path, make):
+    make.tar(tmp_path / "a.tar", [("0.png", make.encoded(make.ramp(1)))])
+    with tarfile.open(tmp_path / "b.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("0.png")
+        info.pax_headers = {"GNU.sparse.map": "no number", "GNU.sparse.size": "9"}
+        tar.addfile(info)
+    index = scan(f"{tmp_path}/*.tar")
+    assert len(index) == 1
+    assert "b.tar: not a readable tar" in index.summary()
 
 
 def test_a_folder_that_cannot_be_listed_leaves_the_stored_index_as_it_is(folder, make, monkeypatch):
@@ -315,10 +534,30 @@ def test_the_stored_index_is_used_while_the_source_stays(folder, monkeypatch):
     first = scan(str(folder))
     monkeypatch.setattr("kpu_fast.data.scan.scan", lambda *args, **kwargs: pytest.fail("scanned again"))
     stored = load_or_scan(str(folder))
-    for column in ("file", "offset", "length", "height", "width"):
+    for column in ("file", "offset", "length", "height", "width", "crc"):
         assert np.array_equal(getattr(stored, column), getattr(first, column))
     assert stored.files == first.files
     assert stored.digest() == first.digest()
+
+
+def test_images_of_the_same_size_are_told_apart(tmp_path, make):
+    for number in range(4):
+        make.ramp(number).save(tmp_path / f"{number}.ppm")
+    before = load_or_scan(str(tmp_path))
+    assert before.digest() == scan(str(tmp_path)).digest()
+    make.ramp(9).save(tmp_path / "2.ppm")
+    after = load_or_scan(str(tmp_path))
+    for column in ("length", "height", "width"):
+        assert np.array_equal(getattr(before, column), getattr(after, column))
+    assert before.digest() != after.digest()
+
+
+@pytest.mark.parametrize("stored", [b"[]", b"\x80abc", b"3", b""])
+def test_a_stored_index_that_is_none_is_made_anew(folder, stored):
+    scan(str(folder))
+    index_path(str(folder)).write_bytes(stored)
+    assert len(load_or_scan(str(folder))) == 10
+    assert index_path(str(folder)).read_bytes() != stored
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "touched", "rewritten", "cache damaged", "converted lost"])
@@ -368,6 +607,14 @@ def test_command_line_on_a_missing_source_is_one_line_and_exit_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "nowhere" in done.stderr
+
+
+@pytest.mark.parametrize("workers", ["-1", "0", "two"])
+def test_a_wrong_number_of_workers_is_refused(folder, capsys, workers):
+    with pytest.raises(SystemExit) as caught:
+        main([str(folder), "--workers", workers])
+    assert caught.value.code == 2
+    assert f"found '{workers}', expected a number of at least 1" in capsys.readouterr().err
 
 
 def test_without_dali_the_error_says_what_to_install(folder, monkeypatch):

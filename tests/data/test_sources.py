@@ -47,10 +47,14 @@ def test_package_path():
         ("{tmp}/none/of/it", ["none/of/it", "exists up to '{tmp}'"]),
         ("{tmp}/x-*.tar", ["x-*.tar", "no file matches"]),
         ("{tmp}/x-{{000..003}}.tar", ["{{000..003}}", "no file matches"]),
+        ("{tmp}/tars/{{000..009}}.tar", ["{{000..009}}", "6 of 10", "tars/004.tar", "tars/007.tar, …"]),
+        ("{tmp}/tars/x.tar.gz", ["x.tar.gz", "compressed: unpack it first"]),
+        ("{tmp}/tars/*.tgz", ["*.tgz", "compressed: unpack it first"]),
+        ("{tmp}/tars/none.tar.gz", ["none.tar.gz", "no such file"]),
         ("package:kpu_no_such_package/a", ["kpu_no_such_package", "install"]),
         ("{tmp}/empty", ["empty", "no image", "no files"]),
         ("{tmp}/texts", ["texts", "no image", "2 × .txt"]),
-        ("{tmp}/tars", ["tars", "1 × .tar", "tars/*.tar"]),
+        ("{tmp}/tars", ["tars", "4 × .tar", "tars/*.tar"]),
         ([], ["[]", "expected a path"]),
         (["a", 3], ["3", "expected a path"]),
     ],
@@ -58,7 +62,8 @@ def test_package_path():
 def test_missing_and_empty_sources_say_what_was_found_and_what_would_do(tmp_path, source, said):
     for name in ("empty", "texts", "tars"):
         (tmp_path / name).mkdir()
-    for name in ("texts/a.txt", "texts/b.txt", "tars/a.tar"):
+    tars = [f"tars/{name}" for name in ("000.tar", "001.tar", "002.tar", "003.tar", "x.tar.gz", "x.tgz")]
+    for name in ("texts/a.txt", "texts/b.txt", *tars):
         (tmp_path / name).write_bytes(b"x")
     if isinstance(source, str):
         source = source.format(tmp=tmp_path)
