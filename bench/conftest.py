@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kpu_fast.machine import device_name
+
 # device, dtype, mode, rows, from the most to the least wanted: a run with --bench-seconds ends somewhere in this list.
 # Each compiled row costs seconds of compilation, so not every combination has one.
 COMBINATIONS = (
@@ -160,10 +162,9 @@ def _circumstances(device: str) -> dict:
             "cuda": torch.version.cuda,
             "cache_bytes": properties.L2_cache_size,
         }
-    threads = torch.get_num_threads()
     return versions | {
-        "device": f"CPU, {threads} thread{'s' if threads > 1 else ''}",
-        "threads": threads,
+        "device": device_name(torch.device(device)),
+        "threads": torch.get_num_threads(),
         "cache_bytes": _last_level_cache(),
     }
 

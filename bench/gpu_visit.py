@@ -3,7 +3,8 @@
 Five stages, each in its own processes and its own time: the tests on the device, the benchmarks' compilation, every
 benchmark, the training step, and a profile of the worst kernel with compute-sanitizer; a sixth where --stages asks for
 it: the step under torch.compile. A stage that fails or runs out of time, or is cut off by SIGTERM, keeps what it has.
-Leaves one JSON, <out>/<device>.json, rewritten after every stage. Runs from a plain checkout and installs nothing; what
+Leaves one JSON, <out>/<device>.json, rewritten after every stage; with --stages the others of an earlier visit stay in
+it, if device, commit and versions are the same. Runs from a plain checkout and installs nothing; what
 is missing (DeepSpeed, DALI, ncu, …) is left out and named. --dry-run goes the same way on a CPU, to test this script.
 """
 
@@ -117,7 +118,7 @@ def main() -> int:
         **circumstances(args.commit, args.dry_run),
     }
     file = out / f"{slug(result['device'])}.json"
-    sections = result["sections"] = {}
+    sections = kept_sections(file, result)
     signal.signal(signal.SIGTERM, visit.end)
     for name in args.stages:
         stage_began = time.monotonic()
@@ -126,7 +127,9 @@ def main() -> int:
         except Exception as error:  # one stage must not take the others with it
             section = {"exit": 1, "note": f"{type(error).__name__}: {error}"}
         section["seconds"] = round(time.monotonic() - stage_began, 1)
+        section["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         sections[name] = section
+        result["sections"] = {stage: sections[stage] for stage in SECONDS if stage in sections}
         result["seconds"] = round(time.monotonic() - began, 1)
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -135,7 +138,7 @@ def main() -> int:
     print(file)
     if out != scratch:
         shutil.rmtree(scratch, ignore_errors=True)
-    return 0 if all(section["exit"] in (0, None) for section in sections.values()) else 1
+    return 0 if all(sections[name]["exit"] in (0, None) for name in args.stages) else 1
 
 
 class Visit:
@@ -416,8 +419,35 @@ def circumstances(commit: str | None, dry_run: bool) -> dict:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "machine": platform.platform(),
-        "commit": commit or _said(["git", "describe", "--always", "--dirty", "--abbrev=40"]) or "unknown",
+        "commit": commit or _commit(),
     }
+
+
+def _commit() -> str | None:
+    """None where git does not track this file: the checkout may lie in the folder of another repository."""
+    if _said(["git", "ls-files", "--error-unmatch", str(Path(__file__).resolve())]) is None:
+        return None
+    return _said(["git", "describe", "--always", "--dirty", "--abbrev=40"])
+
+
+def kept_sections(file: Path, facts: dict) -> dict[str, dict]:
+    """The stages of an earlier visit in `file`, where its circumstances are `facts`; else none, and a line says why."""
+    if not file.exists():
+        return {}
+    clean = facts["commit"] is not None and not facts["commit"].endswith("-dirty")
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        sections = {name: {"date": before["date"], **section} for name, section in before["sections"].items()}
+        same = {key: before.get(key) == value for key, value in facts.items() if key != "date"}
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        print(f"{file}: cannot be read ({type(error).__name__}: {error}); its stages are not kept", file=sys.stderr)
+        return {}
+    different = [key for key in same if not same[key] or (key == "commit" and not clean)]
+    if different:
+        names = ", ".join(different) + " (a commit with changes is like no other)" * (not clean)
+        print(f"{file}: differs in {names}; its stages are not kept", file=sys.stderr)
+        return {}
+    return sections
 
 
 def _said(command: list[str]) -> str | None:

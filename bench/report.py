@@ -1,8 +1,8 @@
 """Tables and a picture from what was measured:  python bench/report.py [JSON …] [--readme README.md]
 
 Reads pytest-benchmark's JSON of this folder's benchmarks, step.py's, and gpu_visit.py's, which holds both; without a
-name every JSON in bench/results but tune.py's. One table holds one device: times, GB/s and memory on a GPU; ratios
-alone on a CPU.
+name every JSON in bench/results but tune.py's. One table per device: times, GB/s and memory on a GPU; ratios alone on
+a CPU. The picture, and the table of --readme, are of one device.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 BEGIN, END = "<!-- bench: written by bench/report.py -->", "<!-- bench: end -->"
 ROOT = Path(__file__).resolve().parent.parent
+PICTURE = "docs/img/roofline.png"
 MODES = ("graph", "full", "forward")  # the first that was measured stands for a shape in the short table
 DTYPES = ("bf16", "fp32", "fp16")
 BASELINES = ("eager", "compile")
@@ -60,18 +61,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("json", nargs="*", type=Path, help="default: every JSON in bench/results but tune-*")
     parser.add_argument("--readme", type=Path, help="write the table between its two marker comments; else print it")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs/img/roofline.png")
+    parser.add_argument("--picture", type=Path, help=f"default, where there is one device: {PICTURE}")
     parser.add_argument("--all", action="store_true", help="every dtype and mode, not one line per shape")
     args = parser.parse_args()
     try:
-        measured = read(args.json or _results())
-        text = table(measured, every=args.all)
+        found = [read(files) for files in by_device(args.json or _results())]
+        if len(found) > 1 and (args.readme or args.picture):
+            devices = ", ".join(measured.device for measured in found)
+            raise ReportError(f"--readme and --picture are of one device, found {devices}; give the files of one")
+        text = "\n\n".join(table(measured, every=args.all) for measured in found)
         if args.readme:
             insert(args.readme, text)
         else:
             print(text)
-        if measured.groups:
-            draw(measured, args.picture)
+        if len(found) == 1 and found[0].groups:
+            draw(found[0], args.picture or ROOT / PICTURE)
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -79,22 +83,35 @@ def main() -> int:
 
 
 def _results() -> list[Path]:
-    """The JSON in bench/results but tune.py's, which compare ours with ours."""
-    return sorted(file for file in (ROOT / "bench/results").glob("*.json") if not file.name.startswith("tune-"))
+    """The JSON in bench/results but tune.py's, which compare ours with ours. Raises ReportError where there is none."""
+    found = sorted(file for file in (ROOT / "bench/results").glob("*.json") if not file.name.startswith("tune-"))
+    if not found:
+        raise ReportError("no JSON given and none in bench/results; measure first: pytest bench/ --benchmark-json FILE")
+    return found
+
+
+def by_device(files: list[Path]) -> list[list[Path]]:
+    """The files of each device. Raises ReportError, naming the file, where one cannot be read or holds several."""
+    found = defaultdict(list)
+    for file in files:
+        found[read([file]).device].append(file)
+    return list(found.values())
 
 
 def read(files: list[Path]) -> Measured:
     """Everything in `files`, of one device. Raises ReportError, naming file and reason."""
-    if not files:
-        raise ReportError("no JSON given and none in bench/results; measure first: pytest bench/ --benchmark-json FILE")
     groups, steps, notes = {}, [], set()
     for file in files:
-        content = _load(file)
-        parts = _parts(content)
-        found = _group(file, [bench for part in parts for bench in part.get("benchmarks", [])])
-        steps_here = [part for part in parts if "step_ms" in part]
-        if not found and not steps_here:
-            raise ReportError(f"{file}: no pair of rows ours and eager; was it made by pytest bench/ --benchmark-only?")
+        try:
+            found, steps_here, notes_here = _read_file(file)
+            table(Measured(_ordered(found), steps_here, "", ""), every=True)  # asks for all that a table needs
+        except ReportError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            problem = f"{type(error).__name__}: {error}"
+            raise ReportError(
+                f"{file}: not of the form that the benchmarks write ({problem}); measure it again"
+            ) from error
         again = found.keys() & groups.keys()
         if again:
             raise ReportError(
@@ -102,21 +119,34 @@ def read(files: list[Path]) -> Measured:
             )
         groups |= found
         steps += steps_here
-        date, commit = _date_and_commit(content)
-        for group in found.values():
-            ours = group.rows["ours"]
-            notes.add(f"torch {ours['torch']}, triton {ours['triton']}, {date}, commit {commit}")
-        for step in steps_here:
-            versions = step["versions"]
-            notes.add(f"torch {versions['torch']}, triton {versions['triton']}, {date}, commit {commit}")
-    devices = {row["device"] for group in groups.values() for row in group.rows.values()}
-    of_steps = {step["device"] for step in steps}
-    kinds = {"CPU" if _is_cpu(device) else device for device in devices | of_steps}
-    if len(devices) > 1 or len(kinds) > 1:
-        found = ", ".join(sorted(devices | of_steps))
-        raise ReportError(f"one table holds one device, found {found}; give their files one by one")
-    ordered = sorted(groups.values(), key=lambda group: (DTYPES.index(group.dtype), MODES.index(group.mode)))
-    return Measured(ordered, steps, next(iter(devices or of_steps)), "; ".join(sorted(notes)))
+        notes |= notes_here
+    rows = {row["device"] for group in groups.values() for row in group.rows.values()}
+    devices = sorted(rows | {step["device"] for step in steps})
+    if len(devices) > 1:
+        raise ReportError(f"one table holds one device, found {', '.join(devices)}; give their files one by one")
+    return Measured(_ordered(groups), steps, devices[0], "; ".join(sorted(notes)))
+
+
+def _read_file(file: Path) -> tuple[dict[tuple, Group], list[dict], set[str]]:
+    """Groups by their key, steps, and what the caption says about them."""
+    content = _load(file)
+    groups, steps, notes = {}, [], set()
+    for part in _parts(content):
+        found = _group(file, part.get("benchmarks", []))
+        groups |= found
+        versions = [group.rows["ours"] for group in found.values()]
+        if "step_ms" in part:
+            steps.append(part)
+            versions.append(part["versions"])
+        date, commit = _date_and_commit(content, part)
+        notes |= {f"torch {known['torch']}, triton {known['triton']}, {date}, commit {commit}" for known in versions}
+    if not groups and not steps:
+        raise ReportError(f"{file}: no pair of rows ours and eager; was it made by pytest bench/ --benchmark-only?")
+    return groups, steps, notes
+
+
+def _ordered(groups: dict[tuple, Group]) -> list[Group]:
+    return sorted(groups.values(), key=lambda group: (DTYPES.index(group.dtype), MODES.index(group.mode)))
 
 
 def _group(file: Path, benchmarks: list[dict]) -> dict[tuple, Group]:
@@ -154,12 +184,12 @@ def _parts(content: dict) -> list[dict]:
     """The pytest-benchmark and step parts of any of the three kinds of file."""
     if "sections" not in content:
         return [content]
-    results = (section.get("result") or {} for section in content["sections"].values())
+    results = ({"date": s.get("date"), **(s.get("result") or {})} for s in content["sections"].values())
     return [result for result in results if result.get("benchmarks") or "step_ms" in result]
 
 
-def _date_and_commit(content: dict) -> tuple[str, str]:
-    date = content.get("date") or content.get("datetime") or "date unknown"
+def _date_and_commit(content: dict, part: dict) -> tuple[str, str]:
+    date = part.get("date") or content.get("date") or content.get("datetime") or "date unknown"
     info = content.get("commit_info") or {}
     commit = content.get("commit") or info.get("id") or "unknown"
     changed = " with changes" if info.get("dirty") or "dirty" in commit else ""
@@ -167,7 +197,8 @@ def _date_and_commit(content: dict) -> tuple[str, str]:
 
 
 def _is_cpu(device: str) -> bool:
-    return device.upper().startswith("CPU")
+    """As kpu_fast.machine names it, and as results of before do."""
+    return device.endswith("(CPU)") or device.upper().startswith("CPU")
 
 
 def table(measured: Measured, *, every: bool = False) -> str:
@@ -259,6 +290,8 @@ def _step(step: dict, on_gpu: bool) -> str:
     text = f"Training step, `{step['config']['name']}`{compiled}: {shares}"
     if on_gpu:
         text += f"; {step['step_ms']:.1f} ms, {step['images_per_second']:.0f} images/s, {step['ranks']} rank(s)"
+    if step.get("images") == "random":
+        text += "; random images on the device, nothing decoded"
     return text + "."
 
 
@@ -283,11 +316,17 @@ def insert(readme: Path, text: str) -> None:
     if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
         raise ReportError(f"{readme}: expected the lines {BEGIN!r} and {END!r} once each, in this order; add them")
     before, after = content[: content.index(BEGIN)], content[content.index(END) :]
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{after}", encoding="utf-8")
+    try:
+        readme.write_text(f"{before}{BEGIN}\n{text}\n{after}", encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"{readme}: cannot be written ({error.strerror})") from error
 
 
 def draw(measured: Measured, file: Path) -> None:
-    """The roofline (rate against bytes moved, the copy as a line) beside how many times faster each shape is."""
+    """The roofline (rate against bytes moved, the copy as a line) beside how many times faster each shape is.
+
+    Raises ReportError where `file` cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -302,9 +341,13 @@ def draw(measured: Measured, file: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     caption = _caption(measured, groups).replace("**", "").partition(". ×")[0]
     figure.suptitle(caption, fontsize=9, x=0.01, ha="left")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
-    pyplot.close(figure)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=130, format=file.suffix[1:] or "png")
+    except (OSError, ValueError) as error:  # ValueError: a suffix of no picture
+        raise ReportError(f"--picture {file}: cannot be written ({error})") from error
+    finally:
+        pyplot.close(figure)
 
 
 def _draw_roofline(axes, groups: list[Group], on_gpu: bool) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from flop import RULES
+from gpu_visit import slug
 from torch.utils.flop_counter import FlopCounterMode
 
 from kpu_fast.config import ConfigError, load_config
@@ -27,6 +28,7 @@ from kpu_fast.engine.distributed import World, init_distributed
 from kpu_fast.engine.loop import RunError, build, forward, open_streams, train_step
 from kpu_fast.engine.result import peak_memory
 from kpu_fast.engine.run_folder import circumstances
+from kpu_fast.machine import device_name
 from kpu_fast.train import leave
 
 PARTS = ("data", "teachers", "student and losses", "backward", "optimizer")
@@ -63,7 +65,7 @@ def main() -> int:
     kernels = _profile(parts, streams, min(3, args.steps)) if world.device.type == "cuda" else None
     flop = _count_flop(parts, streams)
     images = world.size * cfg.images_per_step()
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+    device = device_name(world.device)
     result = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device,
@@ -81,7 +83,7 @@ def main() -> int:
     }
     if world.rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        file = args.out / f"step-{cfg.name}-{device.lower().replace(' ', '-')}.json"
+        file = args.out / f"step-{cfg.name}-{slug(device)}.json"
         file.write_text(json.dumps(result, indent=2), encoding="utf-8")
         print(f"{device}: {result['step_ms']:.1f} ms per step, {result['images_per_second']:.1f} images/s")
         print(f"{flop / 1e12:.3g} TFLOP per step and rank, {flop / whole / 1e12:.3g} TFLOP/s")

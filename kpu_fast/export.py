@@ -10,6 +10,7 @@ computes; 4 it cannot be written; 130 interrupted.
 
 import argparse
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -91,7 +92,9 @@ def save(program: torch.export.ExportedProgram, model: NamedOutputs, out: Path) 
         "student": model.student.config,
     }
     if out.suffix == ".pt2":
-        torch.export.save(program, out, extra_files={"kpu_fast.json": json.dumps(note)})
+        content = io.BytesIO()  # given a file that it cannot write, torch's own writer ends the process
+        torch.export.save(program, content, extra_files={"kpu_fast.json": json.dumps(note)})
+        out.write_bytes(content.getbuffer())
         return
     with _quiet_onnx():
         written = torch.onnx.export(

@@ -81,18 +81,68 @@ def test_mosaics_are_made_once_and_go_on(tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
 
 
-def test_results_that_are_there_are_read_and_not_made_again(tmp_path):
-    made = []
+@pytest.fixture
+def weights(tmp_path):
+    """The weights' file of a student that kpu-0 may have left."""
+    (tmp_path / "kpu-0/student").mkdir(parents=True)
+    (tmp_path / "kpu-0/student/config.json").write_text("{}")
+    file = tmp_path / "kpu-0/student/model.safetensors"
+    file.write_bytes(b"weights")
+    return file
+
+
+def test_results_that_are_there_are_read_and_not_made_again(tmp_path, weights):
+    made, path = [], tmp_path / "results/kpu-0.json"
     args = argparse.Namespace(device=torch.device("cpu"), out=tmp_path)
     for _ in range(2):
-        found = scores.kept(tmp_path / "results/kpu-0.json", lambda: made.append(1) or SCORES, args)
+        found = scores.kept(path, weights.parent, lambda: made.append(1) or SCORES, args)
         assert found.items() >= SCORES.items()
         assert {"date", "device", "versions", "commit"} <= set(found)
     assert made == [1]
     assert report.read_results(tmp_path / "results") == {"kpu": [found]}
-    (tmp_path / "results/kpu-0.json").write_text("")
+    path.write_text("")
     with pytest.raises(EvaluateError, match=r"kpu-0\.json: damaged"):
-        scores.kept(tmp_path / "results/kpu-0.json", lambda: SCORES, args)
+        scores.kept(path, weights.parent, lambda: SCORES, args)
+
+
+def test_another_student_in_the_same_place_is_measured_again(tmp_path, weights, monkeypatch):
+    monkeypatch.setattr(scores, "_scores", lambda model, *_: {"knn": len((model / weights.name).read_bytes())})
+    args = argparse.Namespace(device=torch.device("cpu"), out=tmp_path)
+
+    def knn():
+        return scores.score_run("base_a", tmp_path / "kpu-0", args)["knn"]
+
+    monkeypatch.setattr(scores, "config_of", lambda *_: load_config(CONFIG, list(ablation.RUNS["base_a"])))
+    assert knn() == len(b"weights")
+    weights.write_bytes(b"of another training")
+    assert knn() == len(b"of another training")
+    path = tmp_path / "results/kpu-0.json"
+    before = json.loads(path.read_text())
+    del before["model_sha256"]  # as results were before it was kept
+    path.write_text(json.dumps(before | {"knn": 0}))
+    assert knn() == len(b"of another training")
+
+
+@pytest.mark.parametrize("t2s", [True, False])
+def test_a_configuration_without_a_common_space_has_no_gap(t2s, tmp_path, weights, monkeypatch):
+    own = tmp_path / "own.json"
+    tree = json.loads(CONFIG.read_text())
+    tree["objective"] = {"t2s": t2s, "rec": t2s}
+    own.write_text(json.dumps(tree))
+    args = command._parser().parse_args(["--out", str(tmp_path), "--config", str(own), "--device", "cpu"])
+    args.device = torch.device("cpu")
+    monkeypatch.setattr(scores, "_scores", lambda *_: dict(SCORES))
+    gaps = {"own": {"gap": 3.0}, "common": {"gap": 1.0} if t2s else None}
+    monkeypatch.setattr("kpu_fast.evaluate.std_gap.std_gap", lambda *_, **__: gaps)
+    found = scores.score_run("kpu", weights.parents[1], args)
+    assert found.get("gap") == ({"own": 3.0, "common": 1.0} if t2s else None)
+
+
+def test_the_conditions_name_every_commit_once():
+    seen = {"train_images": 1, "test_images": 1, "date": "2026-11-28", "device": "cpu", "versions": {"torch": "2"}}
+    commits = ["b" * 40 + "-dirty", "a" * 40, None, "a" * 40]
+    told = report.conditions([load_config(CONFIG, [])], [seen | {"commit": commit} for commit in commits])
+    assert told.endswith(", torch 2, 2026-11-28, commit aaaaaaaaaa, bbbbbbbbbb with changes, unknown.")
 
 
 @pytest.mark.parametrize(
@@ -144,6 +194,7 @@ def test_figures_of_other_settings_are_not_mixed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "make_mosaics", lambda *_: tmp_path)
     monkeypatch.setattr(command, "train", lambda *_: tmp_path)
     seen = SCORES | {"train_images": 1, "test_images": 1, "date": "2026", "device": "cpu", "versions": {"torch": "2"}}
+    seen["commit"] = None
     monkeypatch.setattr(scores, "score_reference", lambda *_: seen)
     monkeypatch.setattr(scores, "score_run", lambda *_: seen)
     monkeypatch.setattr(report, "read_results", lambda *_: {"kpu": [seen]})

@@ -96,11 +96,17 @@ def circumstances() -> dict[str, object]:
 
 
 def _commit() -> str | None:
-    here = Path(__file__).parent
+    """None where git does not track this file: an installed copy may lie in the folder of another repository."""
+    here = Path(__file__).resolve()
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return None
+    return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40")
+
+
+def _git(folder: Path, *command: str) -> str | None:
+    """What git says in the folder; None where it fails or is not here."""
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True
-        )
+        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True)
     except OSError:
         return None
-    return found.stdout.strip() or None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -18,6 +18,13 @@ NEEDED = "torch transformers pydantic safetensors tqdm PIL sklearn matplotlib to
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, evaluate, write the result; returns the exit code."""
+    try:
+        return _evaluate(argv)
+    except KeyboardInterrupt:  # the imports take seconds, and are made in there
+        return _fail("interrupted; nothing was written", 130)
+
+
+def _evaluate(argv: list[str] | None) -> int:
     if problem := missing(NEEDED):
         return _fail(problem)
     tasks = {name: importlib.import_module(f"kpu_fast.evaluate.{name.replace('-', '_')}") for name in TASKS}
@@ -36,8 +43,6 @@ def main(argv: list[str] | None = None) -> int:
         write_result(with_circumstances(args.task, scores, settings, args.device), args.json)
     except EvaluateError as error:
         return _fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", 130)
     return 0
 
 
@@ -95,6 +100,9 @@ def _check(args: argparse.Namespace) -> None:
         path = getattr(args, option, None)
         if path is not None:
             check_writable(f"--{option}", path)
+    picture = getattr(args, "picture", None)
+    if picture is not None and args.json is not None and picture.resolve() == args.json.resolve():
+        raise EvaluateError(f"--json {args.json}: is the file of --picture too; give another name")
 
 
 def _device(name: str):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -45,14 +46,16 @@ class CocoImages(Dataset):
         try:
             tree = json.loads(Path(annotations).read_text(encoding="utf-8"))
             categories = sorted(tree["categories"], key=lambda category: category["id"])
-            self.classes = tuple(category["name"] for category in categories)
+            self.classes = tuple(_text(category, "name") for category in categories)
             numbers = {category["id"]: i for i, category in enumerate(categories)}
             chosen = draw(len(tree["images"]), limit, seed)
-            names = {tree["images"][i]["id"]: tree["images"][i]["file_name"] for i in chosen}
+            names = {tree["images"][i]["id"]: _text(tree["images"][i], "file_name") for i in chosen}
             rows: dict[int, list] = {i: [] for i in names}
             for box in tree["annotations"]:
                 if box["image_id"] in rows:
                     x, y, w, h = map(float, box["bbox"])
+                    if not math.isfinite(x + y + w + h):
+                        raise ValueError(f"bbox {box['bbox']} of image {box['image_id']}")
                     found = ([x, y, x + w, y + h], numbers[box["category_id"]], float(box.get("area", w * h)))
                     rows[box["image_id"]].append((*found, bool(box.get("iscrowd", 0))))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -81,6 +84,12 @@ class CocoImages(Dataset):
         boxes, labels, area, crowd = zip(*rows, strict=True) if rows else ((), (), (), ())
         shaped = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         return pixels, Truth(shaped, torch.tensor(labels).long(), torch.tensor(area), torch.tensor(crowd).bool())
+
+
+def _text(entry: dict, key: str) -> str:
+    if not isinstance(entry[key], str):
+        raise ValueError(f"{key} {entry[key]!r}")
+    return entry[key]
 
 
 class Mosaics(Dataset):

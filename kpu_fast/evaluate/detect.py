@@ -33,12 +33,12 @@ class Detector:
         self.net, self.tokenizer, self.mean, self.std = net, tokenizer, tuple(mean), tuple(std)
         self.head: str | None = None
 
-    def prompt(self, classes: Sequence[str]) -> Prompt:
-        """`make_prompt` for this text tower. Raises EvaluateError for names that make none."""
+    def prompt(self, classes: Sequence[str], key: str = "--classes") -> Prompt:
+        """`make_prompt` for this text tower. Raises EvaluateError, naming `key`, for names that make none."""
         try:
             return make_prompt(classes, self.tokenizer, self.net.config.max_text_len)
         except ValueError as error:
-            raise EvaluateError(f"--classes: {error}") from error
+            raise EvaluateError(f"{key}: {error}") from error
 
 
 def load_detector(
@@ -215,7 +215,8 @@ def run(args: argparse.Namespace) -> dict:
         images = Mosaics(labelled, _or(args.mosaics, COUNT), canvas, args.seed)
     size = args.size or (SHORTEST if args.annotations is not None else None)
     common = dict(size=size, longest=_or(args.longest, LONGEST), batch_size=args.batch_size, workers=args.workers)
-    return {**detect(detector, images, _classes(args, images), picture=args.picture, **common), "canvas": canvas}
+    classes = _classes(args, images, detector)
+    return {**detect(detector, images, classes, picture=args.picture, **common), "canvas": canvas}
 
 
 def _or(value: int | None, default: int) -> int:
@@ -227,6 +228,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.teacher_name is not None and args.detector is None:
         raise EvaluateError(f"--teacher-name {args.teacher_name}: there is no --detector to see through a student")
     if args.annotations is not None:
+        if args.classes is not None:
+            raise EvaluateError("--classes: --annotations brings its own names; leave it out")
         for option in ("canvas", "mosaics"):
             if getattr(args, option) is not None:
                 raise EvaluateError(f"--{option}: --annotations brings its own images, no mosaics; leave it out")
@@ -237,15 +240,16 @@ def _check(args: argparse.Namespace) -> None:
         raise EvaluateError(f"--canvas {canvas} --mosaics {count}: expected a multiple of 32, and some mosaics")
 
 
-def _classes(args: argparse.Namespace, images: CocoImages | Mosaics) -> tuple[str, ...]:
-    if isinstance(images, Mosaics):
-        names = class_names(images.images, args.classes)
-        if twice := repeated([name.strip().lower() for name in names]):  # as `make_prompt` writes them
-            raise EvaluateError(
-                f"{'--images' if args.classes is None else '--classes'}: the prompt names each class once, found "
-                f"{', '.join(map(repr, twice))} twice ('_' counts as a space, capitals count for nothing)"
-            )
-        return names
-    if args.classes is not None:
-        raise EvaluateError("--classes: --annotations brings its own names; leave it out")
-    return images.classes
+def _classes(args: argparse.Namespace, images: CocoImages | Mosaics, detector: Detector) -> tuple[str, ...]:
+    """Names that make a prompt. Raises EvaluateError, naming the option that brought them, where they make none."""
+    if args.annotations is not None:
+        key, names, alike = "--annotations", images.classes, "capitals count for nothing"
+    else:
+        key, names = "--images" if args.classes is None else "--classes", class_names(images.images, args.classes)
+        alike = "'_' counts as a space, capitals count for nothing"
+    if twice := repeated([name.strip().lower() for name in names]):  # as `make_prompt` writes them
+        raise EvaluateError(
+            f"{key}: the prompt names each class once, found {', '.join(map(repr, twice))} twice ({alike})"
+        )
+    detector.prompt(names, key)
+    return names

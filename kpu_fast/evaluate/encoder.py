@@ -100,21 +100,24 @@ def load_encoder(
     name = str(weights)
     try:
         folder = find_folder(key, weights, processor=True)
-        config = read_json(key, folder / "config.json")
+        file = folder / "config.json"
+        config = read_json(key, file)
+        model_type = _checked(file, "model_type", config.get("model_type"), str | None)
         if _is_student(config):
             net: nn.Module = Student.from_pretrained(folder)
             net = net.to(device=device, dtype=dtype)
             kind, size = "student", usual_size(net.vit.config)
-        elif sentinel and config.get("model_type") in _SENTINELS:
+        elif sentinel and model_type in _SENTINELS:
             vit = ViT.from_hf(folder)
             net = Student(vit=vit.config, adapter=None)
             net.vit.load_state_dict(vit.state_dict())
             net = net.to(device=device, dtype=dtype)
             kind, size = "sentinel", usual_size(net.vit.config)
         else:
-            kind, size = _TEACHERS.get(config.get("model_type"), "backbone"), _LARGEST
+            kind, size = _TEACHERS.get(model_type, "backbone"), _LARGEST
             if kind == "clip":
-                size = config.get("vision_config", config).get("image_size", _LARGEST)
+                vision = _checked(file, "vision_config", config.get("vision_config", config), dict)
+                size = _checked(file, "image_size", vision.get("image_size", _LARGEST), int)
             asked = SimpleNamespace(kind=kind, weights=str(folder), arch={}, levels=None)
             net = build_teacher("model", asked, device=device, dtype=dtype, image_size=(size, size))
     except WeightsError as error:
@@ -139,6 +142,12 @@ def walk(encoder: Encoder, batches, features: str, space: str | None) -> Iterato
             raise EvaluateError(f"{encoder.name}: NaN or Inf in the features of images {seen} to {seen + len(labels)}")
         seen += len(labels)
         yield vectors, labels
+
+
+def _checked(file: Path, name: str, value, kind):
+    if not isinstance(value, kind):
+        raise ValueError(f"{file}: {name} is {value!r}; fetch the model again")
+    return value
 
 
 def _is_student(config: dict) -> bool:

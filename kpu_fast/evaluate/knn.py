@@ -1,6 +1,7 @@
 """k-nearest-neighbour classification of frozen features, votes weighed by similarity as in DINO (arXiv 2104.14294)."""
 
 import argparse
+import math
 
 import torch
 import torch.nn.functional as F
@@ -130,9 +131,9 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """`knn` as the command line asks for it."""
-    if args.k < 1 or args.temperature <= 0:
+    if args.k < 1 or not 0 < args.temperature < math.inf:
         raise EvaluateError(
-            f"--k {args.k} --temperature {args.temperature}: expected k of at least 1, temperature above 0"
+            f"--k {args.k} --temperature {args.temperature}: expected k of at least 1, a finite temperature above 0"
         )
     encoder = load_encoder(args.model, device=args.device, dtype=args.dtype)
     return knn(encoder, *read_pair(args), k=args.k, temperature=args.temperature, **settings(args, encoder))

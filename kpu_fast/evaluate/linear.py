@@ -1,6 +1,7 @@
 """Linear probe: logistic regression on frozen features."""
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -96,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """`linear` as the command line asks for it."""
-    if args.c <= 0 or args.max_iter < 1:
-        raise EvaluateError(f"--c {args.c} --max-iter {args.max_iter}: expected both above 0")
+    if args.max_iter < 1 or not 0 < args.c < math.inf:
+        raise EvaluateError(f"--c {args.c} --max-iter {args.max_iter}: expected both above 0, and finite")
     encoder = load_encoder(args.model, device=args.device, dtype=args.dtype)
     return linear(encoder, *read_pair(args), c=args.c, max_iter=args.max_iter, **settings(args, encoder))

@@ -126,7 +126,8 @@ def load_tokenizer(key: str, weights: str | Path):
 def class_names(images: Dataset, path: Path | None) -> tuple[str, ...]:
     """The classes' names by number: the lines of `path`, else what the images bring, with spaces for underscores.
 
-    Raises EvaluateError where there are none, fewer than class numbers, or empty ones. Two may be equal (`repeated`).
+    Raises EvaluateError where there are none, fewer than class numbers, or empty ones, and where `path` has the images'
+    own names in another order. Two may be equal (`repeated`).
     """
     names = images.classes
     if path is not None:
@@ -134,6 +135,13 @@ def class_names(images: Dataset, path: Path | None) -> tuple[str, ...]:
             names = read_class_names(path)
         except SourceError as error:
             raise EvaluateError(f"--classes: {error}") from error
+        given, own = (tuple(name.replace("_", " ").lower() for name in some or ()) for some in (names, images.classes))
+        if given != own and sorted(given) == sorted(own):
+            first = next(i for i, name in enumerate(given) if name != own[i])
+            raise EvaluateError(
+                f"--classes: {path} has the images' own class names in another order, {names[first]!r} where class "
+                f"{first} is {images.classes[first]!r}; put its lines in the images' order, or leave it out"
+            )
     if not names:
         raise EvaluateError("--images: the classes have no names; give --classes FILE with one name per line")
     if max(images.labels) >= len(names):

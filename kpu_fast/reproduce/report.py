@@ -52,10 +52,15 @@ def conditions(configs: list, results: list[dict]) -> str:
     dates = _range(result["date"][:10] for result in results)
     devices = ", ".join(sorted({result["device"] for result in results}))
     torch = _range(result["versions"]["torch"] for result in results)
+    commits = ", ".join(sorted({_short(result["commit"]) for result in results}))
     return (
         f"{steps} steps of {images}; kNN and linear learn from {known} images; {unseen} test images, {MOSAICS_TEST} "
-        f"mosaics of them. Evaluated on {devices}, torch {torch}, {dates}."
+        f"mosaics of them. Evaluated on {devices}, torch {torch}, {dates}, commit {commits}."
     )
+
+
+def _short(commit: str | None) -> str:
+    return "unknown" if commit is None else commit[:10] + " with changes" * commit.endswith("-dirty")
 
 
 def _range(values) -> str:

@@ -9,37 +9,42 @@ from pathlib import Path
 from kpu_fast.evaluate.result import replaced, settings_of, with_circumstances
 from kpu_fast.reproduce import ablation
 from kpu_fast.reproduce.report import read_result
-from kpu_fast.reproduce.settings import zoo_classes
+from kpu_fast.reproduce.settings import digest_model, zoo_classes
+from kpu_fast.reproduce.train import config_of
 
 
 def score_reference(name: str, args: argparse.Namespace) -> dict:
     """The figures of a teacher, or of the sentinel before any training."""
-    return kept(args.out / "results" / f"{name}.json", lambda: _scores(args.zoo / name, name, args), args)
+    model = args.zoo / name
+    return kept(args.out / "results" / f"{name}.json", model, lambda: _scores(model, name, args), args)
 
 
 def score_run(run: str, folder: Path, args: argparse.Namespace) -> dict:
     """The figures of the student in the folder of its run."""
+    model = folder / "student"
 
     def scores() -> dict:
         from kpu_fast.evaluate.std_gap import std_gap
 
-        found = _scores(folder / "student", run, args)
-        # Two teachers, and a common space.
-        if not {"objective.t2s=false", "teachers.clip=null", "teachers.gdino=null"} & set(ablation.RUNS[run]):
+        found = _scores(model, run, args)
+        cfg = config_of(run, 0, args)
+        if cfg.objective.t2s and len(cfg.teachers) > 1:
             gap = std_gap(folder, batches=ablation.GAP_BATCHES, device=args.device)
             found["gap"] = {space: gap[space]["gap"] for space in ablation.GAPS}
         return found
 
-    return kept(args.out / "results" / f"{folder.name}.json", scores, args)
+    return kept(args.out / "results" / f"{folder.name}.json", model, scores, args)
 
 
-def kept(path: Path, make: Callable[[], dict], args: argparse.Namespace) -> dict:
-    """What `make` returns, with its circumstances; from `path` where it is there. Fractions, not percent."""
-    if not path.exists():
-        scores = with_circumstances("reproduce", make(), settings_of(args), args.device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced("--out", path) as partial:
-            partial.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+def kept(path: Path, model: Path, make: Callable[[], dict], args: argparse.Namespace) -> dict:
+    """What `make` returns, with its circumstances; from `path` where that is of `model` as it is. Fractions."""
+    digest = digest_model(model)
+    if path.exists() and (before := read_result(path)).get("model_sha256") == digest:
+        return before
+    scores = with_circumstances("reproduce", {**make(), "model_sha256": digest}, settings_of(args), args.device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced("--out", path) as partial:
+        partial.write_text(json.dumps(scores, indent=1), encoding="utf-8")
     return read_result(path)
 
 

@@ -62,9 +62,8 @@ def settle(args: argparse.Namespace) -> None:
     settings |= {"canvas": CANVAS, "test mosaics": [MOSAICS_TEST, MOSAICS_SEED], "gap batches": GAP_BATCHES}
     for key in ("images", "test_images"):
         settings[f"--{key.replace('_', '-')}"] = _fingerprint(getattr(args, key))
-    for name in REFERENCES:  # as loaded: weights, configs, tokenizers; not the cards
-        files = sorted(path for path in (args.zoo / name).iterdir() if path.suffix in (".json", ".safetensors"))
-        settings[f"{name} in the zoo"] = _digest(files)
+    for name in REFERENCES:
+        settings[f"{name} in the zoo"] = digest_model(args.zoo / name)
     settings["--config"] = _digest([args.config])
     path = args.out / "settings.json"
     with _alone(args.out):
@@ -102,6 +101,11 @@ def _classes_of(zoo: Path) -> list[str]:
         return json.loads(path.read_text(encoding="utf-8"))["classes"]
     except (OSError, ValueError, KeyError) as error:
         raise EvaluateError(f"--zoo: {path} does not tell CLIP's classes ({error})") from error
+
+
+def digest_model(folder: Path) -> str:
+    """Of a model as it is loaded: weights, configs, tokenizers; not the card."""
+    return _digest(sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")))
 
 
 @contextlib.contextmanager

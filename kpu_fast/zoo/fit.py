@@ -202,6 +202,8 @@ def _load(path: Path, facts: dict, name: str) -> dict | None:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ZooError(f"{path}: not a checkpoint that can be read ({error}); remove it to begin again") from error
+    if not isinstance(saved, dict) or not {"net", "optimizers", "state", "facts"} <= saved.keys():
+        raise ZooError(f"{path}: not a checkpoint of this command; remove it to begin again")
     different = [key for key, value in facts.items() if saved["facts"].get(key) != value]
     if different:
         raise ZooError(

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -103,7 +104,7 @@ def test_a_stage_that_hangs_ends_alone(tmp_path):
     assert sections["benches"]["exit"] != 0
     assert sections["profile"] == {
         "exit": None, "note": "no benchmark to profile; compute-sanitizer: no GPU", "result": {},
-        "seconds": sections["profile"]["seconds"],
+        "seconds": sections["profile"]["seconds"], "date": sections["profile"]["date"],
     }  # fmt: skip
 
 
@@ -214,6 +215,84 @@ def test_ncu_that_is_not_permitted(tmp_path, profiling):
     assert section["result"]["ncu"] == refused  # and torch.profiler was asked in its place
     assert section["result"]["by"] == "torch.profiler"
     assert "compute-sanitizer: not here" in section["note"]
+
+
+@pytest.fixture
+def short_visit(tmp_path, monkeypatch, capsys):
+    """short_visit(commit, *stages) → (the JSON's stages, standard error), of stages that do nothing but end."""
+    module = visit_module()
+    for name in ("tests", "benches"):
+        monkeypatch.setattr(module.Visit, name, lambda self: {"exit": 0, "note": "new", "result": {}})
+    monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+
+    def run(commit, *stages):
+        options = ["--dry-run", "--out", str(tmp_path / "out"), "--stages", *stages]
+        monkeypatch.setattr(sys, "argv", ["gpu_visit.py", *options, *(["--commit", commit] if commit else [])])
+        assert module.main() == 0
+        (file,) = (tmp_path / "out").iterdir()
+        return file, json.loads(file.read_text())["sections"], capsys.readouterr().err
+
+    return run
+
+
+def test_the_other_stages_of_an_earlier_visit_stay(short_visit):
+    file, sections, _ = short_visit("abc", "benches")
+    before = json.loads(file.read_text())
+    del before["sections"]["benches"]["date"]  # as files of before are
+    before["sections"]["benches"]["note"] = "old"
+    file.write_text(json.dumps(before | {"date": "2026-01-01"}))
+    _, sections, told = short_visit("abc", "tests")
+    assert list(sections) == ["tests", "benches"]
+    assert (sections["benches"]["note"], sections["benches"]["date"]) == ("old", "2026-01-01")
+    assert (sections["tests"]["note"], told) == ("new", "")
+    _, sections, told = short_visit("abc", "benches")
+    assert [section["note"] for section in sections.values()] == ["new", "new"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"commit": "def"}, "differs in commit; "),
+        ({"torch": "1.0", "driver": "1"}, "differs in driver, torch; "),
+        ({"sections": []}, "cannot be read (AttributeError"),
+        ({"sections": {"benches": 1}}, "cannot be read (TypeError"),
+    ],
+)
+def test_stages_of_other_circumstances_do_not_stay(short_visit, change, told):
+    file, _, _ = short_visit("abc", "benches")
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    _, sections, err = short_visit("abc", "tests")
+    assert list(sections) == ["tests"]
+    assert err.startswith(f"{file}: {told}")
+    assert "its stages are not kept" in err
+
+
+def test_a_commit_with_changes_is_like_no_other(short_visit):
+    short_visit("abc-dirty", "benches")
+    _, sections, err = short_visit("abc-dirty", "tests")
+    assert list(sections) == ["tests"]
+    assert "differs in commit (a commit with changes is like no other); its stages" in err
+
+
+def test_the_commit_is_of_the_repository_that_tracks_the_script(tmp_path):
+    who = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+
+    def git(*command):
+        return subprocess.run(["git", *who, *command], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    (tmp_path / "bench").mkdir()
+    spec = importlib.util.spec_from_file_location(
+        "elsewhere", shutil.copy(ROOT / "bench/gpu_visit.py", tmp_path / "bench")
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    git("init")
+    git("commit", "--allow-empty", "--message", "someone else's")
+    assert module.circumstances(None, dry_run=True)["commit"] is None
+    assert module.circumstances("abc", dry_run=True)["commit"] == "abc"
+    git("add", "bench")
+    git("commit", "--message", "ours")
+    assert module.circumstances(None, dry_run=True)["commit"] == git("rev-parse", "HEAD").strip()
 
 
 def test_the_worst_row():

@@ -60,8 +60,9 @@ def test_numbers_of_a_gpu(report, write):
     assert "(3000 GB/s)" in text
 
 
-def test_a_cpu_shows_ratios_and_no_time(report, write):
-    file = write(three(device="CPU, 2 threads", dtype="fp32"))
+@pytest.mark.parametrize("cpu", ["AMD EPYC, 2 threads (CPU)", "CPU, 2 threads", "cpu"])
+def test_a_cpu_shows_ratios_and_no_time(report, write, cpu):
+    file = write(three(device=cpu, dtype="fp32"))
     text = report.table(report.read([file]))
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert lines[-1] == "| align clip map | 80 | 6.5 | 1.5 |"
@@ -112,6 +113,10 @@ def test_step_and_visit(report, write, tmp_path):
     assert f"**{GPU}**" in text
     assert "torch 2.11.0, triton 3.6.0, 2026-11-22, commit feed" in text
     assert "`h100_random`, compiled: data" in text
+    assert text.endswith("300 images/s, 1 rank(s).")
+    visit["sections"] = {"step": {"exit": 0, "result": step | {"images": "random"}}}
+    file.write_text(json.dumps(visit))
+    assert report.table(report.read([file])).endswith("1 rank(s); random images on the device, nothing decoded.")
 
 
 def test_readme(report, write, tmp_path):
@@ -136,6 +141,11 @@ def test_readme(report, write, tmp_path):
         ('{"sections": {"tests": {"exit": 1}}}', "a.json: no pair of rows ours and eager"),
         ('{"other": 1}', "a.json: expected the JSON of pytest-benchmark"),
         ("[1]", "a.json: expected the JSON of pytest-benchmark"),
+        ('{"sections": ["tests"]}', "a.json: not of the form that the benchmarks write"),
+        ('{"sections": {"tests": null}}', "a.json: not of the form that the benchmarks write"),
+        ('{"benchmarks": 5}', "a.json: not of the form that the benchmarks write"),
+        ('{"benchmarks": [{"extra_info": null}]}', "a.json: not of the form that the benchmarks write"),
+        ('{"step_ms": 1.0}', r"a.json: not of the form that the benchmarks write \(KeyError: 'versions'\)"),
     ],
 )
 def test_broken_files(report, tmp_path, content, message):
@@ -145,10 +155,80 @@ def test_broken_files(report, tmp_path, content, message):
         report.read([file])
 
 
+@pytest.mark.parametrize(
+    "changes", [{"ms": "long"}, {"ms": 0}, {"dtype": "fp8"}, {"mode": None}, {"peak_bytes": "many"}, {"row": []}]
+)
+def test_rows_that_no_table_can_hold(report, write, changes):
+    found = three()
+    found[0]["extra_info"] |= changes
+    with pytest.raises(report.ReportError, match=r"a\.json: (not of the form|no pair of rows)"):
+        report.read([write(found)])
+
+
+def test_a_commit_with_changes_is_told(report, write, tmp_path):
+    file = write(three(), commit_info={"id": "0123456789abcdef", "dirty": True})
+    assert ", commit 0123456789 with changes. ×" in report.table(report.read([file]))
+    visit = {"date": "2026-11-22", "commit": "0123456789abcdef-dirty", "sections": {"benches": {}}}
+    visit["sections"]["benches"] = {"date": "2026-11-21", "result": {"benchmarks": three()}}
+    file.write_text(json.dumps(visit))
+    text = report.table(report.read([file]))
+    assert ", 2026-11-21, commit 0123456789 with changes. ×" in text  # a stage that an earlier visit has left
+
+
+@pytest.fixture
+def command(report, monkeypatch, tmp_path, capsys):
+    """command(*words) runs report.py in a folder of its own and returns exit code, standard output and error."""
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (tmp_path / "bench/results").mkdir(parents=True)
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["report.py", *map(str, words)])
+        return report.main(), *capsys.readouterr()
+
+    return run
+
+
+def test_a_table_per_device(report, write, command, tmp_path):
+    assert command() == (2, "", "error: no JSON given and none in bench/results; measure first: pytest bench/ "
+                         "--benchmark-json FILE\n")  # fmt: skip
+    cpu = "AMD EPYC, 2 threads (CPU)"
+    write(three(), "bench/results/a.json")
+    write(three(shape="x"), "bench/results/b.json")
+    write(three(device=cpu, dtype="fp32"), "bench/results/c.json")
+    write(three(device="Another, 2 threads (CPU)", dtype="fp32"), "bench/results/d.json")
+    write(three(), "bench/results/tune-a.json")
+    code, out, _ = command()
+    assert code == 0
+    tables = [line for line in out.splitlines() if line.startswith("**")]
+    assert [table.partition("**,")[0].split("**")[1] for table in tables] == [GPU, cpu, "Another, 2 threads (CPU)"]
+    assert out.count("| align clip map | 80 | 6.5 | 1.5 |") == 2
+    assert not (tmp_path / report.PICTURE).exists()
+    for option in ("--readme", "--picture"):
+        code, out, err = command(option, tmp_path / "page")
+        assert (code, out) == (2, "")
+        assert f"--readme and --picture are of one device, found {GPU}, {cpu}, Another" in err
+
+
+def test_where_nothing_can_be_written(report, write, command, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    file = write(three())
+    for place in (tmp_path, file / "below.png"):
+        code, _, err = command(file, "--picture", place)
+        assert code == 2
+        assert err.startswith(f"error: --picture {place}: cannot be written (")
+    code, _, err = command(file, "--picture", tmp_path / "picture.nothing")
+    assert (code, err.startswith("error: --picture ")) == (2, True)
+    assert command(file)[0] == 0
+    assert (tmp_path / report.PICTURE).is_file()
+
+
 def test_refused_mixtures(report, write, tmp_path):
     first = write(three())
     with pytest.raises(report.ReportError, match="one table holds one device, found CPU, 2 threads, NVIDIA H100"):
         report.read([first, write(three(device="CPU, 2 threads", dtype="fp32"), "b.json")])
+    cpus = [write(three(device=f"{cpu}, 2 threads (CPU)", shape=cpu), f"{cpu}.json") for cpu in ("AMD", "Apple")]
+    with pytest.raises(report.ReportError, match=r"found AMD, 2 threads \(CPU\), Apple, 2 threads \(CPU\)"):
+        report.read(cpus)
     with pytest.raises(report.ReportError, match=r"b\.json: align clip map bf16 full is in another"):
         report.read([first, write(three(), "b.json")])
     with pytest.raises(report.ReportError, match="row ours, twice"):
@@ -161,8 +241,6 @@ def test_refused_mixtures(report, write, tmp_path):
         report.read([write([row("ours", 2.0)], "b.json")])
     with pytest.raises(report.ReportError, match=r"none\.json: cannot be read"):
         report.read([tmp_path / "none.json"])
-    with pytest.raises(report.ReportError, match="no JSON given"):
-        report.read([])
 
 
 @pytest.mark.parametrize("with_compile", [True, False])

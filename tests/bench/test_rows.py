@@ -1,6 +1,7 @@
 """What the rows of a benchmark compute: the same numbers, and no more work than a user's own code would do."""
 
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -95,6 +96,110 @@ def test_the_plain_form_of_moments_copies_no_map():
     with Watch():
         bench.eager(x, None)
     assert not large
+
+
+def both_ways(loss, sides):
+    """A loss, or a map, and its gradients to those of `sides` that want one."""
+    out = loss(*sides)
+    upstream = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    return out, *torch.autograd.grad(out, [side for side in sides if side.requires_grad], upstream)
+
+
+def normal(*shape, grad=True):
+    return torch.randn(shape, requires_grad=grad)
+
+
+def test_every_plain_form_is_ours_in_value_and_gradient():
+    """Without a gradient: moments, above."""
+    align, deform, losses, resize = map(load, ("align", "deform_attn", "step_losses", "resize"))
+    torch.manual_seed(0)
+    cases = []
+    for grids, both in itertools.product([((3, 5), (3, 5)), ((3, 5), (4, 3))], [True, False]):
+        sides = normal(2, *grids[0], 7), normal(2, *grids[1], 7, grad=both)
+        asked = {"resize": "source" if grids[0] != grids[1] else None}
+        cases.append((align, sides, asked))
+    value, locations, weights = (x.requires_grad_() for x in attention())
+    cases.append((deform, (value, locations, weights), {"maps": MAPS}))
+    cases += [(resize, (normal(2, 6, 5, 3),), {"size": (4, 7), "antialias": antialias}) for antialias in (0, 1)]
+    for bench, sides, asked in cases:
+        found, expected = (
+            both_ways(lambda *s, row=row, asked=asked: row(*s, **asked), sides) for row in (bench.ours, bench.eager)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    sides = [(normal(2, 3, 5, 7), normal(2, 3, 5, 7)), (normal(4, 9), normal(4, 9, grad=False))]
+    flat = [side for pair in sides for side in pair]
+    found, expected, separate = (
+        both_ways(lambda *_, row=row: row(sides, [(0.6, 0.4), (1.0, 0.0)]), flat)
+        for row in (losses.ours, losses.eager, losses.separate)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, separate, rtol=1e-4, atol=1e-5)
+
+
+def counted(name, *, device="cpu", **asked):
+    """The bytes that bench/test_<name>.py counts for a row, and its inputs where they are made on the CPU."""
+    seen = []
+    test = getattr(load(name), f"test_{name}")
+    benchmark = SimpleNamespace(group=None, extra_info={})
+    test(**asked, device=device, measure=lambda *found: seen.extend(found), benchmark=benchmark)
+    make, _, found = seen
+    return found, make() if device == "cpu" else None
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
+SAME, RESIZED, BOTH = "clip x 32x512", "clip map 32x16x16x768 to 14x14", "t2s clip 32x14x14x768"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "mode", "expected"),
+    [
+        (SAME, FP32, "forward", 4 * 2 * 32 * 512),  # (S + T)·b
+        (SAME, FP32, "full", 4 * 3 * 32 * 512),  # (2S + T)·b
+        (SAME, BF16, "full", 2 * 3 * 32 * 512),
+        (RESIZED, FP32, "full", 4 * (2 * 32 * 256 * 768 + 32 * 196 * 768)),
+        (BOTH, FP32, "full", 4 * 2 * 2 * 32 * 196 * 768),  # 2(S + T)·b
+        (BOTH, FP32, "forward", 4 * 2 * 32 * 196 * 768),
+    ],
+)
+def test_the_bytes_of_align(shape, dtype, mode, expected):
+    found, (source, target) = counted("align", compiled=None, shape=shape, row="ours", dtype=dtype, mode=mode)
+    assert found == expected
+    assert (source.requires_grad, target.requires_grad) == (True, shape == BOTH)
+
+
+@pytest.mark.parametrize(("mode", "passes"), [("forward", 1), ("full", 2)])
+def test_the_bytes_of_the_other_operators(mode, passes):
+    """As docs/benchmarks.md has them: each input once and each output once, and their gradients in as many bytes."""
+    shape = "extractor 22050 read 50x84"
+    asked = {"row": "ours", "mode": mode, "compiled": None}
+    found, inputs = counted("deform_attn", shape=shape, dtype=BF16, **asked)
+    value, locations, *_ = inputs
+    assert found == passes * sum(x.nbytes for x in inputs)  # the last is as large as the output
+    assert (value.itemsize, locations.itemsize) == (2, 4)
+
+    shape = "32x16x16x768 to 14x14"
+    found, (x, upstream) = counted("resize", shape=shape, dtype=FP32, **asked)
+    assert found == passes * (x.nbytes + upstream.nbytes) == passes * 4 * 32 * 768 * (256 + 196)
+
+
+@pytest.mark.parametrize(("mode", "one", "both"), [("forward", 2, 2), ("full", 3, 4)])
+def test_the_bytes_of_a_steps_losses(mode, one, both):
+    """As docs/benchmarks.md works them out: s2t and rec with a gradient to one side, t2s to both."""
+    maps = load("step_losses").GDINO_MAPS
+    own = 32 * 196 * 768 + 4 * sum(height * width * channels for height, width, channels in maps) + 32 * 512
+    common = 32 * 196 * 768 + 4 * sum(height * width * 768 for height, width, _ in maps) + 32 * 768
+    found, _ = counted("step_losses", device="cuda", row="ours", dtype=BF16, mode=mode, compiled=None)
+    assert found == 2 * (2 * one * own + both * common)
+    assert mode == "forward" or round(found / 1e6) == 910
+
+
+def test_the_bytes_of_moments_are_those_of_the_map_with_a_mask_too():
+    module = load("moments")
+    for kind in ("NHWC", "NCHW", "NHWC, masked"):
+        found, (x, valid) = counted("moments", shape="clip map 32×14²×768", kind=kind, mode="forward", row=module.ours)
+        assert found == x.nbytes == 4 * 32 * 196 * 768
+        assert (valid is not None) == ("masked" in kind)
 
 
 def test_a_step_is_named_by_its_batches():

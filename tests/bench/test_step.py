@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kpu_fast.machine import device_name
 
 
 @pytest.fixture
@@ -71,3 +74,50 @@ def test_random_batches_are_as_the_stream_gives_them(step, fit):
         assert first.valid.shape == (3, 16, 32)
         assert first.valid[..., :28].all()
         assert not first.valid[..., 28:].any()
+
+
+def test_each_part_is_marked_when_it_has_been_issued(step, monkeypatch):
+    done = []
+
+    class Issued:
+        """Whatever is called of it is noted under its dotted name."""
+
+        def __init__(self, name):
+            self.name = name
+
+        def __getattr__(self, name):
+            return Issued(f"{self.name}.{name}")
+
+        def __call__(self, *_):
+            done.append(self.name)
+            return self
+
+    engine, teacher, stream = Issued("engine"), Issued("teacher"), iter([SimpleNamespace(images=None)])
+    monkeypatch.setattr(step, "forward", lambda *_: done.append("forward"))
+    parts = SimpleNamespace(engine=engine, teachers={"clip": teacher})
+    step._step_in_parts(parts, {"clip": stream}, lambda part: done.append([part]))
+    expected = [
+        ["data"], "teacher", ["teachers"], "forward", "engine.module.total", ["student and losses"], "engine.backward",
+        ["backward"], "engine.step", "engine.module.after_step", ["optimizer"],
+    ]  # fmt: skip
+    assert done == expected
+
+
+def test_images_of_all_ranks_are_counted(step, monkeypatch, tmp_path):
+    world = step.World(0, 4, torch.device("cpu"), 0, None)
+    monkeypatch.setattr(step, "init_distributed", lambda: world)
+    monkeypatch.setattr(step, "build", lambda *_, **__: None)
+    monkeypatch.setattr(step, "train_step", lambda *_: None)
+    monkeypatch.setattr(step, "_batches", lambda _: {})
+    monkeypatch.setattr(step, "_time_whole", lambda *_: 0.5)
+    monkeypatch.setattr(step, "_time_parts", lambda *_: dict.fromkeys(step.PARTS, 1.0))
+    monkeypatch.setattr(step, "_count_flop", lambda *_: 0)
+    config = Path(__file__).resolve().parents[2] / "configs/random.json"
+    command = ["step.py", "--config", str(config), "--images", "random", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    assert step.main() == 0
+    (file,) = tmp_path.iterdir()
+    result = json.loads(file.read_text())
+    of_a_rank = sum(teacher["data"]["batch_size"] for teacher in result["config"]["teachers"].values())
+    assert result["images_per_second"] == 4 * of_a_rank / 0.5
+    assert (result["ranks"], result["images"], result["device"]) == (4, "random", device_name(world.device))

@@ -1,6 +1,8 @@
 """zero-shot, knn and linear: against transformers' CLIP, scikit-learn, and cases whose accuracy is known."""
 
+import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from kpu_fast.evaluate import knn as knn_file  # noqa: E402
 from kpu_fast.evaluate.encoder import Encoder, load_encoder  # noqa: E402
 from kpu_fast.evaluate.images import check_apart, read_images  # noqa: E402
 from kpu_fast.evaluate.knn import knn, vote  # noqa: E402
-from kpu_fast.evaluate.linear import linear  # noqa: E402
+from kpu_fast.evaluate.linear import linear, regress  # noqa: E402
 from kpu_fast.evaluate.result import EvaluateError  # noqa: E402
 from kpu_fast.evaluate.zero_shot import class_names, embed_texts, repeated, zero_shot  # noqa: E402
 from kpu_fast.models import Features, FeatureSpec, Student, ViT  # noqa: E402
@@ -148,11 +150,23 @@ def test_class_names_are_lines_none_empty(images, tmp_path):
     path.write_text("green\nred\nsky_blue\n")
     assert class_names(images, path) == ("green", "red", "sky blue")
     assert repeated(class_names(images, path)) == []
+    path.write_text("Green\nred\nsky blue\n")
+    assert class_names(images, path) == ("Green", "red", "sky blue")
     path.write_text("green\n\nsky_blue\nred\n")
     with pytest.raises(EvaluateError, match=r"--classes: .*none empty"):
         class_names(images, path)
     path.write_text("sky_blue\nred\nsky blue\nred\ngreen\n")
     assert repeated(class_names(images, path)) == ["sky blue", "red"]
+
+
+def test_the_images_own_names_in_another_order_are_refused(images, tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("green\nsky blue\nRed\n")
+    message = rf"^--classes: {path} has the images' own class names in another order, 'sky blue' where class 1 is 'red'"
+    with pytest.raises(EvaluateError, match=message):
+        class_names(images, path)
+    other = Relabelled(images, images.labels)  # images that name no class: the file is all there is
+    assert class_names(other, path) == ("green", "sky blue", "Red")
 
 
 def test_one_class_alone_is_nothing_to_choose_from(images, monkeypatch):
@@ -217,6 +231,18 @@ def test_the_probe_says_when_it_did_not_converge(images):
     assert linear(colours(), images, images, **FEW)["converged"] is True
 
 
+def test_the_scale_of_a_channel_does_not_count_for_the_probe():
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(300, 6, generator=generator), torch.randint(0, 3, (300,), generator=generator)
+    x[:, 0] += labels  # what tells the classes apart, in part
+    known, asked = (x[:200], labels[:200]), (x[200:], labels[200:])
+    top1, _ = regress(known, asked, 3)
+    assert 0.4 < top1 < 0.9
+    scales = torch.tensor([1e-3, 1.0, 1.0, 1.0, 1.0, 100.0])
+    scaled, _ = regress((known[0] * scales + 5, known[1]), (asked[0] * scales + 5, asked[1]), 3)
+    assert scaled == pytest.approx(top1, abs=0.011)  # an image or none, by rounding
+
+
 def test_teacher_name_takes_the_features_into_that_space(student, images):
     encoder = load_encoder(student)
     pixels = to_batch([images[i][0] for i in range(3)], 64)
@@ -273,6 +299,19 @@ def test_a_sentinel_is_the_students_own_vit(zoo):
         x, _ = ViT.from_hf(zoo["dinov2"])(pixels)
     torch.testing.assert_close(encoder.vectors(pixels), out.pooler_output)
     torch.testing.assert_close(encoder.vectors(pixels), x)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"vision_config": None}, {"vision_config": []}, {"vision_config": {"image_size": "64"}},
+              {"model_type": ["clip"]}],
+)  # fmt: skip
+def test_a_config_that_describes_no_model_is_named(zoo, tmp_path, wrong):
+    shutil.copytree(zoo["clip"], tmp_path / "clip")
+    file = tmp_path / "clip/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+    part = "image_size" if "image_size" in str(wrong) else next(iter(wrong))
+    with pytest.raises(EvaluateError, match=rf"^--model: {file}: {part} is .*; fetch the model again$"):
+        load_encoder(tmp_path / "clip")
 
 
 def test_models_come_with_the_size_they_are_evaluated_at(zoo, student):

@@ -21,12 +21,16 @@ pytest.importorskip("pycocotools")
 
 import kpu_fast
 from kpu_fast.data.labelled import LabelledImages
+from kpu_fast.evaluate import __main__ as command
+from kpu_fast.evaluate import detect as detect_file
 from kpu_fast.evaluate import pca as pca_file
 from kpu_fast.evaluate.__main__ import main
 from kpu_fast.evaluate.boxes import CocoImages
 from kpu_fast.evaluate.detect import detect, load_detector, see_through
+from kpu_fast.evaluate.detector import detect_boxes
 from kpu_fast.evaluate.encoder import load_encoder
 from kpu_fast.evaluate.knn import knn
+from kpu_fast.evaluate.linear import linear
 from kpu_fast.evaluate.zero_shot import class_names, embed_texts, zero_shot
 from kpu_fast.models.teachers import build_teacher
 
@@ -117,6 +121,25 @@ def test_detect_takes_no_name_twice(zoo, coloured, tmp_path, refused):
         line = refused(*detect, coloured, "--classes", names)
         assert line.startswith("--classes: the prompt names each class once, found 'red")
     assert refused(*detect, folders).startswith("--images: the prompt names each class once, found 'red ball' twice")
+    where = coco(tmp_path, coloured)
+    tree = json.loads(where[3].read_text())
+    tree["categories"][1]["name"] = "Red"
+    where[3].write_text(json.dumps(tree))
+    line = refused("detect", "--model", zoo["gdino"], *where)
+    assert line == "--annotations: the prompt names each class once, found 'red' twice (capitals count for nothing)"
+
+
+def test_a_name_that_makes_no_prompt_is_blamed_on_what_brought_it(zoo, coloured, tmp_path, refused):
+    detect = ["detect", "--model", zoo["gdino"]]
+    where = coco(tmp_path, coloured)
+    where[3].write_text(where[3].read_text().replace('"green"', '"st. green"'))
+    assert refused(*detect, *where).startswith("--annotations: class 'st. green': a name is not empty and has no full")
+    for name in ("red", "st. green"):
+        shutil.copytree(coloured / "red", tmp_path / "folders" / name)
+    assert refused(*detect, "--images", tmp_path / "folders").startswith("--images: class 'st. green': ")
+    (tmp_path / "names.txt").write_text("red\nst. green\nblue\n")
+    mosaics = [*detect, "--images", coloured, "--classes", tmp_path / "names.txt"]
+    assert refused(*mosaics).startswith("--classes: class 'st. green': ")
 
 
 def test_the_command_gives_what_the_function_gives(student, coloured, copied, evaluate):
@@ -131,9 +154,17 @@ def test_the_command_gives_what_the_function_gives(student, coloured, copied, ev
     assert {key: found[key] for key in expected} == expected
     found = evaluate("linear", "--model", student, *sides, "--teacher-name", "clip", *COMMON)
     assert found["top1"] == 1.0
+    iterations = set()
+    for c, max_iter in ((1e-3, 1000), (10.0, 1000), (10.0, 2)):
+        options = ["--c", c, "--max-iter", max_iter, "--size", 32]
+        found = evaluate("linear", "--model", student, *sides, *options, *COMMON)
+        expected = linear(load_encoder(student), images, LabelledImages(copied), size=32, c=c, max_iter=max_iter)
+        assert {key: found[key] for key in expected} == expected
+        iterations.add(found["iterations"])
+    assert len(iterations) == 3
 
 
-def test_detect_through_the_student_and_by_the_detector_itself(zoo, student, coloured, tmp_path, evaluate):
+def test_detect_through_the_student_and_by_the_detector_itself(zoo, student, coloured, tmp_path, evaluate, monkeypatch):
     where = coco(tmp_path, coloured)
     for model, more in ((student, ["--detector", zoo["gdino"]]), (zoo["gdino"], [])):
         picture = tmp_path / f"{len(more)}.png"
@@ -146,6 +177,13 @@ def test_detect_through_the_student_and_by_the_detector_itself(zoo, student, col
         assert {key: found[key] for key in expected} == expected
         assert (found["shortest"], found["longest"], found["head"]) == (64, 1333, "gdino" if more else None)
         assert np.asarray(Image.open(picture)).std() > 10
+    shapes = []
+    monkeypatch.setattr(detect_file, "detect_boxes", lambda net, pixels, *rest: shapes.append(pixels.shape[2:]) or
+                        detect_boxes(net, pixels, *rest))  # fmt: skip
+    options = ["--size", 64, "--longest", 80, "--batch-size", 1, "--picture", picture]
+    found = evaluate("detect", "--model", zoo["gdino"], *where, *options, *COMMON)
+    assert (found["shortest"], found["longest"]) == (64, 80)
+    assert shapes == [(50, 80)] * 2  # 40 × 64
 
 
 def test_detect_on_mosaics(zoo, student, coloured, tmp_path, evaluate):
@@ -219,7 +257,11 @@ def test_wrong_questions_get_one_line_and_exit_code_2(zoo, student, coloured, co
         "--device tpu9: cannot be used here": [*zero_shot, "--device", "tpu9"],
         "--json: ": [*zero_shot, *COMMON, "--json", "/proc/nowhere/result.json"],
         "--k 0 --temperature 0.07: expected": ["knn", "--model", student, *sides, "--k", 0],
+        "--k 20 --temperature nan: expected": ["knn", "--model", student, *sides, "--temperature", "nan"],
+        "--k 20 --temperature inf: expected": ["knn", "--model", student, *sides, "--temperature", "inf"],
         "--c 0.0 --max-iter 1000: expected": ["linear", "--model", student, *sides, "--c", 0],
+        "--c nan --max-iter 1000: expected": ["linear", "--model", student, *sides, "--c", "nan"],
+        "--c inf --max-iter 1000: expected": ["linear", "--model", student, *sides, "--c", "inf"],
         "--count 0: expected at least 1": ["pca", "--model", student, "--images", coloured, "--count", 0],
         "--batches 0: expected at least 1": ["std-gap", "--run", tmp_path, "--batches", 0],
         f"--run {tmp_path}: ": ["std-gap", "--run", tmp_path],
@@ -246,6 +288,7 @@ def test_options_that_would_do_nothing_are_refused(zoo, coloured, tmp_path, refu
         ([*annotated, "--canvas", 192], "--canvas: --annotations brings its own images"),
         ([*mosaics, "--longest", 1333], "--longest: mosaics are not resized"),
         ([*annotated, "--longest", 0], "--longest 0: expected at least 32"),
+        ([*annotated, "--classes", "names.txt"], "--classes: --annotations brings its own names"),
         (["pca", "--model", zoo["clip"], "--images", "a.png", "b.jpg", "--count", 3], "--count: image files are all"),
     ):
         assert refused(*words).startswith(message)
@@ -262,6 +305,26 @@ def test_what_cannot_be_written_is_said_before_the_work(student, coloured, copie
         assert refused(*detect, "--json", path).startswith(f"--json: {path} cannot be written")
         line = refused("pca", "--model", student, "--images", coloured, "--picture", path)
         assert line.startswith(f"--picture: {path} cannot be written")
+
+
+def test_one_file_is_not_result_and_picture_at_once(student, coloured, zoo, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("kpu_fast.evaluate.encoder.load_encoder", None)
+    monkeypatch.setattr("kpu_fast.evaluate.detect.load_detector", None)
+    pca = ["pca", "--model", student, "--images", coloured, "--picture", "p.png"]
+    assert refused(*pca, "--json", tmp_path / "p.png") == (
+        f"--json {tmp_path / 'p.png'}: is the file of --picture too; give another name"
+    )
+    detect = ["detect", "--model", zoo["gdino"], "--images", coloured]
+    assert refused(*detect, "--json", "detections.png").startswith("--json detections.png: is the file of --picture")
+
+
+def test_ctrl_c_during_the_imports_is_an_interruption(monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.importlib, "import_module", interrupt)
+    assert main(["pca"]) == 130
+    assert capsys.readouterr().err == "error: interrupted; nothing was written\n"
 
 
 def test_images_to_learn_from_and_to_be_tested_on_share_no_file(student, coloured, tmp_path, refused):

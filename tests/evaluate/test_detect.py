@@ -326,6 +326,19 @@ def test_annotations_that_do_not_fit_are_errors(coco, tmp_path):
         (tmp_path / "wrong.json").write_text(text)
         with pytest.raises(EvaluateError, match=r"--annotations: .*wrong\.json"):
             CocoImages(tmp_path / "wrong.json", coco)
+    for part, change, said in (
+        ("images", {"file_name": None}, "file_name None"),
+        ("categories", {"name": None}, "name None"),
+        ("annotations", {"bbox": [0, 0, float("nan"), 1]}, r"bbox \[0, 0, nan, 1\] of image 7"),
+        ("annotations", {"bbox": [0, float("inf"), 1, 1]}, r"bbox \[0, inf, 1, 1\] of image 7"),
+    ):
+        tree = json.loads((coco / "annotations.json").read_text())
+        tree[part][0] |= change
+        (tmp_path / "wrong.json").write_text(json.dumps(tree))
+        with pytest.raises(
+            EvaluateError, match=rf"--annotations: .*wrong\.json is not COCO's JSON \(ValueError: {said}\)"
+        ):
+            CocoImages(tmp_path / "wrong.json", coco)
 
 
 class Oracle(nn.Module):

@@ -1,6 +1,7 @@
 """std-gap against numpy on the tokens themselves; pca's shares and pictures."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from kpu_fast.kernels import moments
 from kpu_fast.data.labelled import LabelledImages, to_batch
 from kpu_fast.data.pipeline import Stream
 from kpu_fast.data.scan import load_or_scan
+from kpu_fast.evaluate.__main__ import main
 from kpu_fast.evaluate.encoder import Encoder, load_encoder
 from kpu_fast.evaluate.pca import _read as read_files
 from kpu_fast.evaluate.pca import pca
@@ -173,6 +175,22 @@ def test_the_gap_is_that_of_the_tokens_themselves(made, request):
     newer = std_gap(root, batches=1, seed=SEED)
     assert older["own"] == newer["own"]
     assert older["common"]["std"]["gdino"] < 0.5 * newer["common"]["std"]["gdino"]
+
+
+def test_the_command_gives_what_the_function_gives(run, photos, tmp_path):
+    root, images = run[0], tmp_path / "images"
+    images.mkdir()
+    for path in sorted(photos.iterdir())[:2]:
+        shutil.copy(path, images)
+    default = std_gap(root, batches=1)
+    for asked in ({"seed": SEED}, {"images": str(images)}, {"checkpoint": "step-00000001"}):
+        words = [word for key, value in asked.items() for word in (f"--{key}", str(value))]
+        command = ["std-gap", "--run", str(root), "--batches", "1", "--device", "cpu", *words]
+        assert main([*command, "--json", str(tmp_path / "result.json")]) == 0
+        found = json.loads((tmp_path / "result.json").read_text())
+        expected = std_gap(root, batches=1, **asked)
+        assert {key: found[key] for key in expected} == expected
+        assert found["common"] != default["common"]
 
 
 def test_a_run_without_t2s_has_no_common_space(tmp_path, run):

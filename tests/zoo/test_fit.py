@@ -86,6 +86,10 @@ def test_what_a_checkpoint_must_agree_with(tmp_path):
     for change, said in (({"seed": 4}, "different seed"), ({"facts": {"images": 6}}, "different images")):
         with pytest.raises(ZooError, match=said):
             run(tmp_path, **change)
+    for other in ({"net": {}, "optimizers": [], "state": {}}, [1]):
+        torch.save(other, tmp_path / "checkpoint.pt")
+        with pytest.raises(ZooError, match=r"checkpoint\.pt: not a checkpoint of this command; remove it to begin"):
+            run(tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(ZooError, match=r"checkpoint\.pt: not a checkpoint"):
         run(tmp_path)
