@@ -87,8 +87,9 @@ def _can_share(term: AlignTerm, impl: str) -> bool:
     Terms like an earlier one are not looked at again: on the host that took a fifth of a whole call with its backward.
     """
     alike = _likeness(term, impl)
-    if alike is not None and alike in _known:
-        return _known[alike]
+    known = None if alike is None else _known.get(alike)
+    if known is not None:
+        return known
     _check_tensors(term)
     sides = term.source, term.target
     shares = takes_triton(impl, *sides) and gradient_in_forward(*sides, "token", "mean")

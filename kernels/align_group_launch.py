@@ -37,6 +37,7 @@ def launch_group(
         tuple(x.numel() > 0 for x in (*grads_source, *grads_target)),
         tuple(token_tile(x.shape[-1]) for x in sources),
         FINISH_TILE,
+        MAX_SLOTS,
     )
     partial = losses.new_empty(plan.programs)
     counts = _inverse_counts(valids, losses)
@@ -68,9 +69,10 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(sides: tuple, options: tuple, wanted: tuple, tiles: tuple, finish: Tile) -> _Plan:
+def _plan(sides: tuple, options: tuple, wanted: tuple, tiles: tuple, finish: Tile, slots: int) -> _Plan:
     """sides: shape, stride and dtype of the sources, then of the targets. options: dtypes or None of all means, then
-    of all stds, then of all valids. wanted: gradients to the sources, then to the targets. tiles: of each term.
+    of all stds, then of all valids. wanted: gradients to the sources, then to the targets. tiles: of each term. slots:
+    terms of a launch, at most.
     """
     terms = len(tiles)
     classes: dict[tuple, list[int]] = {}
@@ -85,7 +87,7 @@ def _plan(sides: tuple, options: tuple, wanted: tuple, tiles: tuple, finish: Til
     first = [0] * terms  # of each term's partials
     launches, filled = [], 0
     for (_, _, has_mean, has_std, has_valid, grad_s, grad_t, tile), members in classes.items():
-        for some in _at_most(MAX_SLOTS, members):
+        for some in _at_most(slots, members):
             starts = [sum(programs[j] for j in some[:n]) for n in range(len(some))]
             for i, start in zip(some, starts, strict=True):
                 first[i] = filled + start
@@ -111,33 +113,35 @@ def launch_group_scale(grads: tuple[Tensor, ...], places: tuple[int, ...], facto
     """grads[i] *= factors[places[i]], in place; dense gradients of any dtypes."""
     kinds = tuple((grad.dtype, grad.numel()) for grad in grads)
     with device_of(factors):
-        for take, programs, firsts, counts, slots, sizes in _scale_plan(kinds, places, SCALE_TILE, SCALE_PROGRAMS):
+        plan = _scale_plan(kinds, places, SCALE_TILE, SCALE_PROGRAMS, MAX_SLOTS)
+        for take, programs, firsts, counts, factor_of, sizes in plan:
             run_kernel(
                 align_group_scale_kernel, (programs, 1),
-                take(grads), factors, factors.stride(0), firsts, counts, slots, sizes,
+                take(grads), factors, factors.stride(0), firsts, counts, factor_of, sizes,
                 COUNT=len(sizes), BLOCK=SCALE_TILE.channels, num_warps=SCALE_TILE.num_warps,
             )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
-def _scale_plan(kinds: tuple, places: tuple[int, ...], tile: Tile, most: int) -> list[tuple]:
+def _scale_plan(kinds: tuple, places: tuple[int, ...], tile: Tile, most: int, slots: int) -> list[tuple]:
     """Per launch: its gradients of a list, programs, coded first programs, counts and places, sizes.
 
-    kinds: dtype and size of each gradient. most: programs of a launch, or one for each gradient.
+    kinds: dtype and size of each gradient. most: programs of a launch, or one for each gradient. slots: gradients of
+    a launch, at most.
     """
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, (dtype, _) in enumerate(kinds):
         by_dtype.setdefault(dtype, []).append(i)
     launches = []
     for members in by_dtype.values():
-        for some in _at_most(MAX_SLOTS, members):
+        for some in _at_most(slots, members):
             sizes = tuple(kinds[i][1] for i in some)
             blocks = [triton.cdiv(size, tile.channels) for size in sizes]
             share = min(1.0, most / sum(blocks))
             programs = [max(1, int(share * n)) for n in blocks]
             firsts = coded(sum(programs[:n]) for n in range(len(some)))
-            slots = coded(places[i] for i in some)
-            launches.append((_taker(some), sum(programs), firsts, coded(programs), slots, sizes))
+            factor_of = coded(places[i] for i in some)
+            launches.append((_taker(some), sum(programs), firsts, coded(programs), factor_of, sizes))
     return launches
 
 

@@ -254,9 +254,9 @@ def token_strides(x: Tensor) -> tuple[int, int, int] | None:
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         return None
     if x.dim() == 2:
-        tokens, sample, token = len(x), 0, x.stride(0)
+        tokens, sample, token = x.shape[0], 0, x.stride(0)
     else:
-        tokens, sample = x.shape[1:-1].numel(), x.stride(0) if len(x) > 1 else 0
+        tokens, sample = x.shape[1:-1].numel(), x.stride(0) if x.shape[0] > 1 else 0
         token = x.stride(1) if x.dim() == 3 else flat_stride(x)
     return None if token is None else (tokens, sample, token if tokens > 1 else 0)
 

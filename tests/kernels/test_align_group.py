@@ -140,6 +140,21 @@ def test_terms_like_earlier_ones_are_not_looked_at_again(device, monkeypatch):
         align_losses([term(), term(beta=-1.0)], impl="triton")
 
 
+@pytest.mark.parametrize("shape", [(3, 24), (3, 5, 24), (3, 2, 4, 24)])
+def test_exported_with_an_open_batch(shape):
+    pytest.importorskip("triton", reason="triton is not installed")
+
+    class Losses(torch.nn.Module):
+        def forward(self, x, y):
+            return align_losses([AlignTerm(x, y), AlignTerm(y, x)], impl="triton")
+
+    open_batch = {0: torch.export.Dim.DYNAMIC}
+    sides = make(shape, "cpu", grad=False), make(shape, "cpu", seed=1, grad=False)
+    program = torch.export.export(Losses(), sides, dynamic_shapes=(open_batch, open_batch), strict=False)
+    more = [torch.cat([side, side + 1]) for side in sides]
+    torch.testing.assert_close(program.module()(*more), Losses()(*more))
+
+
 def test_more_terms_than_one_finish_takes(device):
     pytest.importorskip("triton", reason="triton is not installed")
     from kpu_fast.kernels.launch import FINISH_TILE
