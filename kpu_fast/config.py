@@ -124,6 +124,7 @@ class AdapterConfig(_Strict):
     inner_ratio: float = Field(default=0.5, gt=0.0, le=1.0)
     ffn_ratio: float = Field(default=0.25, gt=0.0)
     inplanes: int = Field(default=64, ge=1)
+    x_injector: bool = False  # cls reads the spatial tokens itself at the end; not in the published adapter
 
     @model_validator(mode="after")
     def _consistent(self) -> AdapterConfig:

@@ -72,7 +72,9 @@ def _card(cfg: Config, rows: list[dict]) -> str:
     first, last = (rows[0], rows[-1]) if rows else ({}, {})
     terms = [key for key in last if "/" in key and not key.endswith("/share") and key in first]
     losses = "\n".join(f"| {key} | {first[key]:.4f} | {last[key]:.4f} |" for key in terms)
-    adapter = cfg.student.adapter.cross_attention if cfg.student.adapter else "none, the whole ViT is trained"
+    adapter = "none, the whole ViT is trained"
+    if cfg.student.adapter:
+        adapter = cfg.student.adapter.cross_attention + ", with x_injector" * cfg.student.adapter.x_injector
     teachers = "\n".join(f"- {name}: {t.kind}, weights `{t.weights}`" for name, t in cfg.teachers.items())
     vit = cfg.student.vit.weights
     on_hub = vit != "random" and not Path(vit).expanduser().is_dir()

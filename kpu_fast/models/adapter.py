@@ -5,6 +5,8 @@ Spatial tokens c = (c2, c3, c4) of a small convolutional stem exchange with the 
     x ← x + γ ⊙ Cross(LN x, LN c)        injector, γ = 0 at the start
     x ← blocks of the ViT
     c ← c + Cross(LN c, LN x);  c ← c + ConvFFN(LN c)        extractor (three of them in the last interaction)
+
+Not published, and off by default: an injector of its own lets the cls token read c once more, after the last of them.
 """
 
 import math
@@ -249,8 +251,10 @@ class Adapter(nn.Module):
     cross_attention: "deformable" is the published adapter; "flash" is dense softmax cross-attention, another
     architecture with other weights. interactions: K, must divide depth. heads, points: of deformable attention
     (flash has inner/64 heads). inner_ratio: width inside cross-attention over dim. ffn_ratio: ConvFFN's over dim.
-    inplanes: channels of the stem. attention: see `models.attention`. activation_checkpointing: keep only each
-    interaction's inputs and recompute the rest, its ViT blocks included, in backward.
+    inplanes: channels of the stem. x_injector: at the end cls reads the spatial tokens itself, by dense attention in
+    both architectures (one query costs little); without it, cls meets them only in the ViT's blocks, which are frozen.
+    attention: see `models.attention`. activation_checkpointing: keep only each interaction's inputs and recompute the
+    rest, its ViT blocks included, in backward.
 
     forward(images (B, 3, H, W) in [0, 1], vit, levels) → Features: x (B, D), the ViT's normed cls, and of the maps
     (B, H/s, W/s, D) at strides s = 4, 8, 16, 32 those that `levels` names, by default all.
@@ -269,6 +273,7 @@ class Adapter(nn.Module):
         inner_ratio: float = 0.5,
         ffn_ratio: float = 0.25,
         inplanes: int = 64,
+        x_injector: bool = False,
         attention: str = "auto",
         activation_checkpointing: bool = False,
     ):
@@ -297,6 +302,10 @@ class Adapter(nn.Module):
         self.up = nn.ConvTranspose2d(dim, dim, 2, stride=2)
         self.norms = nn.ModuleList(group_norm(dim) for _ in STRIDES)
         self._reset_parameters()
+        self.x_injector = None
+        if x_injector:  # last, so that of one seed all else starts with the same weights
+            self.x_injector = Injector(dim, DenseCrossAttention(dim, inner, attention))
+            self.x_injector.cross.reset_parameters()
 
     def _reset_parameters(self) -> None:
         for module in self.modules():
@@ -346,7 +355,10 @@ class Adapter(nn.Module):
             else:
                 x, c = interaction(*arguments)
         patches = x[:, vit.prefix :].unflatten(1, grid)
-        return Features(vit.norm(x[:, 0]), self._fuse(c1, c, patches, shapes, levels))
+        cls = x[:, :1]
+        if self.x_injector is not None:
+            cls = self.x_injector(cls, c, None)
+        return Features(vit.norm(cls[:, 0]), self._fuse(c1, c, patches, shapes, levels))
 
     def _fuse(self, c1: Tensor | None, c: Tensor, patches: Tensor, shapes, levels: Sequence[int]) -> tuple[Tensor, ...]:
         """Norm of spatial map + resized patch map, per level. c1: (B, D, H/4, W/4); patches: (B, H/16, W/16, D)."""

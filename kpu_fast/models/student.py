@@ -119,7 +119,9 @@ class Student(nn.Module):
         if self.adapter is None:
             return
         if not any(spec.x_dim for spec in specs):
-            self.vit.norm.requires_grad_(False)  # it makes x only
+            for module in (self.vit.norm, self.adapter.x_injector):  # they make x only
+                if module is not None:
+                    module.requires_grad_(False)
         used = {self.level_for(stride) for spec in specs for stride in spec.strides}
         for level in set(self.levels) - used:
             for parameter in self.adapter.level_parameters(level):

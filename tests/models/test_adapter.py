@@ -8,6 +8,7 @@ from kpu_fast.models.adapter import Adapter, DeformableCrossAttention, sampling
 from kpu_fast.models.vit import ViT, normalise, resize_to_stride_16
 
 CROSS = ["flash", "deformable"]
+X_INJECTOR = pytest.mark.parametrize("x_injector", [False, True], ids=["", "x_injector"])
 HEIGHT, WIDTH = 32, 64  # the smallest non-square input
 
 
@@ -144,12 +145,17 @@ def expected_features(vit, adapter, pixels):
     for i, (scale, m) in enumerate(zip((4, 2, 1, 0.5), spatial, strict=True)):
         moved = F.interpolate(patches, scale_factor=scale, mode="bilinear", align_corners=False)
         maps.append(norm_2d(p, f"norms.{i}", m + moved).permute(0, 2, 3, 1))
+    cls = cls[:, :1]
+    if "x_injector.gamma" in p:
+        query, memory = layer_norm(p, "x_injector.query_norm", cls), layer_norm(p, "x_injector.memory_norm", c)
+        cls = cls + p["x_injector.gamma"] * dense_cross(p, "x_injector.cross", query, memory)
     return vit.norm(cls[:, 0]), maps
 
 
+@X_INJECTOR
 @pytest.mark.parametrize("cross_attention", CROSS)
-def test_equals_the_equations_written_out(cross_attention):
-    vit, adapter = build(cross_attention)
+def test_equals_the_equations_written_out(cross_attention, x_injector):
+    vit, adapter = build(cross_attention, x_injector=x_injector)
     out = adapter(images(), vit)
     x, maps = expected_features(vit, adapter, images())
     # Positions of the deformable samples are fp32 by design; the rest is float64.
@@ -196,6 +202,13 @@ def test_parameters_of_other_adapters(dim, depth, heads, cross_attention, inner_
     assert count(adapter) == expected
 
 
+@pytest.mark.parametrize("cross_attention", CROSS)
+def test_parameters_of_the_x_injector_at_vit_b(cross_attention):
+    with torch.device("meta"):
+        adapter = Adapter(768, 12, heads=12, cross_attention=cross_attention, x_injector=True)
+    assert count(adapter.x_injector) == 1_184_640  # as each injector of the flash adapter: it is dense in both
+
+
 def test_parameters_of_vit_b_with_registers_and_adapter():
     with torch.device("meta"):
         vit = ViT(patch_size=14, dim=768, depth=12, heads=12, registers=4)
@@ -206,12 +219,19 @@ def test_parameters_of_vit_b_with_registers_and_adapter():
 # ---- start values ----
 
 
+@X_INJECTOR
 @pytest.mark.parametrize("cross_attention", CROSS)
 @torch.no_grad()
-def test_at_the_start_the_vit_is_left_alone(cross_attention):
-    vit, adapter = build(cross_attention, perturb=False)
+def test_at_the_start_the_vit_is_left_alone(cross_attention, x_injector):
+    vit, adapter = build(cross_attention, perturb=False, x_injector=x_injector)
     x, _ = vit(resize_to_stride_16(images(), 4))
     torch.testing.assert_close(adapter(images(), vit).x, x, rtol=0, atol=1e-12)
+
+
+def test_an_x_injector_leaves_the_other_start_values_as_they_are():
+    without, with_it = (build("flash", perturb=False, x_injector=switch)[1].state_dict() for switch in (False, True))
+    assert all(torch.equal(tensor, with_it[name]) for name, tensor in without.items())
+    assert with_it["x_injector.cross.out.weight"].std() > 0.05  # Xavier: (2 / (64 + 32))½ = 0.14
 
 
 def test_offsets_start_as_a_square_ring():
@@ -245,9 +265,10 @@ def loss_of(features, levels=range(4)):
     return features.x.square().sum() + sum((weights[i] * features.maps[i]).sum() for i in levels)
 
 
+@X_INJECTOR
 @pytest.mark.parametrize("cross_attention", CROSS)
-def test_gradient_reaches_the_injectors_through_frozen_blocks(cross_attention):
-    vit, adapter = build(cross_attention)
+def test_gradient_reaches_the_injectors_through_frozen_blocks(cross_attention, x_injector):
+    vit, adapter = build(cross_attention, x_injector=x_injector)
     loss_of(adapter(images(), vit)).backward()
     assert all(parameter.grad is None for parameter in vit.parameters())
     without = [name for name, parameter in adapter.named_parameters() if parameter.grad.abs().max() < 1e-9]
@@ -265,9 +286,10 @@ def test_gradient_reaches_the_injectors_through_frozen_blocks(cross_attention):
 
 @pytest.mark.parametrize("cross_attention", CROSS)
 def test_a_zero_gamma_still_learns(cross_attention):
-    vit, adapter = build(cross_attention, perturb=False)
+    vit, adapter = build(cross_attention, perturb=False, x_injector=True)
     loss_of(adapter(images(), vit)).backward()
-    assert all(interaction.injector.gamma.grad.abs().max() > 0 for interaction in adapter.interactions)
+    injectors = [interaction.injector for interaction in adapter.interactions] + [adapter.x_injector]
+    assert all(injector.gamma.grad.abs().max() > 0 for injector in injectors)
 
 
 @pytest.mark.parametrize("cross_attention", CROSS)

@@ -130,6 +130,16 @@ def test_the_frozen_vit_stays_out():
     assert all(parameter.requires_grad for parameter in student.heads.parameters())
 
 
+def test_without_a_teacher_that_has_an_x_what_makes_x_is_not_trained():
+    student = build({"x_injector": True}, heads={"detector": {"x_dim": None, "map_dims": (24,), "strides": (8.0,)}})
+    student.drop_unused_levels()
+    out = student.project(student(images()), "detector")
+    sum(t.square().sum() for t in out.maps).backward()
+    for name, parameter in student.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+    assert not any(parameter.requires_grad for parameter in student.adapter.x_injector.parameters())
+
+
 def test_levels_without_a_teacher_are_dropped_and_the_rest_gets_gradient():
     student = build({"cross_attention": "deformable"})
     with torch.no_grad():
@@ -240,8 +250,10 @@ def test_from_config_names_sizes_that_make_no_vit(arch, message):
 def test_from_config_takes_the_adapters_settings():
     for heads, expected in ((4, 4), (None, VIT["heads"])):
         deformable = {"cross_attention": "deformable", "interactions": 1, "points": 3, "heads": heads}
-        cross = Student.from_config(config(adapter=deformable)).adapter.interactions[0].injector.cross
+        adapter = Student.from_config(config(adapter={**deformable, "x_injector": heads == 4})).adapter
+        cross = adapter.interactions[0].injector.cross
         assert (cross.heads, cross.points, cross.levels) == (expected, 3, 3)
+        assert (adapter.x_injector is not None) == (heads == 4)
 
 
 def test_from_config_loads_a_vit(tmp_path):
@@ -258,7 +270,7 @@ def test_from_config_loads_a_vit(tmp_path):
 
 
 def mixed():
-    student = build({"cross_attention": "deformable"})
+    student = build({"cross_attention": "deformable", "x_injector": True})
     student.vit.bfloat16()  # a frozen part in bf16 beside trained parts in fp32
     return student
 
