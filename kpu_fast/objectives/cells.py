@@ -14,4 +14,5 @@ def valid_cells(valid: Tensor | None, size: tuple[int, int]) -> Tensor | None:
     """(B, H, W) pixel mask to (B, h, w): a cell counts if the pixel at its centre does."""
     if valid is None:
         return None
-    return F.interpolate(valid[:, None].to(torch.uint8), size=size, mode="nearest-exact")[:, 0].bool()
+    # A bool is a byte of 0 or 1: seen as one it can be picked, and nothing has to be converted.
+    return F.interpolate(valid[:, None].view(torch.uint8), size=size, mode="nearest-exact")[:, 0].view(torch.bool)

@@ -71,14 +71,15 @@ class KPU(nn.Module):
             target = self.standardize[name](target)
         features = self.student(images)
         teacher_grid = [grid(v) for v in target.maps]
-        on_teacher_grid = [valid_cells(valid, size) for size in teacher_grid]
+        own_grid = [grid(features.maps[level]) for level in self.levels[name]] if self.cfg.t2s else []
+        # Of equal grids one mask: then the losses count its cells once, too.
+        cells = {size: valid_cells(valid, size) for size in dict.fromkeys(teacher_grid + own_grid)}
+        on_teacher_grid, on_own_grid = ([cells[size] for size in sizes] for sizes in (teacher_grid, own_grid))
         ours = self.student.project(features, name, teacher_grid)
         terms = {"s2t": self._terms(ours, target, on_teacher_grid, self.weights["s2t"])}
         if self.cfg.t2s:
             ours = Features(features.x, tuple(features.maps[level] for level in self.levels[name]))
-            own_grid = [grid(v) for v in ours.maps]
             unified = self.h_t2s[name](target, own_grid)
-            on_own_grid = [valid_cells(valid, size) for size in own_grid]
             terms["t2s"] = self._terms(ours, unified, on_own_grid, self.weights["t2s"])
             if self.cfg.rec:
                 back = self.h_rec[name](unified, teacher_grid)

@@ -158,6 +158,22 @@ def test_rec_weight_and_equal_teachers():
     torch.testing.assert_close(light.total(lighter), sum(lighter.values()))
 
 
+def test_terms_on_equal_grids_share_a_mask(monkeypatch):
+    model, (images, target, valid) = make(), batch("many", (96, 128), pad=True)
+    found = []
+
+    def align_losses(terms):
+        found.extend(terms)
+        return torch.zeros(len(terms))
+
+    monkeypatch.setattr("kpu_fast.objectives.kpu.align_losses", align_losses)
+    model("many", images, target, valid)
+    assert len(found) == 9
+    assert len({id(term.valid) for term in found}) == 3
+    for term in found:
+        assert torch.equal(term.valid, valid_cells(valid, term.source.shape[1:3]))
+
+
 def test_padding_does_not_count():
     model = make()
     images, target, valid = batch("many", (96, 128), pad=True)
