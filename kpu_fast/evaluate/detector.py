@@ -107,12 +107,13 @@ class Prompt(NamedTuple):
 def make_prompt(classes: Sequence[str], tokenizer, max_tokens: int) -> Prompt:
     """The prompt for class names, in their order, in lower case, as GroundingDINO was trained.
 
-    Raises ValueError for names with a full stop, names the tokenizer has no token for, and more than `max_tokens`.
+    Raises ValueError for names with a full stop or a question mark, where GroundingDINO ends a phrase; names that the
+    tokenizer has no tokens for, or does not know in part; and more than `max_tokens`.
     """
     names = [name.strip().lower() for name in classes]
     for name in names:
-        if "." in name or not name:
-            raise ValueError(f"class {name!r}: a name is not empty and has no full stop, which is what separates names")
+        if not name or "." in name or "?" in name:
+            raise ValueError(f"class {name!r}: a name is not empty and has no '.' or '?', which separate names")
     ends = torch.tensor([len(name) + 2 for name in names]).cumsum(0).tolist()  # ". " after each
     tokens = tokenizer(". ".join(names) + ".", return_offsets_mapping=True, return_tensors="pt")
     length = tokens["input_ids"].shape[1]
@@ -125,6 +126,8 @@ def make_prompt(classes: Sequence[str], tokenizer, max_tokens: int) -> Prompt:
             row[i] = stop > start and start >= first and stop <= last
         if not row.any():
             raise ValueError(f"class {name!r}: the tokenizer makes no token of it")
+        if (tokens["input_ids"][0, row > 0] == tokenizer.unk_token_id).any():
+            raise ValueError(f"class {name!r}: the tokenizer does not know some of it; choose other words")
         row /= row.sum()
     types = tokens.get("token_type_ids", torch.zeros_like(tokens["input_ids"]))
     return Prompt(tokens["input_ids"], tokens["attention_mask"], types, spans)

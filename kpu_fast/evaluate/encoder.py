@@ -13,7 +13,7 @@ from kpu_fast.models.features import Features
 from kpu_fast.models.hf_files import usual_size
 from kpu_fast.models.hub import WeightsError, find_folder, read_json
 from kpu_fast.models.student import Student
-from kpu_fast.models.teachers import build_teacher
+from kpu_fast.models.teachers import backbone_types, build_teacher
 from kpu_fast.models.vit import ViT
 
 _STUDENT = "kpu_fast.student"
@@ -115,6 +115,11 @@ def load_encoder(
             kind, size = "sentinel", usual_size(net.vit.config)
         else:
             kind, size = _TEACHERS.get(model_type, "backbone"), _LARGEST
+            if kind == "backbone" and model_type not in backbone_types():
+                raise EvaluateError(
+                    f"{key}: {folder} holds a model of type {model_type!r}; expected a student, a CLIP, GroundingDINO "
+                    "or DINOv2, or a type that transformers has a backbone for, such as 'swin'"
+                )
             if kind == "clip":
                 vision = _checked(file, "vision_config", config.get("vision_config", config), dict)
                 size = _checked(file, "image_size", vision.get("image_size", _LARGEST), int)

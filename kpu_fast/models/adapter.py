@@ -142,7 +142,7 @@ def _conv_norm_relu(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm, up to 32 groups of two channels or more: one channel alone would lose any bias added before it."""
-    return nn.GroupNorm(math.gcd(32, channels // 2), channels)
+    return nn.GroupNorm(math.gcd(32, max(1, channels // 2)), channels)
 
 
 class SpatialPrior(nn.Module):
@@ -302,7 +302,7 @@ class Adapter(nn.Module):
         self.up = nn.ConvTranspose2d(dim, dim, 2, stride=2)
         self.norms = nn.ModuleList(group_norm(dim) for _ in STRIDES)
         self._reset_parameters()
-        self.x_injector = None
+        self.x_injector, self.injects_x = None, x_injector
         if x_injector:  # last, so that of one seed all else starts with the same weights
             self.x_injector = Injector(dim, DenseCrossAttention(dim, inner, attention))
             self.x_injector.cross.reset_parameters()
@@ -327,6 +327,12 @@ class Adapter(nn.Module):
         if level == 0:
             modules += [self.spatial_prior.to_dim[0], self.up]
         return [parameter for module in modules for parameter in module.parameters()]
+
+    def skip_x_injector(self) -> None:
+        """Where no loss reads x: neither run nor train what makes x only. x is then what it is without it."""
+        if self.x_injector is not None:
+            self.x_injector.requires_grad_(False)
+        self.injects_x = False
 
     def forward(self, images: Tensor, vit: ViT, levels: Sequence[int] = range(len(STRIDES))) -> Features:
         height, width = images.shape[-2:]
@@ -356,7 +362,7 @@ class Adapter(nn.Module):
                 x, c = interaction(*arguments)
         patches = x[:, vit.prefix :].unflatten(1, grid)
         cls = x[:, :1]
-        if self.x_injector is not None:
+        if self.injects_x:
             cls = self.x_injector(cls, c, None)
         return Features(vit.norm(cls[:, 0]), self._fuse(c1, c, patches, shapes, levels))
 

@@ -1,5 +1,6 @@
 """What flows between rooms: image-level and map-level features, and the description of a model that makes them."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -25,3 +26,8 @@ class FeatureSpec(NamedTuple):
     x_dim: int | None
     map_dims: tuple[int, ...]
     strides: tuple[float, ...]
+
+
+def cells(pixels: int, stride: float) -> int:
+    """How many cells of `stride` pixels a side of an image has: the nearest number, half a cell counts, at least 1."""
+    return max(1, math.floor(pixels / stride + 0.5))

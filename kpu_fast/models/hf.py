@@ -145,7 +145,7 @@ class KPUStudentModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args, **kwargs):
-        """As in transformers, but raises ValueError for weights that are missing or too many, instead of a warning.
+        """As in transformers, but raises ValueError for weights that are missing, too many or of another shape.
 
         In a subclass that holds for the student's weights only: its own layers may be new.
         """
@@ -154,6 +154,8 @@ class KPUStudentModel(PreTrainedModel):
         )
         faults = [(key, "is missing") for key in info["missing_keys"]]
         faults += [(key, "is not expected") for key in info["unexpected_keys"]]
+        # ignore_mismatched_sizes lets these through, and would leave them as memory was.
+        faults += [(key, f"is {tuple(has)}, expected {tuple(wants)}") for key, has, wants in info["mismatched_keys"]]
         faults = sorted(f"{key} {what}" for key, what in faults if cls is KPUStudentModel or key.startswith(_PREFIX))
         if faults:
             raise ValueError(

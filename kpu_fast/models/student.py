@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kpu_fast.models.adapter import STRIDES, Adapter
 from kpu_fast.models.attention import BackendError, activate_backend
-from kpu_fast.models.features import Features, FeatureSpec
+from kpu_fast.models.features import Features, FeatureSpec, cells
 from kpu_fast.models.hf_files import auto_keys, code_files
 from kpu_fast.models.projector import FeatureHeads
 from kpu_fast.models.vit import ViT, check_images, resize_to_stride_16
@@ -106,7 +106,7 @@ class Student(nn.Module):
         spec = self.head_specs[teacher]
         if sizes is None:
             height, width = (n * self.strides[0] for n in features.maps[0].shape[1:3])
-            sizes = [(_cells(height, stride), _cells(width, stride)) for stride in spec.strides]
+            sizes = [(cells(height, stride), cells(width, stride)) for stride in spec.strides]
         picked = tuple(features.maps[self.level_for(stride)] for stride in spec.strides)
         return self.heads[teacher](Features(features.x, picked), sizes)
 
@@ -119,9 +119,8 @@ class Student(nn.Module):
         if self.adapter is None:
             return
         if not any(spec.x_dim for spec in specs):
-            for module in (self.vit.norm, self.adapter.x_injector):  # they make x only
-                if module is not None:
-                    module.requires_grad_(False)
+            self.vit.norm.requires_grad_(False)  # it makes x only
+            self.adapter.skip_x_injector()
         used = {self.level_for(stride) for spec in specs for stride in spec.strides}
         for level in set(self.levels) - used:
             for parameter in self.adapter.level_parameters(level):
@@ -160,6 +159,8 @@ class Student(nn.Module):
                 activation_checkpointing=activation_checkpointing,
             )
         except (TypeError, ArithmeticError) as error:  # a keyword argument missing, unknown, mistyped or infinite
+            if "Adapter" in str(error):
+                raise ValueError(f"student.adapter: {error}.") from error
             expected = ", ".join(name for name in inspect.signature(ViT).parameters)
             raise ValueError(f"student.vit.arch: {error}; ViT takes {expected}.") from error
         except ValueError as error:  # sizes that do not divide
@@ -257,10 +258,6 @@ def _as_spec(name: str, spec: FeatureSpec | Mapping) -> FeatureSpec:
             "give one of each per map."
         )
     return FeatureSpec(spec.x_dim, tuple(spec.map_dims), tuple(float(stride) for stride in spec.strides))
-
-
-def _cells(pixels: int, stride: float) -> int:
-    return max(1, round(pixels / stride))
 
 
 def _adapter_settings(adapter) -> dict | None:

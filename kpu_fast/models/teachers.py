@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kpu_fast.models.features import Features, FeatureSpec
+from kpu_fast.models.features import Features, FeatureSpec, cells
 from kpu_fast.models.hub import (
     PROCESSORS,
     WeightsError,
@@ -66,12 +66,19 @@ class Teacher(nn.Module):
         patch = getattr(net.config, "patch_stride", None) or getattr(net.config, "patch_size", None) or 1
         self.patch_size = max(patch) if isinstance(patch, (list, tuple)) else patch
         self.first_patch = 1 + getattr(net.config, "num_register_tokens", 0)
-        weight = next(net.parameters())
-        self.dtype = weight.dtype
-        self.register_buffer("mean", torch.tensor(mean, device=weight.device).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, device=weight.device).view(3, 1, 1), persistent=False)
+        self.mean_std = tuple(mean), tuple(std)
+        self._place_mean_std()
         self.requires_grad_(False).eval()
         self.spec = self._probe(image_size)
+
+    def _place_mean_std(self) -> None:
+        device = next(self.net.parameters()).device
+        self.mean, self.std = (torch.tensor(three, device=device).view(3, 1, 1) for three in self.mean_std)
+
+    def _apply(self, fn, recurse: bool = True) -> "Teacher":
+        super()._apply(fn, recurse)
+        self._place_mean_std()  # not a buffer, which `.bfloat16()` would round
+        return self
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stays in eval mode: a teacher's dropout, drop path and batch statistics never move."""
@@ -86,7 +93,7 @@ class Teacher(nn.Module):
         """
         check_images(images)
         pixels = (self._fit(images.float()) - self.mean) / self.std
-        pixels = pixels.to(self.dtype)
+        pixels = pixels.to(next(self.net.parameters()).dtype)
         if self.kind == "clip":
             out = self.net(pixel_values=pixels, interpolate_pos_encoding=True)
             return Features(out.image_embeds, (self._grid(out.last_hidden_state, pixels),))
@@ -99,7 +106,7 @@ class Teacher(nn.Module):
 
     def _fit(self, images: Tensor) -> Tensor:
         p = self.patch_size
-        size = [max(1, round(side / p)) * p for side in images.shape[-2:]]
+        size = [cells(side, p) * p for side in images.shape[-2:]]
         if size == list(images.shape[-2:]):
             return images
         return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
@@ -129,9 +136,9 @@ class Teacher(nn.Module):
 def _stride(size: tuple[int, int], grid: tuple[int, int], patch_size: int) -> float:
     """Pixels per cell of a (h, w) grid on an (H, W) image: one number from which a student can find the grid again."""
     # Sides were resized to multiples of the patch: cells are not quite square, but rounding gives their number.
-    if all(round(side / patch_size) == cells for side, cells in zip(size, grid, strict=True)):
+    if all(cells(side, patch_size) == n for side, n in zip(size, grid, strict=True)):
         return float(patch_size)
-    by_height, by_width = (side / cells for side, cells in zip(size, grid, strict=True))
+    by_height, by_width = (side / n for side, n in zip(size, grid, strict=True))
     return math.sqrt(by_height * by_width)
 
 
@@ -166,7 +173,8 @@ def build_teacher(name: str, cfg, *, device, dtype: torch.dtype, image_size: tup
     return Teacher(name, cfg.kind, net.to(device=device, dtype=dtype), mean, std, image_size)
 
 
-def _backbone_types() -> list[str]:
+def backbone_types() -> list[str]:
+    """The model types that transformers has a backbone class for."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
     return [t for t in MODEL_FOR_BACKBONE_MAPPING_NAMES if t != "timm_backbone"]
@@ -190,10 +198,10 @@ def _random_net(name: str, cfg, seed: int) -> nn.Module:
     arch = dict(cfg.arch)
     if cfg.kind == "backbone":
         model_type = arch.pop("model_type", None)
-        if model_type not in _backbone_types():
+        if model_type not in backbone_types():
             raise WeightsError(
                 f'teachers.{name}.arch: a random "backbone" needs "model_type", found {model_type!r}; '
-                + (_close(str(model_type), _backbone_types()) or f"one of {', '.join(_backbone_types())}")
+                + (_close(str(model_type), backbone_types()) or f"one of {', '.join(backbone_types())}")
             )
         config_class = hf.CONFIG_MAPPING[model_type]
         net_class = hf.MODEL_FOR_BACKBONE_MAPPING[config_class]
@@ -263,13 +271,14 @@ def _load_net(name: str, cfg, folder: Path, dtype: torch.dtype) -> nn.Module:
     key = f"teachers.{name}.weights"
     hf = import_transformers(key)
     model_type = read_json(key, folder / "config.json").get("model_type")
-    expected = _MODEL_TYPES[cfg.kind] or _backbone_types()
+    expected = _MODEL_TYPES[cfg.kind] or backbone_types()
     if model_type not in expected:
-        fits = [kind for kind, types in _MODEL_TYPES.items() if model_type in (types or _backbone_types())]
+        fits = [kind for kind, types in _MODEL_TYPES.items() if model_type in (types or backbone_types())]
+        few = " or ".join(map(repr, expected)) if len(expected) < 4 else "that has a backbone, such as 'swin'"
         raise WeightsError(
-            f"{key}: {folder} holds a model of type {model_type!r}, which kind {cfg.kind!r} cannot use"
-            + (f"; set teachers.{name}.kind to {' or '.join(map(repr, fits))}" if fits else "")
-            + (f", or give weights of type {' or '.join(map(repr, expected))}" if len(expected) < 4 else "")
+            f"{key}: {folder} holds a model of type {model_type!r}, which kind {cfg.kind!r} cannot use; "
+            + (f"set teachers.{name}.kind to {' or '.join(map(repr, fits))}, or " if fits else "")
+            + f"give weights of a type {few}"
         )
     if cfg.kind == "backbone":
         config = load_config(key, folder)

@@ -18,9 +18,11 @@ _KEY = "student.vit.weights"
 
 
 def check_images(images: Tensor) -> None:
-    """Raises ValueError unless images are (B, 3, H, W) floats: bytes up to 255 would be taken for [0, 1]."""
+    """Raises ValueError unless images are (B, 3, H, W) floats, B > 0: bytes up to 255 would be taken for [0, 1]."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images: expected (B, 3, H, W), found shape {tuple(images.shape)}.")
+    if not len(images):
+        raise ValueError("images: the batch is empty.")
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}, expected floating point in [0, 1]; give images.float() / 255.")
 
@@ -250,12 +252,18 @@ class ViT(nn.Module):
     ) -> "ViT":
         """A ViT with the weights of transformers' Dinov2Model or Dinov2WithRegistersModel.
 
-        weights: a hub id (facebook/dinov2-base, facebook/dinov2-with-registers-base, …), a local folder, or the model.
+        weights: a hub id (facebook/dinov2-base, facebook/dinov2-with-registers-base, …), a local folder, or the model,
+        also with a classifier around it.
         A hub id is looked up in the local cache first. Raises WeightsError when the weights cannot be had, are damaged
         or incomplete, do not belong to their config.json, or are not a DINOv2; a mask token may be missing.
         """
         model = weights if isinstance(weights, nn.Module) else _load_hf(weights)
-        vit = cls(**_hf_arch(model.config), attention=attention, activation_checkpointing=activation_checkpointing)
+        arch = _hf_arch(model.config)
+        model = getattr(model, model.config.model_type, model)  # a classifier holds the ViT inside
+        try:
+            vit = cls(**arch, attention=attention, activation_checkpointing=activation_checkpointing)
+        except (TypeError, ValueError) as error:
+            raise WeightsError(f"{_KEY}: the config of {_source(model.config)} describes no ViT: {error}") from error
         vit.load_state_dict(_hf_state(model.state_dict(), vit.depth))
         return vit
 
@@ -277,8 +285,21 @@ def _check_model_type(model_type, source) -> None:
         )
 
 
+def _source(config) -> str:
+    return config.name_or_path or "the model"
+
+
+def _side(config, key: str) -> int:
+    """A size in pixels; transformers takes (height, width) as well, and ours must be square."""
+    value = getattr(config, key)
+    sides = set(value) if isinstance(value, (list, tuple)) else {value}
+    if len(sides) != 1:
+        raise WeightsError(f"{_KEY}: {key} is {value!r} in the config of {_source(config)}, only squares work")
+    return sides.pop()
+
+
 def _hf_arch(config) -> dict:
-    source = config.name_or_path or "the model"
+    source = _source(config)
     _check_model_type(config.model_type, source)
     for key, expected in (("hidden_act", "gelu"), ("qkv_bias", True), ("layer_norm_eps", _EPS), ("num_channels", 3)):
         if getattr(config, key) != expected:
@@ -286,13 +307,13 @@ def _hf_arch(config) -> dict:
                 f"{_KEY}: {key} is {getattr(config, key)!r} in the config of {source}, only {expected!r} works"
             )
     return {
-        "patch_size": config.patch_size,
+        "patch_size": _side(config, "patch_size"),
         "dim": config.hidden_size,
         "depth": config.num_hidden_layers,
         "heads": config.num_attention_heads,
         "mlp_ratio": config.mlp_ratio,
         "registers": getattr(config, "num_register_tokens", 0),
-        "image_size": config.image_size,
+        "image_size": _side(config, "image_size"),
         "swiglu": config.use_swiglu_ffn,
         "layer_scale": config.layerscale_value,
     }
@@ -328,7 +349,7 @@ def _hf_state(hf: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
     }
     # transformers leaves the mask token out where the config says use_mask_token = false.
     state["embed.mask_token"] = hf.get("embeddings.mask_token", torch.zeros_like(hf["embeddings.cls_token"][0]))
-    if "embeddings.register_tokens" in hf:
+    if hf.get("embeddings.register_tokens", torch.empty(0)).numel():  # there may be none of them
         state["embed.register_tokens"] = hf["embeddings.register_tokens"]
     for i in range(depth):
         theirs, ours = f"encoder.layer.{i}", f"blocks.{i}"

@@ -180,9 +180,11 @@ def test_a_class_is_its_tokens_in_the_prompt(zoo):
     assert torch.equal(prompt.spans, expected)
     with pytest.raises(ValueError, match="9 tokens, the text tower takes 8"):
         make_prompt(("Red", "sky blue", "green"), tokenizer, 8)
-    for wrong in ("a. b", " "):
-        with pytest.raises(ValueError, match="is not empty and has no full stop"):
+    for wrong in ("a. b", " ", "what? red"):
+        with pytest.raises(ValueError, match=r"is not empty and has no '\.' or '\?'"):
             make_prompt(("red", wrong), tokenizer, 32)
+    with pytest.raises(ValueError, match="class 'sky mauve': the tokenizer does not know some of it"):
+        make_prompt(("red", "sky mauve"), tokenizer, 32)
 
 
 def test_boxes_are_the_best_pairs_of_query_and_class_in_pixels(zoo):

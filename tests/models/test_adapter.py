@@ -297,7 +297,10 @@ def test_activation_checkpointing_changes_no_gradient(cross_attention):
     gradients = []
     for switch in (False, True):
         vit, adapter = build(cross_attention, activation_checkpointing=switch)
+        runs = []
+        adapter.interactions[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         loss_of(adapter(images(), vit)).backward()
+        assert len(runs) == 1 + switch  # once more in backward
         gradients.append([parameter.grad for parameter in adapter.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 

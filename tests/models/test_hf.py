@@ -231,6 +231,16 @@ def test_a_new_model_keeps_the_students_own_start(folder):
     assert 0.5 < model.student.adapter.level_embed.std() < 1.5
 
 
+def test_weights_of_another_shape_are_errors_even_where_a_new_head_may_have_one(folder):
+    from kpu_fast.models.hf import KPUStudentModel
+
+    config = json.loads((folder / "config.json").read_text())
+    config["student"]["head_hidden"] = 25
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"student.heads.clip.maps.0.fc1.bias is \(24,\), expected \(25,\)"):
+        KPUStudentModel.from_pretrained(folder, ignore_mismatched_sizes=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -120,6 +120,15 @@ def test_project_rounds_sizes_as_teachers_do(stride, cells):
     assert student.project(features, "t").maps[0].shape == (1, cells, cells, 8)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("side", [80, 112, 144])
+def test_half_a_cell_is_one_as_for_swin(side):
+    """Swin pads to whole cells; sides that are multiples of 16 and not of 32 only fit a student without an adapter."""
+    student = Student(vit=VIT, adapter=None, heads=HEADS, head_hidden=24)
+    out = student.project(student(images(side, side, batch=1)), "detector")
+    assert [m.shape[1] for m in out.maps] == [side // 8, side // 16, (side + 16) // 32]
+
+
 # ---- what is trained ----
 
 
@@ -133,7 +142,10 @@ def test_the_frozen_vit_stays_out():
 def test_without_a_teacher_that_has_an_x_what_makes_x_is_not_trained():
     student = build({"x_injector": True}, heads={"detector": {"x_dim": None, "map_dims": (24,), "strides": (8.0,)}})
     student.drop_unused_levels()
+    runs = []
+    student.adapter.x_injector.register_forward_hook(lambda *_: runs.append(1))
     out = student.project(student(images()), "detector")
+    assert runs == []
     sum(t.square().sum() for t in out.maps).backward()
     for name, parameter in student.named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None), name
@@ -169,7 +181,10 @@ def test_activation_checkpointing_changes_no_gradient(adapter):
     for switch in (False, True):
         torch.manual_seed(0)
         student = Student(vit=VIT, adapter=adapter, freeze_vit=False, activation_checkpointing=switch)
+        runs = []
+        student.vit.blocks[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         sum(t.square().sum() for t in flat(student(images()))).backward()
+        assert len(runs) == 1 + switch  # once more in backward
         gradients.append([parameter.grad for parameter in student.parameters() if parameter.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -280,7 +295,9 @@ def mixed():
 def test_a_saved_student_comes_back_bit_for_bit(make, tmp_path):
     student = make()
     student.save_pretrained(tmp_path, card="# A student\n")
-    loaded = Student.from_pretrained(tmp_path)
+    loaded = Student.from_pretrained(tmp_path, attention="sdpa")
+    assert not loaded.training
+    assert {module.backend for module in loaded.modules() if hasattr(module, "backend")} == {"sdpa"}
     before, after = student.state_dict(), loaded.state_dict()
     assert before.keys() == after.keys()
     assert all(before[name].dtype == after[name].dtype and torch.equal(before[name], after[name]) for name in before)

@@ -330,6 +330,17 @@ def test_bf16_weights_with_fp32_normalisation(saved, kind):
             assert (a.float() - b).norm() < 0.03 * b.norm()
 
 
+@pytest.mark.parametrize("kind", ["clip", "grounding_dino"])
+def test_a_teacher_moved_afterwards_is_one_built_so(saved, kind):
+    moved = build(kind, saved[kind][1]).bfloat16()
+    built = build(kind, saved[kind][1], dtype=torch.bfloat16)
+    assert torch.equal(moved.mean, built.mean)
+    images = pictures(SQUARE)
+    for a, b in zip(moved(images).maps, built(images).maps, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("kind", ["clip", "grounding_dino", "dinov2"])
 def test_compiles(saved, kind):
     teacher = build(kind, saved[kind][1])
@@ -436,6 +447,8 @@ def test_bytes_are_no_images():
     teacher = build("clip", arch=CLIP)
     with pytest.raises(ValueError, match=r"torch.uint8.*expected floating point in \[0, 1\]"):
         teacher((pictures(SQUARE) * 255).to(torch.uint8))
+    with pytest.raises(ValueError, match="images: the batch is empty"):
+        teacher(pictures(SQUARE)[:0])
 
 
 def test_folder_missing_or_without_a_model(tmp_path):
@@ -456,6 +469,8 @@ def test_wrong_model_in_the_folder(saved):
     assert "'grounding-dino'" in text
     assert "'resnet'" in message("dinov2", saved["resnet"][1])
     assert "'clip'" in message("backbone", saved["clip"][1])
+    text = message("backbone", saved["grounding_dino"][1])
+    assert text.endswith("or give weights of a type that has a backbone, such as 'swin'")
 
 
 @pytest.mark.parametrize("levels", [[1, 9], [3, 2]])

@@ -201,10 +201,49 @@ def test_weights_of_another_model_are_refused(tiny, tmp_path):
     assert "of type 'vit'; expected dinov2" in text
     assert str(tmp_path) in text
     other = copy.deepcopy(tiny)
-    other.config.hidden_act = "relu"
-    assert "hidden_act is 'relu'" in refusal(other)
     other.config = transformers.ViTConfig()
     assert "of type 'vit'" in refusal(other)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hidden_act", "relu", "hidden_act is 'relu' in the config of the model, only 'gelu' works"),
+        ("qkv_bias", False, "qkv_bias is False"),
+        ("layer_norm_eps", 1e-5, "layer_norm_eps is 1e-05"),
+        ("num_channels", 1, "num_channels is 1"),
+        ("image_size", [98, 112], r"image_size is \[98, 112\] in the config of the model, only squares work"),
+        ("image_size", 100, "the config of the model describes no ViT: ViT: image_size 100 must be a multiple"),
+    ],
+)
+def test_a_config_that_the_vit_does_not_follow_is_named(key, value, message, tiny):
+    other = copy.deepcopy(tiny)
+    setattr(other.config, key, value)
+    with pytest.raises(WeightsError, match=f"student.vit.weights: .*{message}"):
+        ViT.from_hf(other)
+
+
+def test_forms_of_a_model_that_are_the_same_vit(tiny):
+    expected = ViT.from_hf(tiny)(images(98, 98, batch=1))
+    torch.manual_seed(0)
+    around = transformers.Dinov2WithRegistersForImageClassification(tiny.config)
+    around.base_model.load_state_dict(tiny.state_dict())
+    listed = copy.deepcopy(tiny)
+    listed.config.image_size, listed.config.patch_size = [98, 98], [14, 14]
+    for model in (around, listed):
+        for found, want in zip(ViT.from_hf(model)(images(98, 98, batch=1)), expected, strict=True):
+            assert torch.equal(found, want)
+
+
+@torch.no_grad()
+def test_no_register_is_a_number_of_registers():
+    torch.manual_seed(0)
+    model = transformers.Dinov2WithRegistersModel(
+        transformers.Dinov2WithRegistersConfig(**TINY, num_register_tokens=0)
+    ).eval()
+    pixels = images(98, 98, batch=1)
+    x, _ = ViT.from_hf(model)(pixels)
+    torch.testing.assert_close(x, model(imagenet(pixels)).pooler_output, rtol=1e-5, atol=1e-5)
 
 
 def test_without_transformers_the_message_says_what_to_install(tiny, tmp_path, monkeypatch):
@@ -242,8 +281,11 @@ def test_activation_checkpointing_changes_no_gradient():
     gradients = []
     for switch in (False, True):
         vit = small(activation_checkpointing=switch)
+        runs = []
+        vit.blocks[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         x, patches = vit(images(16, 24))
         (x.sum() + patches.square().sum()).backward()
+        assert len(runs) == 1 + switch  # once more in backward
         gradients.append([parameter.grad for parameter in vit.parameters() if parameter.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
