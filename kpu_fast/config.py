@@ -315,10 +315,10 @@ def _check_deepspeed(cfg: Config) -> None:
             raise _impossible(f'deepspeed.{key}: not supported; set precision to "bf16" or "fp32"')
     if "bf16" in block and _enabled(block, "bf16") != (cfg.precision == "bf16"):
         raise _impossible(f'deepspeed.bf16: found {block["bf16"]}, which contradicts precision = "{cfg.precision}"')
-    if block.get("bf16", {}).get("immediate_grad_update") is False:
+    if (found := block.get("bf16", {}).get("immediate_grad_update", True)) is not True:
         raise _impossible(
-            "deepspeed.bf16.immediate_grad_update: found false, with which DeepSpeed's BF16_Optimizer keeps the "
-            "gradient of one of several forwards; leave it out"
+            f"deepspeed.bf16.immediate_grad_update: found {json.dumps(found)}; unless it is true, DeepSpeed's "
+            "BF16_Optimizer keeps the gradient of one of several forwards; leave it out"
         )
     if "gradient_clipping" in block and (block["gradient_clipping"] or None) != cfg.optimizer.clip_grad_norm:
         found = block["gradient_clipping"]
@@ -328,11 +328,16 @@ def _check_deepspeed(cfg: Config) -> None:
     zero = block.get("zero_optimization", {})
     if not isinstance(zero, dict) or isinstance(zero.get("stage"), bool) or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise _impossible(f"deepspeed.zero_optimization: found {zero}; expected an object with stage 0, 1, 2 or 3")
-    if zero.get("compute_grad_norm") is False and cfg.optimizer.clip_grad_norm is not None:
+    if zero.get("compute_grad_norm", True) is not True and cfg.optimizer.clip_grad_norm is not None:
         raise _impossible(
-            "deepspeed.zero_optimization.compute_grad_norm: found false, but clipping needs the norm; "
+            "deepspeed.zero_optimization.compute_grad_norm: not true, but clipping needs the norm; "
             "set optimizer.clip_grad_norm to null with it"
         )
+
+
+def unknown_deepspeed_keys(cfg: Config) -> list[str]:
+    """The keys of the deepspeed block that are not known here: new in DeepSpeed, or mistaken."""
+    return [key for key in cfg.deepspeed if key not in _DEEPSPEED_KEYS]
 
 
 def _enabled(block: dict[str, Any], key: str) -> bool:
@@ -354,6 +359,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     for override in overrides or []:
         _apply_override(tree, override)
     _settle_teachers(tree)
+    try:
+        json.dumps(tree, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{path}: {error.object[error.start : error.end]!r} is no character of any text") from None
     try:
         return Config.model_validate_json(json.dumps(tree))
     except ValidationError as error:

@@ -17,6 +17,14 @@ def _installed(name: str) -> bool:
         return False
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that the memory of the machine or of a device did not suffice."""
+    import torch
+
+    # torch has no class of its own for a CPU's memory.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def usable_device(name: str):
     """The torch.device `name`; "auto": a GPU if there is one. Raises ValueError where it cannot be used."""
     import torch

@@ -4,7 +4,8 @@
 
 The same file runs under `deepspeed`, `torchrun` and plain `python`, on GPUs and on a CPU.
 Exit codes: 0 finished, or stopped by SIGTERM/SIGINT after writing a checkpoint; 2 a config, data, model or output that
-cannot be used; 3 the loss is no longer finite; 4 a checkpoint or another file could not be written; 130 second Ctrl-C.
+cannot be used, or too little memory; 3 a loss or weight is no longer finite; 4 a checkpoint or another file could not
+be written; 130 second Ctrl-C.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if importlib.util.find_spec("kpu_fast") is None:
         return _fail("not installed: kpu_fast; pip install -c constraints.txt -e '.[train]'", 2)
-    from kpu_fast.machine import missing
+    from kpu_fast.machine import is_out_of_memory, missing
 
     if problem := missing(NEEDED):
         return _fail(problem, 2)
@@ -62,6 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     except (RunError, Diverged, CheckpointError, OutputError) as error:
         code = 2 if isinstance(error, RunError) else 3 if isinstance(error, Diverged) else 4
         return _fail(error, code, alone=not hasattr(error, "shared"))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        hint = "smaller batch_size, activation_checkpointing=true or ZeRO 2 need less; what is saved is whole"
+        return _fail(f"out of memory: {str(error).splitlines()[0]}. {hint}", 2, alone=True)
     except KeyboardInterrupt:
         return _fail("interrupted; what is saved is whole: go on with --resume auto", 130)
     return 0

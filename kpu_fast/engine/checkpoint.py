@@ -40,7 +40,6 @@ class Checkpoints:
         """Write the state after `step`. Raises CheckpointError on all ranks; older checkpoints stay as they were."""
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-{final.name}"
-        self._agree(None if _finite(engine) else "a trainable parameter is NaN or Inf", step)
         try:
             self._agree(self._on_rank0(lambda: _fresh_folder(partial)), step)
             problems = _save_engine(engine, partial)
@@ -242,7 +241,8 @@ def _save_engine(engine, folder: Path) -> list[str]:
     return problems
 
 
-def _finite(engine) -> bool:
+def is_finite(engine) -> bool:
+    """Whether every trained weight that this rank holds is a finite number: nothing else is worth a checkpoint."""
     trained = [p for p in engine.module.parameters() if p.requires_grad]
     return bool(torch.stack([_share(p).detach().isfinite().all() for p in trained]).all())
 

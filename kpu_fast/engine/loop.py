@@ -1,5 +1,6 @@
 """The training loop: one forward per teacher, losses weighed and summed, one backward, one step."""
 
+import logging
 import os
 import signal
 import time
@@ -12,23 +13,32 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from kpu_fast.config import Config
+from kpu_fast.config import Config, unknown_deepspeed_keys
 from kpu_fast.data.pipeline import Stream
 from kpu_fast.data.scan import Index, load_or_scan
-from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints, resolve_resume
+from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints, is_finite, resolve_resume
 from kpu_fast.engine.distributed import World, first_problem, from_rank0, init_distributed, shared
 from kpu_fast.engine.monitor import NOT_FINITE, Diverged, Monitor
 from kpu_fast.engine.optimizer import build_optimizer, build_scheduler, restore_settings
 from kpu_fast.engine.result import write_result
-from kpu_fast.engine.run_folder import OutputError, changed_settings, claim_run_folder, record_run
+from kpu_fast.engine.run_folder import (
+    OutputError,
+    changed_settings,
+    claim_run_folder,
+    makes_another_network,
+    record_run,
+)
 from kpu_fast.engine.terminal import say_from_handler, terminal_may_go
 from kpu_fast.engine.zero import quicken
+from kpu_fast.machine import is_out_of_memory
 from kpu_fast.models.attention import BackendError, describe
 from kpu_fast.models.features import Features
 from kpu_fast.models.student import Student
 from kpu_fast.models.teachers import Teacher, build_teacher
 from kpu_fast.objectives.balance import FAMO, TeacherDrop, build_balance
 from kpu_fast.objectives.kpu import KPU
+
+log = logging.getLogger(__name__)
 
 CALIBRATION_SEED = 2**48  # added to a stream's seed: no run's stream has it, the statistics are of other crops
 
@@ -116,6 +126,8 @@ def build(cfg: Config, world: World, indexes: dict[str, Index] | None = None) ->
             model=module, optimizer=optimizer, lr_scheduler=scheduler, config=cfg.deepspeed_config()
         )
     except Exception as error:  # DeepSpeed has no error of its own for a block it cannot use
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         problem = f"deepspeed: DeepSpeed cannot use this block ({type(error).__name__}: {reason})"
         raise shared(RunError(problem)) from error
@@ -176,9 +188,14 @@ def _calibrate(cfg: Config, world: World, parts: Parts) -> None:
 
 def _resume(cfg: Config, world: World, parts: Parts, checkpoints: Checkpoints, checkpoint: Path) -> dict[str, Any]:
     """Load a checkpoint; the config's settings hold, also where the checkpoint was written with others."""
-    engine = parts.engine
+    engine, changed = parts.engine, changed_settings(checkpoint.parents[1], cfg)
+    if other := [key for key in changed if makes_another_network(key)]:
+        problem = f"its run had another {', '.join(other[:3])}, and its weights mean something else with this one"
+        raise shared(RunError(f"{checkpoint}: {problem}; set it back, or train under another name"))
+    if changed and world.rank == 0:
+        log.warning("%s: its run had another %s; what this config says holds", checkpoint, ", ".join(changed))
     try:
-        state = checkpoints.load(engine, checkpoint, changed_settings(checkpoint.parents[1], cfg))
+        state = checkpoints.load(engine, checkpoint, changed)
     except CheckpointError as error:
         raise shared(RunError(str(error))) from error
     if state["step"] > cfg.steps:
@@ -255,6 +272,8 @@ def _run_steps(cfg, world, parts: Parts, streams: dict[str, Stream], checkpoints
                     raise shared(Diverged(NOT_FINITE.format(step=step)))
                 if step % cfg.checkpoint.every == 0 or step == cfg.steps or monitor.stop:
                     monitor.flush()
+                    if first_problem(world, None if is_finite(engine) else "NaN") is not None:
+                        raise shared(Diverged(f"step {step}: a trained weight is NaN or Inf"))
                     states = {name: stream.state() for name, stream in streams.items()}
                     rank_state = {"streams": states, "rng": _get_rng(world.device)}
                     if isinstance(balance, FAMO):
@@ -341,7 +360,12 @@ def _announce(cfg: Config, world: World, parts: Parts, start: int, checkpoint: P
         f"{cfg.name}: {world.size} x {world.device.type}, {cfg.precision}, attention: {describe(cfg.student.attention)}"
     )
     print(f"trainable {trainable / 1e6:.1f} M parameters (student and heads), frozen {frozen / 1e6:.1f} M")
+    for key in unknown_deepspeed_keys(cfg):
+        log.warning("deepspeed.%s: no key that kpu_fast knows, and DeepSpeed passes over what it does not know", key)
     for name, index in parts.indexes.items():
         data = cfg.teachers[name].data
-        print(f"{name}: {data.batch_size} images of {data.size[0]}x{data.size[1]} per rank and step. {index.summary()}")
+        first, *more = [data.source] if isinstance(data.source, str) else data.source
+        source = first + (f" and {len(more)} more" if more else "")
+        print(f"{name}: {data.batch_size} images of {data.size[0]}x{data.size[1]} per rank and step, from {source}")
+        print(f"  {index.summary()}")
     print(f"from step {start} of {checkpoint}" if checkpoint else "from the beginning", flush=True)

@@ -89,9 +89,11 @@ def test_killed_and_resumed_equals_never_killed(moment, whole, start, tmp_path):
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     assert not (run / "student").exists()
+    (run / "checkpoints" / ".partial-step-00000099").mkdir()
     finish(start(resume="auto"))
     assert losses(run) == losses(whole)
     assert weights(run) == weights(whole)
+    assert not list((run / "checkpoints").glob(".partial-*"))
 
 
 def test_two_ranks_killed_and_resumed_equal_never_killed(whole, start, tmp_path):
@@ -121,6 +123,21 @@ def test_sigterm_writes_a_checkpoint_and_exits_0(whole, start, tmp_path):
     finish(start("checkpoint.every=1000", resume="auto"))
     assert losses(run) == losses(whole)
     assert weights(run) == weights(whole)
+
+
+def test_a_second_ctrl_c_seconds_later_stops_at_once(tiny, environment, tmp_path):
+    """In the middle of a step that does not end: nothing more is written."""
+    worker = Path(__file__).parents[1] / "helpers" / "endless_step_worker.py"
+    command = [sys.executable, str(worker), str(tiny), str(tmp_path)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any(line == "in step 3\n" for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    time.sleep(3.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, code=130)
+    assert err.splitlines()[-1] == "error: interrupted; what is saved is whole: go on with --resume auto"
+    assert (tmp_path / "tiny" / "checkpoints" / "latest").read_text() == "step-00000002"
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, None], ids=["Ctrl-C", "no signal"])
@@ -228,6 +245,8 @@ def test_a_second_run_needs_resume(whole, start, tmp_path):
         (["optimizer.impl=apex"], None, "optimizer.impl"),
         (["student.adapter.interactions=3"], None, "student: Adapter: interactions 3"),
         (["deepspeed.zero_optimization.stagee=2"], None, "deepspeed: DeepSpeed cannot use this block"),
+        (["student.head_hidden=1000000000000"], None, "out of memory: "),
+        (["teachers.clip.data.batch_size=1000000000000"], None, "out of memory: "),
         ([], "/no/such/run", "--resume /no/such/run: no checkpoint there"),
     ],
     ids=lambda value: str(value)[:40],
@@ -239,6 +258,21 @@ def test_what_cannot_run_says_so_and_exits_2(overrides, resume, message, start, 
     assert message in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in err
+
+
+def test_a_deepspeed_key_that_nobody_knows_is_named(start):
+    _, err = finish(start('deepspeed={"zero": {"stage": 2}}', "steps=2"))
+    assert "deepspeed.zero: no key that kpu_fast knows" in err
+
+
+def test_bf16_without_zero_takes_the_steps_that_bf16_with_zero_takes(start, tmp_path):
+    """At stage 0 DeepSpeed takes a step of its own before the first, which must leave nothing behind."""
+    found = []
+    for stage in (0, 1):
+        switches = ["precision=bf16", "steps=4", f"deepspeed.zero_optimization.stage={stage}"]
+        finish(start(*switches, output=tmp_path / str(stage)))
+        found.append([row[-1] for row in losses(tmp_path / str(stage) / "tiny")])
+    assert found[0] == pytest.approx(found[1], rel=2e-3)
 
 
 def test_fewer_images_than_ranks(start, photos, tmp_path):
@@ -269,8 +303,10 @@ def test_bad_images_are_left_out_and_counted(start, photos, tmp_path):
 def test_settings_changed_on_resume_hold(whole, start, tmp_path):
     """More steps and another optimiser: the schedule is that of the new config, not a mixture."""
     shutil.copytree(whole, tmp_path / "tiny")
-    changed = ["steps=12", "optimizer.lr=1e-4", "optimizer.weight_decay=0.5"]
-    finish(start(*changed, resume="auto"))
+    changed = ["steps=12", "optimizer.lr=1e-4", "optimizer.weight_decay=0.5", "optimizer.betas=[0.5,0.6]"]
+    changed += ["optimizer.eps=1e-3", "objective.rec_weight=0.5"]
+    _, err = finish(start(*changed, resume="auto"))
+    assert "its run had another objective.rec_weight; what this config says holds" in err
     rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
     expected = [0.5e-4 * (1 + math.cos(math.pi * (step - 2) / 10)) for step in range(8, 12)]
     assert [row["lr"] for row in rows[8:]] == pytest.approx(expected)
@@ -280,6 +316,7 @@ def test_settings_changed_on_resume_hold(whole, start, tmp_path):
     )
     groups = state["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert [(tuple(group["betas"]), group["eps"]) for group in groups] == [((0.5, 0.6), 1e-3)] * 2
     resolved = json.loads((tmp_path / "tiny" / "config.resolved.json").read_text())
     assert resolved["config"]["steps"] == 12
 
@@ -295,6 +332,13 @@ def test_settings_changed_on_resume_hold(whole, start, tmp_path):
         (None, ["precision=bf16"], "auto", "written with precision = fp32, this run has bf16"),
         (None, ["seed=1"], "auto", "written with seed = 0, this run has 1"),
         (None, ["student.head_hidden=16"], "auto", "its run had another student.head_hidden"),
+        (
+            None,
+            ["student.vit.arch.heads=4"],
+            "auto",
+            "its run had another student.vit.arch.heads, and its weights mean",
+        ),
+        (None, ["teachers.clip.arch.num_hidden_layers=1"], "auto", "another teachers.clip.arch.num_hidden_layers, and"),
         (None, ["objective.centre=false"], "auto", "its run had another objective.centre"),
     ],
     ids=str,
@@ -342,27 +386,33 @@ def test_a_rank_that_cannot_write_stops_all_ranks(tiny, environment, tmp_path):
 
 
 ZERO_1 = 'deepspeed={"zero_optimization": {"stage": 1}}'
+GRADIENT = "the gradient is not finite, though every loss is"
 NO_NORM = ['deepspeed={"zero_optimization": {"stage": 1, "compute_grad_norm": false}}', "optimizer.clip_grad_norm=null"]
 
 
 @pytest.mark.parametrize(
-    ("switches", "waits"),
+    ("switches", "waits", "message"),
     [
-        (["deepspeed={}"], False),  # stage 0: the step is taken, and the weights are NaN
-        ([ZERO_1], True),  # DeepSpeed reads the norm, and leaves the step out
-        (["precision=bf16", ZERO_1], False),  # taken as well
-        (["precision=bf16", *NO_NORM], True),  # DeepSpeed looks at every gradient, and leaves the step out
+        (["deepspeed={}"], False, GRADIENT),  # stage 0: the step is taken, and the weights are NaN
+        (
+            ["deepspeed={}", "optimizer.clip_grad_norm=null"],
+            False,
+            "a trained weight is NaN or Inf",
+        ),  # no norm to look at
+        ([ZERO_1], True, GRADIENT),  # DeepSpeed reads the norm, and leaves the step out
+        (["precision=bf16", ZERO_1], False, GRADIENT),  # taken as well
+        (["precision=bf16", *NO_NORM], True, GRADIENT),  # DeepSpeed looks at every gradient, and leaves the step out
     ],
-    ids=["fp32", "fp32, ZeRO 1", "bf16, ZeRO 1", "bf16, ZeRO 1, no norm"],
+    ids=["fp32", "fp32, no norm", "fp32, ZeRO 1", "bf16, ZeRO 1", "bf16, ZeRO 1, no norm"],
 )
-def test_a_gradient_that_is_not_finite_stops_the_run(switches, waits, tiny, environment, tmp_path):
+def test_a_gradient_that_is_not_finite_stops_the_run(switches, waits, message, tiny, environment, tmp_path):
     """Whether the step is taken or left out, and with a checkpoint due at every step: none is written of it."""
     worker = Path(__file__).parents[1] / "helpers" / "nan_gradient_worker.py"
     done = subprocess.run(
         [sys.executable, str(worker), str(tiny), str(tmp_path), "checkpoint.every=1", *switches],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    assert "stopped: step 3: the gradient is not finite, though every loss is" in done.stdout, done.stderr
+    assert f"stopped: step 3: {message}" in done.stdout, done.stderr
     checkpoints = tmp_path / "tiny" / "checkpoints"
     assert f"last good checkpoint is {checkpoints / 'step-00000002'}" in done.stdout
     assert not (checkpoints / "step-00000003").exists()
