@@ -170,7 +170,9 @@ MISTAKES = [
     ("objective.standardize_batches=9", 'objective.standardize_batches: belongs to standardize "meanstd" or "phi_s"'),
     ("optimizer.warmup_steps=121", "optimizer.warmup_steps: found 121, more than steps = 120"),
     ("deepspeed.zero_optimization.stage=4", "deepspeed.zero_optimization: found"),
-    ("deepspeed.zero_optimization.compute_grad_norm=false", "found false, but clipping needs the norm"),
+    ("deepspeed.zero_optimization.compute_grad_norm=false", "not true, but clipping needs the norm"),
+    ("deepspeed.zero_optimization.compute_grad_norm=0", "not true, but clipping needs the norm"),
+    ("deepspeed.bf16.immediate_grad_update=0", "found 0; unless it is true, DeepSpeed's"),
     ("deepspeed.optimizer.type=Adam", "deepspeed.optimizer: set it through optimizer"),
     ("deepspeed.train_micro_batch_size_per_gpu=3", "deepspeed.train_micro_batch_size_per_gpu: found 3"),
     ("deepspeed.train_batch_size=18", "deepspeed.train_batch_size: found 18; it depends on the number of ranks"),
@@ -274,3 +276,10 @@ def test_command_answers_in_one_line_before_any_model_library_loads(tmp_path):
     assert done.stdout.strip() == "code 2 heavy []"
     assert done.stderr.count("\n") == 1
     assert "stepz: unknown key; did you mean 'steps'?" in done.stderr
+
+
+def test_half_a_character_is_named(tmp_path):
+    path = tmp_path / "half.json"
+    path.write_text('{"extends": "' + str(ROOT / "configs" / "random.json") + '", "name": "\\ud800"}')
+    with pytest.raises(ConfigError, match=r"half.json: '\\ud800' is no character of any text"):
+        load_config(path)

@@ -1,0 +1,25 @@
+"""Which images the teachers' streams read."""
+
+import torch
+
+from kpu_fast.config import load_config
+from kpu_fast.data.scan import load_or_scan
+from kpu_fast.engine.distributed import World
+from kpu_fast.engine.loop import CALIBRATION_SEED, open_streams
+
+
+def test_no_two_streams_of_one_source_read_the_same(tiny, monkeypatch, tmp_path):
+    """Two teachers, and the batches that statistics are made of: the same images in another order, cut otherwise."""
+    monkeypatch.setenv("KPU_FAST_CACHE", str(tmp_path))
+    alike = [f"teachers.{name}.data.{key}" for name in ("clip", "gdino") for key in ("batch_size=4", "size=[64,64]")]
+    cfg = load_config(tiny, [*alike, "teachers.gdino.data.fit=crop"])
+    index = load_or_scan(cfg.source)
+    world = World(0, 1, torch.device("cpu"), 0, None)
+    place = {name: index for name in cfg.teachers}
+    first, again, statistics = (
+        [next(stream).images for stream in open_streams(cfg, place, world, {}, seed).values()]
+        for seed in (None, None, cfg.seed * len(cfg.teachers) + CALIBRATION_SEED)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    seen = [*first, *statistics]
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
