@@ -23,14 +23,15 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Multiple32 = Annotated[int, Field(ge=32, multiple_of=32)]
 
 # What a `deepspeed` block is made of: DeepSpeed passes over a key it does not know, so one that is nearly one of these
-# would do nothing. Others go through, as a newer DeepSpeed may know more.
+# would do nothing. Others go through with a warning, as a newer DeepSpeed may know more.
 _DEEPSPEED_KEYS = (
-    "activation_checkpointing", "aio", "bf16", "checkpoint", "comms_logger", "communication_data_type", "compile",
-    "csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last", "disable_allgather", "dump_state",
-    "flops_profiler", "fp16", "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor",
-    "memory_breakdown", "optimizer", "prescale_gradients", "scheduler", "steps_per_print", "tensorboard", "timers",
-    "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb",
-    "zero_allow_untested_optimizer", "zero_optimization",
+    "activation_checkpointing", "aio", "amp", "bf16", "checkpoint", "comms_logger", "communication_data_type",
+    "compile", "csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last", "disable_allgather",
+    "dump_state", "elasticity", "flops_profiler", "fp16", "gradient_accumulation_steps", "gradient_clipping",
+    "gradient_predivide_factor", "memory_breakdown", "optimizer", "prescale_gradients", "scheduler",
+    "sparse_gradients", "steps_per_print", "tensorboard", "timers", "torch_autocast",
+    "train_batch_size", "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 )  # fmt: skip
 
 

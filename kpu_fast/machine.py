@@ -21,8 +21,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that the memory of the machine or of a device did not suffice."""
     import torch
 
-    # torch has no class of its own for a CPU's memory.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    # What torch has no class of its own for: a CPU's memory, and CUDA's and cuBLAS's own allocations.
+    texts = "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def usable_device(name: str):

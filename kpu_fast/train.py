@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         hint = "smaller batch_size, activation_checkpointing=true or ZeRO 2 need less; what is saved is whole"
-        return _fail(f"out of memory: {str(error).splitlines()[0]}. {hint}", 2, alone=True)
+        return _fail(f"out of memory: {(str(error) or type(error).__name__).splitlines()[0]}. {hint}", 2, alone=True)
     except KeyboardInterrupt:
         return _fail("interrupted; what is saved is whole: go on with --resume auto", 130)
     return 0

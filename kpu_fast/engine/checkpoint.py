@@ -60,9 +60,8 @@ class Checkpoints:
         """
         meta = _read_meta(folder)
         for key, value in self._constants(engine).items():
-            before = meta.get(key, value)
-            if before != value:
-                raise CheckpointError(f"{folder}: written with {key} = {before}, this run has {value}; set it back")
+            for name, before, now in _differences(key, meta.get(key, value), value):
+                raise CheckpointError(f"{folder}: written with {name} = {before}, this run has {now}; set it back")
         state = self._read_rank_state(folder, changed)
         problem = None
         try:
@@ -183,6 +182,16 @@ def _check_rewind(chosen: Path, folder: Path) -> Path:
 
 def _whole(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{META}"))
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(name, before, now) of what differs; of nested settings each that does, with dots between the names."""
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        if before != now:
+            yield name, before, now
+        return
+    for key in {**before, **now}:
+        yield from _differences(f"{name}.{key}", before.get(key), now.get(key))
 
 
 def _in_one_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """The training loop: one forward per teacher, losses weighed and summed, one backward, one step."""
 
+import json
 import logging
 import os
 import signal
@@ -25,7 +26,6 @@ from kpu_fast.engine.run_folder import (
     OutputError,
     changed_settings,
     claim_run_folder,
-    makes_another_network,
     record_run,
 )
 from kpu_fast.engine.terminal import say_from_handler, terminal_may_go
@@ -73,6 +73,7 @@ def train(cfg: Config, resume: str | None = None) -> None:
         checkpoint = resolve_resume(resume, checkpoints.folder) if world.rank == 0 else None
     checkpoint = from_rank0(world, checkpoint)
     parts = build(cfg, world)
+    checkpoints.constants |= _networks(cfg, parts.engine.module.student)
     state = {"step": 0, "streams": {}}
     if checkpoint is not None:
         state = _resume(cfg, world, parts, checkpoints, checkpoint)
@@ -140,6 +141,14 @@ def build(cfg: Config, world: World, indexes: dict[str, Index] | None = None) ->
     return Parts(indexes, teachers, engine, build_balance(cfg.objective.balance, len(teachers), world.device))
 
 
+def _networks(cfg: Config, student: Student) -> dict[str, Any]:
+    """What the networks compute, as JSON has it: of another one the same weights would mean something else."""
+    own = {key: value for key, value in student.config.items() if key != "heads"}  # they follow the teachers and images
+    fields = ("kind", "arch", "levels")
+    teachers = {name: {key: getattr(teacher, key) for key in fields} for name, teacher in cfg.teachers.items()}
+    return json.loads(json.dumps({"networks": {"student": own, "teachers": teachers}}))
+
+
 def _find_images(cfg: Config, world: World) -> dict[str, Index]:
     """The index of every teacher's source; each source is scanned once, however many teachers share it."""
     sources = {name: str(teacher.data.source) for name, teacher in cfg.teachers.items()}
@@ -189,15 +198,16 @@ def _calibrate(cfg: Config, world: World, parts: Parts) -> None:
 def _resume(cfg: Config, world: World, parts: Parts, checkpoints: Checkpoints, checkpoint: Path) -> dict[str, Any]:
     """Load a checkpoint; the config's settings hold, also where the checkpoint was written with others."""
     engine, changed = parts.engine, changed_settings(checkpoint.parents[1], cfg)
-    if other := [key for key in changed if makes_another_network(key)]:
-        problem = f"its run had another {', '.join(other[:3])}, and its weights mean something else with this one"
-        raise shared(RunError(f"{checkpoint}: {problem}; set it back, or train under another name"))
-    if changed and world.rank == 0:
-        log.warning("%s: its run had another %s; what this config says holds", checkpoint, ", ".join(changed))
     try:
         state = checkpoints.load(engine, checkpoint, changed)
     except CheckpointError as error:
         raise shared(RunError(str(error))) from error
+    if changed and world.rank == 0:
+        # The checkpoint has the student's weights, and the statistics of the teachers.
+        here = {key: key in ("student.vit.weights", "objective.standardize_batches") for key in changed}
+        for what, of in (("this config's holds", False), ("the checkpoint's holds", True)):
+            if keys := [key for key in changed if here[key] == of]:
+                log.warning("%s: its run had another %s; %s", checkpoint, ", ".join(keys), what)
     if state["step"] > cfg.steps:
         raise shared(RunError(f"steps: found {cfg.steps}, but {checkpoint} is already at step {state['step']}"))
     restore_settings(cfg.optimizer, engine.lr_scheduler)

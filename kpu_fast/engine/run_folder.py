@@ -60,29 +60,14 @@ def record_run(folder: Path, cfg: Config) -> None:
 
 
 def changed_settings(folder: Path, cfg: Config) -> list[str]:
-    """The keys of student, teachers and objective that the run in the folder had otherwise; [] if it tells nothing.
-
-    A key that only one of the two has counts below a teacher's or the ViT's `arch`: elsewhere it is as old as the code.
-    """
+    """The keys of student, teachers and objective that the run in the folder had otherwise; [] if it tells nothing."""
     try:
         before = json.loads((folder / RESOLVED).read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     now = cfg.model_dump(mode="json")
     both = [dict(_leaves({part: tree.get(part) for part in _SHAPING})) for tree in (before, now)]
-    known = [key for key in both[0].keys() | both[1].keys() if ".arch." in key or all(key in one for one in both)]
-    return sorted(key for key in known if both[0].get(key) != both[1].get(key))
-
-
-def makes_another_network(key: str) -> bool:
-    """Whether the setting chooses what a network computes: with another value the same weights mean something else.
-
-    Where weights come from is no such setting: a folder may move, and the student's are in the checkpoint.
-    """
-    part, *rest = key.split(".")
-    if part == "student":
-        return rest not in (["attention"], ["vit", "weights"])
-    return part == "teachers" and rest[1] in ("kind", "arch", "levels")
+    return sorted(key for key in both[0].keys() | both[1].keys() if both[0].get(key) != both[1].get(key))
 
 
 def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:

@@ -126,7 +126,7 @@ def make_prompt(classes: Sequence[str], tokenizer, max_tokens: int) -> Prompt:
             row[i] = stop > start and start >= first and stop <= last
         if not row.any():
             raise ValueError(f"class {name!r}: the tokenizer makes no token of it")
-        if (tokens["input_ids"][0, row > 0] == tokenizer.unk_token_id).any():
+        if tokenizer.unk_token_id in tokens["input_ids"][0, row > 0].tolist():
             raise ValueError(f"class {name!r}: the tokenizer does not know some of it; choose other words")
         row /= row.sum()
     types = tokens.get("token_type_ids", torch.zeros_like(tokens["input_ids"]))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kpu_fast.evaluate.result import EvaluateError
 from kpu_fast.models.features import Features
 from kpu_fast.models.hf_files import usual_size
-from kpu_fast.models.hub import WeightsError, find_folder, read_json
+from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, read_json
 from kpu_fast.models.student import Student
 from kpu_fast.models.teachers import backbone_types, build_teacher
 from kpu_fast.models.vit import ViT
@@ -115,6 +115,7 @@ def load_encoder(
             kind, size = "sentinel", usual_size(net.vit.config)
         else:
             kind, size = _TEACHERS.get(model_type, "backbone"), _LARGEST
+            import_transformers(key)
             if kind == "backbone" and model_type not in backbone_types():
                 raise EvaluateError(
                     f"{key}: {folder} holds a model of type {model_type!r}; expected a student, a CLIP, GroundingDINO "

@@ -145,7 +145,8 @@ class KPUStudentModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args, **kwargs):
-        """As in transformers, but raises ValueError for weights that are missing, too many or of another shape.
+        """As in transformers, but raises ValueError for weights that are missing, too many, or of another shape though
+        ignore_mismatched_sizes lets them be, instead of a warning.
 
         In a subclass that holds for the student's weights only: its own layers may be new.
         """

@@ -61,7 +61,10 @@ class Student(nn.Module):
         self.adapter = None
         if adapter is not None:
             adapter = {"heads": self.vit.heads, **adapter}
-            self.adapter = Adapter(self.dim, self.vit.depth, **adapter, **runtime)
+            try:
+                self.adapter = Adapter(self.dim, self.vit.depth, **adapter, **runtime)
+            except (TypeError, ArithmeticError) as error:  # a setting unknown, mistyped or infinite
+                raise ValueError(f"adapter: {error}.") from error
         self.head_specs = {name: _as_spec(name, spec) for name, spec in (heads or {}).items()}
         self.heads = nn.ModuleDict()
         for name, spec in self.head_specs.items():
@@ -159,8 +162,6 @@ class Student(nn.Module):
                 activation_checkpointing=activation_checkpointing,
             )
         except (TypeError, ArithmeticError) as error:  # a keyword argument missing, unknown, mistyped or infinite
-            if "Adapter" in str(error):
-                raise ValueError(f"student.adapter: {error}.") from error
             expected = ", ".join(name for name in inspect.signature(ViT).parameters)
             raise ValueError(f"student.vit.arch: {error}; ViT takes {expected}.") from error
         except ValueError as error:  # sizes that do not divide

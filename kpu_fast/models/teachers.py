@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kpu_fast.machine import is_out_of_memory
 from kpu_fast.models.features import Features, FeatureSpec, cells
 from kpu_fast.models.hub import (
     PROCESSORS,
@@ -120,6 +121,8 @@ class Teacher(nn.Module):
         try:
             x, maps = self(torch.zeros(1, 3, height, width, device=self.mean.device))
         except Exception as error:  # each network of transformers has its own way of refusing a size
+            if is_out_of_memory(error):
+                raise
             raise WeightsError(
                 f"teachers.{self.name}: does not take images of {height}×{width}: "
                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -237,6 +240,8 @@ def _random_net(name: str, cfg, seed: int) -> nn.Module:
     except WeightsError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise WeightsError(
             f"teachers.{name}.arch: {config_class.__name__} does not take {cfg.arch}: {error}"
         ) from error

@@ -21,7 +21,7 @@ def check_images(images: Tensor) -> None:
     """Raises ValueError unless images are (B, 3, H, W) floats, B > 0: bytes up to 255 would be taken for [0, 1]."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images: expected (B, 3, H, W), found shape {tuple(images.shape)}.")
-    if not len(images):
+    if not images.shape[0]:  # not len(), which would make a number of an exported batch
         raise ValueError("images: the batch is empty.")
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}, expected floating point in [0, 1]; give images.float() / 255.")
@@ -259,12 +259,18 @@ class ViT(nn.Module):
         """
         model = weights if isinstance(weights, nn.Module) else _load_hf(weights)
         arch = _hf_arch(model.config)
+        activate_backend(attention)
         model = getattr(model, model.config.model_type, model)  # a classifier holds the ViT inside
         try:
             vit = cls(**arch, attention=attention, activation_checkpointing=activation_checkpointing)
         except (TypeError, ValueError) as error:
             raise WeightsError(f"{_KEY}: the config of {_source(model.config)} describes no ViT: {error}") from error
-        vit.load_state_dict(_hf_state(model.state_dict(), vit.depth))
+        try:
+            vit.load_state_dict(_hf_state(model.state_dict(), vit.depth))
+        except (KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            problem = f"the weights of {_source(model.config)} are not those of its config ({reason})"
+            raise WeightsError(f"{_KEY}: {problem}") from error
         return vit
 
 
@@ -306,6 +312,9 @@ def _hf_arch(config) -> dict:
             raise WeightsError(
                 f"{_KEY}: {key} is {getattr(config, key)!r} in the config of {source}, only {expected!r} works"
             )
+    if config.model_type == "dinov2_with_registers" and not config.num_register_tokens:
+        # Positions are resized with antialias in that model and without in Dinov2Model; ours asks the registers which.
+        raise WeightsError(f"{_KEY}: num_register_tokens is 0 in the config of {source}, only 1 or more works")
     return {
         "patch_size": _side(config, "patch_size"),
         "dim": config.hidden_size,
@@ -349,7 +358,7 @@ def _hf_state(hf: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
     }
     # transformers leaves the mask token out where the config says use_mask_token = false.
     state["embed.mask_token"] = hf.get("embeddings.mask_token", torch.zeros_like(hf["embeddings.cls_token"][0]))
-    if hf.get("embeddings.register_tokens", torch.empty(0)).numel():  # there may be none of them
+    if "embeddings.register_tokens" in hf:
         state["embed.register_tokens"] = hf["embeddings.register_tokens"]
     for i in range(depth):
         theirs, ours = f"encoder.layer.{i}", f"blocks.{i}"

@@ -212,6 +212,7 @@ def test_weights_of_another_model_are_refused(tiny, tmp_path):
         ("qkv_bias", False, "qkv_bias is False"),
         ("layer_norm_eps", 1e-5, "layer_norm_eps is 1e-05"),
         ("num_channels", 1, "num_channels is 1"),
+        ("num_register_tokens", 0, "num_register_tokens is 0 in the config of the model, only 1 or more works"),
         ("image_size", [98, 112], r"image_size is \[98, 112\] in the config of the model, only squares work"),
         ("image_size", 100, "the config of the model describes no ViT: ViT: image_size 100 must be a multiple"),
     ],
@@ -235,15 +236,14 @@ def test_forms_of_a_model_that_are_the_same_vit(tiny):
             assert torch.equal(found, want)
 
 
-@torch.no_grad()
-def test_no_register_is_a_number_of_registers():
-    torch.manual_seed(0)
-    model = transformers.Dinov2WithRegistersModel(
-        transformers.Dinov2WithRegistersConfig(**TINY, num_register_tokens=0)
-    ).eval()
-    pixels = images(98, 98, batch=1)
-    x, _ = ViT.from_hf(model)(pixels)
-    torch.testing.assert_close(x, model(imagenet(pixels)).pooler_output, rtol=1e-5, atol=1e-5)
+def test_weights_that_do_not_belong_to_the_config_are_named(tiny):
+    for key, value in (("image_size", 112), ("num_hidden_layers", 4)):
+        other = copy.deepcopy(tiny)
+        setattr(other.config, key, value)
+        with pytest.raises(
+            WeightsError, match=r"student.vit.weights: the weights of the model are not those of its con"
+        ):
+            ViT.from_hf(other)
 
 
 def test_without_transformers_the_message_says_what_to_install(tiny, tmp_path, monkeypatch):
