@@ -133,7 +133,9 @@ def test_a_name_that_makes_no_prompt_is_blamed_on_what_brought_it(zoo, coloured,
     detect = ["detect", "--model", zoo["gdino"]]
     where = coco(tmp_path, coloured)
     where[3].write_text(where[3].read_text().replace('"green"', '"st. green"'))
-    assert refused(*detect, *where).startswith("--annotations: class 'st. green': a name is not empty and has no full")
+    assert refused(*detect, *where).startswith(
+        "--annotations: class 'st. green': a name is not empty and has no '.' or '?'"
+    )
     for name in ("red", "st. green"):
         shutil.copytree(coloured / "red", tmp_path / "folders" / name)
     assert refused(*detect, "--images", tmp_path / "folders").startswith("--images: class 'st. green': ")
