@@ -22,12 +22,7 @@ from kpu_fast.engine.distributed import World, first_problem, from_rank0, init_d
 from kpu_fast.engine.monitor import NOT_FINITE, Diverged, Monitor
 from kpu_fast.engine.optimizer import build_optimizer, build_scheduler, restore_settings
 from kpu_fast.engine.result import write_result
-from kpu_fast.engine.run_folder import (
-    OutputError,
-    changed_settings,
-    claim_run_folder,
-    record_run,
-)
+from kpu_fast.engine.run_folder import OutputError, changed_settings, claim_run_folder, record_run
 from kpu_fast.engine.terminal import say_from_handler, terminal_may_go
 from kpu_fast.engine.zero import quicken
 from kpu_fast.machine import is_out_of_memory
@@ -202,12 +197,10 @@ def _resume(cfg: Config, world: World, parts: Parts, checkpoints: Checkpoints, c
         state = checkpoints.load(engine, checkpoint, changed)
     except CheckpointError as error:
         raise shared(RunError(str(error))) from error
-    if changed and world.rank == 0:
-        # The checkpoint has the student's weights, and the statistics of the teachers.
-        here = {key: key in ("student.vit.weights", "objective.standardize_batches") for key in changed}
-        for what, of in (("this config's holds", False), ("the checkpoint's holds", True)):
-            if keys := [key for key in changed if here[key] == of]:
-                log.warning("%s: its run had another %s; %s", checkpoint, ", ".join(keys), what)
+    in_checkpoint = {"student.vit.weights", "objective.standardize_batches"} & set(changed)
+    for keys, whose in ((set(changed) - in_checkpoint, "this config's"), (in_checkpoint, "the checkpoint's")):
+        if keys and world.rank == 0:
+            log.warning("%s: its run had another %s; %s holds", checkpoint, ", ".join(sorted(keys)), whose)
     if state["step"] > cfg.steps:
         raise shared(RunError(f"steps: found {cfg.steps}, but {checkpoint} is already at step {state['step']}"))
     restore_settings(cfg.optimizer, engine.lr_scheduler)
