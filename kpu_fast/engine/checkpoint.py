@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from kpu_fast.engine.distributed import World, first_problem, shared
+from kpu_fast.engine.run_folder import differences
 
 LATEST = "latest"
 META = "meta.json"
@@ -60,7 +61,7 @@ class Checkpoints:
         """
         meta = _read_meta(folder)
         for key, value in self._constants(engine).items():
-            for name, before, now in _differences(key, meta.get(key, value), value):
+            for name, (before, now) in differences({key: meta.get(key, value)}, {key: value}).items():
                 raise CheckpointError(f"{folder}: written with {name} = {before}, this run has {now}; set it back")
         state = self._read_rank_state(folder, changed)
         problem = None
@@ -182,16 +183,6 @@ def _check_rewind(chosen: Path, folder: Path) -> Path:
 
 def _whole(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{META}"))
-
-
-def _differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(name, before, now) of what differs; of nested settings each that does, with dots between the names."""
-    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
-        if before != now:
-            yield name, before, now
-        return
-    for key in {**before, **now}:
-        yield from _differences(f"{name}.{key}", before.get(key), now.get(key))
 
 
 def _in_one_line(error: Exception) -> str:

@@ -66,8 +66,13 @@ def changed_settings(folder: Path, cfg: Config) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError):
         return []
     now = cfg.model_dump(mode="json")
-    both = [dict(_leaves({part: tree.get(part) for part in _SHAPING})) for tree in (before, now)]
-    return sorted(key for key in both[0].keys() | both[1].keys() if both[0].get(key) != both[1].get(key))
+    return sorted(differences(*({part: tree.get(part) for part in _SHAPING} for tree in (before, now))))
+
+
+def differences(before: Mapping, now: Mapping) -> dict[str, tuple[object, object]]:
+    """What two trees of settings have otherwise: {"student.vit.heads": (before, now)}."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    return {key: (old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)}
 
 
 def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:

@@ -388,6 +388,7 @@ def test_a_rank_that_cannot_write_stops_all_ranks(tiny, environment, tmp_path):
 
 ZERO_1 = 'deepspeed={"zero_optimization": {"stage": 1}}'
 GRADIENT = "the gradient is not finite, though every loss is"
+WEIGHT = "a trained weight is NaN or Inf"
 NO_NORM = ['deepspeed={"zero_optimization": {"stage": 1, "compute_grad_norm": false}}', "optimizer.clip_grad_norm=null"]
 
 
@@ -395,11 +396,7 @@ NO_NORM = ['deepspeed={"zero_optimization": {"stage": 1, "compute_grad_norm": fa
     ("switches", "waits", "message"),
     [
         (["deepspeed={}"], False, GRADIENT),  # stage 0: the step is taken, and the weights are NaN
-        (
-            ["deepspeed={}", "optimizer.clip_grad_norm=null"],
-            False,
-            "a trained weight is NaN or Inf",
-        ),  # no norm to look at
+        (["deepspeed={}", "optimizer.clip_grad_norm=null"], False, WEIGHT),  # there is no norm to look at
         ([ZERO_1], True, GRADIENT),  # DeepSpeed reads the norm, and leaves the step out
         (["precision=bf16", ZERO_1], False, GRADIENT),  # taken as well
         (["precision=bf16", *NO_NORM], True, GRADIENT),  # DeepSpeed looks at every gradient, and leaves the step out
