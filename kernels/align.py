@@ -30,6 +30,7 @@ from .launch import (
     check_float,
     check_tensor,
     choose_impl,
+    is_empty,
     is_transformed,
     same_grid,
 )
@@ -124,7 +125,8 @@ def align_loss(
     `align_loss_reference` takes over, in float32 (float64).
     The weights are numbers, constants to torch.compile: to schedule one, multiply the loss. A gradient made in the
     forward is scaled in place: a forward captured in a CUDA graph of its own takes one backward per replay.
-    Raises ValueError for shapes, grids, devices and options that do not fit, TypeError for dtypes.
+    Raises ValueError for shapes, grids, devices and options that do not fit, TypeError for dtypes, RuntimeError where
+    impl="triton" cannot run.
     """
     check_weights(cos_weight, l1_weight, beta)
     check_choices(resize, cos_over, reduction, impl)
@@ -159,7 +161,10 @@ def align_loss(
 
 
 class AlignLoss(nn.Module):
-    """`align_loss` with its options fixed; `target_mean` and `target_std` become non-persistent buffers."""
+    """`align_loss` with its options fixed; `target_mean` and `target_std` become non-persistent buffers.
+
+    They move with the module and keep their dtype: the arithmetic is float32 beside maps of any dtype.
+    """
 
     def __init__(
         self,
@@ -183,6 +188,15 @@ class AlignLoss(nn.Module):
         self.options = weights | choices | {"align_corners": align_corners}
         self.register_buffer("target_mean", target_mean, persistent=False)
         self.register_buffer("target_std", target_std, persistent=False)
+
+    def _apply(self, fn, recurse: bool = True) -> "AlignLoss":
+        given = {"target_mean": self.target_mean, "target_std": self.target_std}
+        super()._apply(fn, recurse)
+        for name, before in given.items():
+            moved = getattr(self, name)
+            if moved is not None and moved.dtype != before.dtype:  # a cast of the model around would round them
+                setattr(self, name, before.to(moved.device))
+        return self
 
     def extra_repr(self) -> str:
         """The options, as they were given."""
@@ -235,7 +249,7 @@ def check_tensors(source, target, resize, mean, std, valid) -> None:
         check_float(name, x)
         if x.dim() not in (2, 3, 4):
             raise ValueError(f"{name}: expected (B, H, W, C), (B, N, C) or (B, C), found shape {tuple(x.shape)}")
-        if 0 in x.shape:
+        if is_empty(x.shape):
             raise ValueError(f"{name}: expected at least one sample, token and channel, found shape {tuple(x.shape)}")
     both = f"source {tuple(source.shape)} and target {tuple(target.shape)}"
     if source.dim() != target.dim() or source.shape[0] != target.shape[0]:

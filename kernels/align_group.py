@@ -33,8 +33,9 @@ class AlignTerm(NamedTuple):
 def align_losses(terms: Sequence[AlignTerm], *, impl: str = "auto") -> Tensor:
     """(T,) losses of T terms: `align_loss` of each, in a few launches for all of them on a GPU.
 
-    A term is a call of `align_loss` if its channels are not adjacent in memory (NCHW), its lines not evenly spaced, or
-    if it is of float16 or float64 or wider than the kernels take. Views without a cls token share launches.
+    A term is a call of `align_loss` if its channels are not adjacent in memory (NCHW), its lines not evenly spaced, if
+    it is of float64 or wider than the kernels take, or if it takes a gradient in float16. Views without a cls token
+    share launches.
     Every term has its own upstream gradient; where that is 1, as for the sum of all, the backward reads no gradient.
     Returns float32, or float64 when a tensor is float64. Raises what `align_loss` raises, with the term's number, and
     ValueError for no terms and for terms on several devices.
@@ -55,6 +56,8 @@ def align_losses(terms: Sequence[AlignTerm], *, impl: str = "auto") -> Tensor:
             elif _can_share(term, impl):
                 together.append(number)
         except (ValueError, TypeError, RuntimeError) as error:
+            if type(error) not in (ValueError, TypeError, RuntimeError):  # torch's own, made of more than a message
+                raise
             raise type(error)(f"term {number}: {error}") from None
     device = terms[0].source.device
     for number, term in enumerate(terms):
@@ -92,7 +95,9 @@ def _can_share(term: AlignTerm, impl: str) -> bool:
         return known
     _check_tensors(term)
     sides = term.source, term.target
-    shares = takes_triton(impl, *sides) and gradient_in_forward(*sides, "token", "mean")
+    shares = takes_triton(impl, *sides) and gradient_in_forward(
+        *sides, "token", "mean", *(x.requires_grad for x in sides)
+    )
     shares = shares and all(token_strides(x) for x in sides)
     if alike is not None:
         if len(_known) >= _MAX_KNOWN:
@@ -181,7 +186,7 @@ def _scaled(ctx, upstream) -> list[Tensor | None]:
     wanted = [(grad, place) for grad, place, need in zip(ctx.saved_tensors, places, ctx.needs, strict=True) if need]
     if not wanted:
         products = iter(())
-    elif may_overwrite(wanted[0][0], upstream):
+    elif all(may_overwrite(grad, upstream) for grad, _ in wanted):
         from .align_group_launch import launch_group_scale
 
         launch_group_scale(*zip(*wanted, strict=True), upstream)

@@ -71,7 +71,7 @@ def _allocate(source, target, resize, cos_over, reduction, need_source, need_tar
     grid = align_torch.common_grid(source, target, resize)
     shape = {"mean": (), "sample": grid[:1], "token": grid}[reduction]
     loss = source.new_empty(shape, dtype=align_torch.compute_dtype(source, target))
-    early = gradient_in_forward(source, target, cos_over, reduction)
+    early = gradient_in_forward(source, target, cos_over, reduction, need_source, need_target)
     stats = loss.new_empty(0)
     if cos_over == "map":
         stats = loss.new_empty((3, grid[0], 1, 1))
@@ -93,9 +93,12 @@ def _allocate_gradients(source, target, resize, need_source, need_target):
     return grad_source, grad_target
 
 
-def gradient_in_forward(source: Tensor, target: Tensor, cos_over: str, reduction: str) -> bool:
+def gradient_in_forward(
+    source: Tensor, target: Tensor, cos_over: str, reduction: str, need_source: bool, need_target: bool
+) -> bool:
     """Whether the forward makes the gradient, or keeps what the backward needs to make it."""
-    return reduction == "mean" and cos_over == "token" and torch.float16 not in (source.dtype, target.dtype)
+    half = (need_source and source.dtype == torch.float16) or (need_target and target.dtype == torch.float16)
+    return reduction == "mean" and cos_over == "token" and not half
 
 
 def _run_recompute(
@@ -169,7 +172,7 @@ def _save(ctx, inputs, output):
     source, target, mean, std, valid, *weights, resize, corners, cos_over, reduction, triton, need_s, need_t = inputs
     _, share, stats, *grads = output
     ctx.set_materialize_grads(False)
-    ctx.early = gradient_in_forward(source, target, cos_over, reduction)
+    ctx.early = gradient_in_forward(source, target, cos_over, reduction, need_s, need_t)
     ctx.sides = tuple((*side.shape[1:3], channels_last(side)) for side in (source, target))
     ctx.weights, ctx.resize, ctx.corners, ctx.triton = weights, resize, corners, triton
     ctx.needs = need_s, need_t
@@ -217,8 +220,24 @@ _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph
 
 
 def may_overwrite(grad: Tensor, upstream: Tensor) -> bool:
-    """Whether a kept gradient may be scaled in place: no second walk over the graph needs it, and nothing traces it."""
-    return is_plain(grad, upstream) and not _graph_is_kept()
+    """Whether a kept gradient may be scaled in place, as one stretch of memory.
+
+    Not if a second walk over the graph needs it, if anything traces it, or if a hook on saved tensors gave it back with
+    gaps or repetitions.
+    """
+    return is_plain(grad, upstream) and not _graph_is_kept() and _is_dense(grad)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the numbers of x fill one stretch of memory, each once, in any order of dimensions."""
+    if x.is_contiguous():
+        return True
+    filled = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride != filled:
+            return False
+        filled *= size
+    return True
 
 
 def _save_operator(ctx, inputs, output):

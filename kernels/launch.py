@@ -198,6 +198,13 @@ def same_grid(one: Sequence[int], other: Sequence[int]) -> bool:
     return not torch.compiler.is_exporting() and tuple(one) == tuple(other)
 
 
+def is_empty(shape: Sequence[int]) -> bool:
+    """Whether a side is 0; in `torch.export` one that is to stay open is not asked."""
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        return any(type(side) is int and side == 0 for side in shape)
+    return 0 in shape
+
+
 def is_transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is under way.
 

@@ -167,10 +167,19 @@ def moments(x: Tensor, *, valid: Tensor | None = None, impl: str = "auto") -> Mo
         if valid.device != x.device:
             raise ValueError(f"valid: expected the device of x, {x.device}, found {valid.device}; move it first")
     chosen = choose_impl(impl, x, supported=math.prod(x.shape[:-1]) <= MAX_TOKENS)
-    x = _four_dimensions(x.detach())
+    x, compute = x.detach(), _moments
+    if is_plain(x, valid):
+        compute = _run  # the dispatcher between costs more than a small map itself
+        x, valid = _in_memory_order(x, valid)
+    x = _four_dimensions(x)
     valid = None if valid is None else valid.reshape(x.shape[:3])
-    compute = _run if is_plain(x, valid) else _moments  # the dispatcher between costs more than a small map itself
     return _unpack(compute(x, valid, chosen == "triton"))
+
+
+def _in_memory_order(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both with their leading dimensions as x has them in memory: tokens count in any order, and more of them join."""
+    order = sorted(range(x.dim() - 1), key=lambda i: -x.stride(i))
+    return x.permute(*order, -1), None if valid is None else valid.permute(order)
 
 
 def _four_dimensions(x: Tensor) -> Tensor:

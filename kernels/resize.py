@@ -4,6 +4,7 @@
 #   c = max((o + ½)·in/out − ½, 0), or with align_corners c = o·(in − 1)/(out − 1), and 0 where out = 1
 # Backward: dx[i] = Σ_o w(o, i)·dout[o] over the few o that read i, visited in a fixed order, so two runs are bit-equal.
 
+from contextlib import nullcontext
 from operator import index
 
 import torch
@@ -55,7 +56,8 @@ def resize_bilinear(
     adjacent in memory exactly when x's are. A size equal to x's returns x itself. float32 inside the kernels. The
     backward is deterministic with impl="triton" and with antialias=True; with impl="torch", and under transforms of
     torch.func whatever impl says, it is PyTorch's own, which uses atomics on CUDA.
-    antialias=True multiplies by two small matrices, in float32 or float64, whatever `impl` says.
+    antialias=True multiplies by two small matrices, in float32 or float64, whatever `impl` says; there a NaN or Inf
+    spreads over all of its channel, beyond the cells that it touches in F.interpolate.
 
     Raises ValueError for a wrong rank, size or option and TypeError for integer dtypes and sizes that are not.
     """
@@ -111,7 +113,8 @@ def _resize_antialias(x: Tensor, height: int, width: int) -> Tensor:
     rows = _triangle_weights(x.shape[1], height, x.device, compute)  # (height, H)
     cols = _triangle_weights(x.shape[2], width, x.device, compute)  # (width, W)
     wide = x.to(compute)
-    with torch.autocast(x.device.type, enabled=False):  # which would multiply in half precision
+    # Autocast would multiply in half precision; on the meta device there is none.
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         if channels_last(x):
             out = torch.matmul(rows, wide.flatten(2)).unflatten(2, x.shape[2:])  # (B, height, W, C)
             return torch.matmul(cols, out).to(x.dtype)

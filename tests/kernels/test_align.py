@@ -204,8 +204,11 @@ def test_mixed_dtypes_give_each_side_its_own(impl, device):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sample", "token"])
-def test_invalid_tokens_may_hold_anything(reduction, impl, device):
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_invalid_tokens_may_hold_anything(layout, reduction, impl, device):
     source, target = sides((2, 3, 4, 24), (2, 3, 4, 24), device)
+    if layout == "NCHW":
+        source, target = (nchw((2, 3, 4, 24), device, seed=seed) for seed in (0, 1))
     valid = mask((2, 3, 4), device)
     valid[1] = False  # a sample that is all padding
     dirty = source.detach().clone()
@@ -439,6 +442,16 @@ def test_module_is_the_function():
     assert "reduction='sample'" in repr(module)
     with pytest.raises(ValueError, match="reduction"):
         AlignLoss(reduction="sum")
+
+
+def test_a_cast_of_the_model_leaves_the_statistics_as_they_are():
+    mean, std = torch.full((6,), 1.001), torch.full((6,), 1e-9)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 6), AlignLoss(target_mean=mean, target_std=std)).half()
+    assert module[0].weight.dtype == torch.float16
+    assert torch.equal(module[1].target_mean, mean)
+    assert torch.equal(module[1].target_std, std)
+    assert module.to("meta")[1].target_mean.is_meta
+    assert module.to_empty(device="cpu")[1].target_std.dtype == torch.float32
 
 
 def test_import_is_light_and_works_without_triton(tmp_path):

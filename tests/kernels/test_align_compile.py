@@ -63,6 +63,18 @@ def test_export_keeps_the_grids_symbolic(resize):
         torch.testing.assert_close(exported.module()(source, target), Loss()(source, target))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_as_many_tokens_as_a_mask_has(strict):
+    class Masked(torch.nn.Module):
+        def forward(self, source, target, keep):
+            return align_loss(source[keep], target[keep])
+
+    source, target = torch.rand(2, 6, 8), torch.rand(2, 6, 8)
+    some, most = torch.rand(2, 6) > 0.6, torch.rand(2, 6) > 0.2
+    exported = torch.export.export(Masked(), (source, target, some), strict=strict).module()
+    torch.testing.assert_close(exported(source, target, most), align_loss(source[most], target[most]))
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled_losses_of_other_weights(dynamic):
     """The second weights make symbols of the numbers."""

@@ -186,6 +186,14 @@ def test_two_runs_are_bit_equal(impl, device):
         assert torch.equal(first, second)
 
 
+def test_the_order_of_dimensions_is_that_of_memory(impl, device):
+    x, valid = make((5, 4, 3, 24), device), torch.rand(5, 4, 3, generator=torch.Generator().manual_seed(0)) > 0.3
+    valid = valid.to(device)
+    dense = moments(x, valid=valid, impl=impl)
+    turned = moments(x.permute(2, 0, 1, 3), valid=valid.permute(2, 0, 1), impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(fields(dense), fields(turned), strict=True))
+
+
 def test_merge_is_the_union(impl, device):
     x = make((7, 90, 21), device)
     x[2:] += 50

@@ -347,3 +347,10 @@ def test_second_derivative(adjacent, impl, device):
 
 def reference(x):
     return resize_bilinear_reference(x, (5, 7))
+
+
+def test_shapes_on_the_meta_device():
+    for antialias in (False, True):
+        x = torch.empty(2, 4, 4, 8, device="meta", requires_grad=True)
+        out = resize_bilinear(x, (3, 5), antialias=antialias)
+        assert (out.shape, out.device.type) == ((2, 3, 5, 8), "meta")
