@@ -18,7 +18,6 @@ PACKAGES = [
 
 TRAIN = [
     "deepspeed>=0.19",
-    "nvidia-dali-cuda130>=2.0; sys_platform == 'linux'",
     "transformers>=5.0",
     "pydantic>=2.7",
     "tqdm",
@@ -39,12 +38,19 @@ setup(
     description="Train one vision student from several frozen teachers, fast: KPU with fused alignment losses.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.10",
     packages=PACKAGES,
     package_dir={"kpu_fast": "kpu_fast", "kpu_fast.kernels": "kernels"},
     install_requires=["torch>=2.11", "numpy", "safetensors>=0.5", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={
-        "train": TRAIN,
+        "train": [*TRAIN, "nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
+        "train-cu12": [*TRAIN, "nvidia-dali-cuda120>=2.0; sys_platform == 'linux'"],  # beside a torch of CUDA 12
         # Pre-release, Hopper and Blackwell only; FlashAttention 2 has no wheel and is built by hand (see README).
         "flash": ["flash-attn-4[cu13]>=4.0.0b1; sys_platform == 'linux'"],
         "export": EXPORT,  # ONNX; a .pt2 needs nothing beyond torch

@@ -93,8 +93,8 @@ class Counting(TorchDispatchMode):
 def main() -> int:
     """Count, print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--config", required=True, help="as kpu_fast/train.py takes it")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="the same")
     parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s that a copy reaches (an H100: 3.0)")
     parser.add_argument("--rate", type=float, help="TFLOP/s that a large product reaches (bf16: 790, fp32: no default)")
     parser.add_argument("--lines", type=int, default=12, help="how many of the costliest lines to print")

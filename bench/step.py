@@ -38,11 +38,16 @@ PRINTED_KERNELS = 25
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--images", choices=("source", "random"), default="source")
+    parser.add_argument("--config", required=True, help="as kpu_fast/train.py takes it")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="the same")
+    parser.add_argument("--steps", type=int, default=50, help="that are measured (default %(default)s)")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before them (default %(default)s)")
+    parser.add_argument(
+        "--images",
+        choices=("source", "random"),
+        default="source",
+        help="random: made on the device, nothing is decoded",
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the JSON")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args()

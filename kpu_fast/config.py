@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$", description="letters, digits, _ and -")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$")]
 Source = str | list[str]  # folder, shards, glob, package:NAME/path, or a list of these
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -61,7 +61,7 @@ class DataConfig(_Strict):
     size: tuple[Multiple32, Multiple32]  # (H, W) in pixels
     fit: Literal["crop", "pad"] = "crop"  # random-resized crop | keep aspect, pad, mask
     crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)  # share of the image's area that a crop keeps
-    flip: bool = True
+    flip: bool = True  # left and right change places in half of the images
     threads: int = Field(default=4, ge=1)  # decoding threads
     hw_decoder_load: Fraction = 0.65  # share of JPEGs for the GPU's hardware decoder
 
@@ -119,12 +119,12 @@ class AdapterConfig(_Strict):
     """ViT-Adapter (arXiv 2205.08534); "flash" is dense softmax cross-attention, another architecture."""
 
     cross_attention: Literal["flash", "deformable"] = "flash"
-    interactions: int = Field(default=4, ge=1)
+    interactions: int = Field(default=4, ge=1)  # how often ViT and spatial tokens read each other; the paper's K
     heads: int | None = Field(default=None, ge=1)  # of deformable attention; None: as many as the ViT
     points: int = Field(default=4, ge=1)  # sampling points per head and level
-    inner_ratio: float = Field(default=0.5, gt=0.0, le=1.0)
-    ffn_ratio: float = Field(default=0.25, gt=0.0)
-    inplanes: int = Field(default=64, ge=1)
+    inner_ratio: float = Field(default=0.5, gt=0.0, le=1.0)  # width inside the cross-attention, over the ViT's
+    ffn_ratio: float = Field(default=0.25, gt=0.0)  # hidden width of the convolutional FFN, over the ViT's
+    inplanes: int = Field(default=64, ge=1)  # channels of the stem, the first convolutions
     x_injector: bool = False  # cls reads the spatial tokens itself at the end; not in the published adapter
 
     @model_validator(mode="after")
@@ -139,9 +139,9 @@ class StudentConfig(_Strict):
     """The model that is trained."""
 
     vit: ViTConfig
-    freeze_vit: bool = True
-    adapter: AdapterConfig | None = AdapterConfig()
-    attention: Literal["auto", "sdpa", "cudnn", "fa2", "fa3", "fa4"] = "auto"
+    freeze_vit: bool = True  # false: the ViT is trained too
+    adapter: AdapterConfig | None = AdapterConfig()  # null: the bare ViT
+    attention: Literal["auto", "sdpa", "cudnn", "fa2", "fa3", "fa4"] = "auto"  # whose kernel; docs/student.md
     head_hidden: int = Field(default=1280, ge=1)  # width of every MLP head
 
     @model_validator(mode="after")
@@ -156,9 +156,9 @@ class StudentConfig(_Strict):
 class ObjectiveConfig(_Strict):
     """L_s2t + L_t2s + rec_weight L_rec, each x_weight Lcos(x) + cos_weight Lcos(V) + l1_weight SmoothL1_beta(V)."""
 
-    t2s: bool = True
-    rec: bool = True
-    rec_weight: float = Field(default=1.0, gt=0.0)
+    t2s: bool = True  # L_t2s: in the common space
+    rec: bool = True  # L_rec: from there back to the teacher's; needs t2s
+    rec_weight: float = Field(default=1.0, gt=0.0)  # the paper's lambda
     x_weight: float = Field(default=1.0, ge=0.0)
     cos_weight: float = Field(default=0.9, ge=0.0)
     l1_weight: float = Field(default=0.1, ge=0.0)
@@ -196,14 +196,14 @@ class ObjectiveConfig(_Strict):
 class OptimizerConfig(_Strict):
     """AdamW with linear warm-up and cosine decay."""
 
-    impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
-    lr: float = Field(default=2e-4, gt=0.0)
-    min_lr: float = Field(default=0.0, ge=0.0)
+    impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"  # whose fused AdamW; auto: torch's
+    lr: float = Field(default=2e-4, gt=0.0)  # after the warm-up
+    min_lr: float = Field(default=0.0, ge=0.0)  # at the last step
     weight_decay: float = Field(default=0.05, ge=0.0)  # of linear layers' and convolutions' weights, nothing else's
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0.0)
-    warmup_steps: int = Field(default=0, ge=0)
-    clip_grad_norm: float | None = Field(default=None, gt=0.0)
+    warmup_steps: int = Field(default=0, ge=0)  # in which the rate rises linearly to lr
+    clip_grad_norm: float | None = Field(default=None, gt=0.0)  # of all trained weights' gradients; null: no clipping
 
     @model_validator(mode="after")
     def _decays(self) -> OptimizerConfig:
@@ -216,26 +216,26 @@ class CheckpointConfig(_Strict):
     """How often to keep the state of the run, and how many of them."""
 
     every: int = Field(default=1000, ge=1)  # steps
-    keep: int = Field(default=3, ge=1)
+    keep: int = Field(default=3, ge=1)  # the newest
 
 
 class Config(_Strict):
     """A whole run."""
 
-    name: Name
-    output: str = Field(default="runs", min_length=1)
-    steps: int = Field(ge=1)
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    precision: Literal["bf16", "fp32"]
-    activation_checkpointing: bool = False
-    compile: bool = False
+    name: Name  # of the run, and of its folder
+    output: str = Field(default="runs", min_length=1)  # folder of the runs' folders
+    steps: int = Field(ge=1)  # in all, also of a run that goes on
+    seed: int = Field(default=0, ge=0, lt=2**32)  # of weights, order of images, crops and flips
+    precision: Literal["bf16", "fp32"]  # bf16: with fp32 master weights
+    activation_checkpointing: bool = False  # less memory: what blocks compute is computed again in the backward
+    compile: bool = False  # torch.compile of student, heads and teachers
     source: Source | None = None  # images for every teacher that names none of its own
     student: StudentConfig
     teachers: dict[Name, TeacherConfig] = Field(min_length=1)
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = {}  # handed on to DeepSpeed; docs/running.md
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -466,6 +466,8 @@ def _explain(error: ValidationError, tree: dict[str, Any]) -> list[str]:
             lines.append(f"{key}: found {found}; it should be a list of two numbers")
         elif item["type"] == "missing":
             lines.append(f"{key}: missing; it has no default")
+        elif item["type"] == "string_pattern_mismatch":  # Name is the only one with a pattern
+            lines.append(f"{key}: found {found}; it should be letters, digits, _ and -, the first a letter or digit")
         elif item["type"] == "impossible":
             lines.append(f"{key}.{item['msg']}" if key else item["msg"])
         else:

@@ -30,18 +30,29 @@ NEEDED = "torch deepspeed transformers pydantic safetensors tqdm tensorboard PIL
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, check the config, train; returns the exit code."""
+    codes = __doc__[__doc__.index("Exit codes:") :]
     parser = argparse.ArgumentParser(
-        prog="train.py", description="Train one vision student from several frozen teachers."
+        prog="train.py", description="Train one vision student from several frozen teachers.", epilog=codes
     )
     parser.add_argument("--config", required=True, help="a JSON file such as configs/random.json")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. optimizer.lr=1e-4"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="over the config: steps=100 optimizer.lr=1e-4 teachers.*.data.batch_size=8; the value is JSON or a string",
     )
     parser.add_argument("--resume", metavar="auto|DIR", help="go on from the run's newest checkpoint, or from DIR")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args(argv)
     if importlib.util.find_spec("kpu_fast") is None:
         return _fail("not installed: kpu_fast; pip install -c constraints.txt -e '.[train]'", 2)
+    import kpu_fast
+
+    here, used = (Path(file).resolve().parent for file in (__file__, kpu_fast.__file__))
+    if here != used and os.environ.get("RANK", "0") == "0":
+        print(f"warning: this is {here}'s train.py, but the installed kpu_fast, which runs, is {used}", file=sys.stderr)
     from kpu_fast.machine import is_out_of_memory, missing
 
     if problem := missing(NEEDED):

@@ -153,7 +153,7 @@ def test_the_conditions_name_every_commit_once():
         (["--report", "{tmp}/none.md"], "expected a page with the lines"),
         (["--zoo", "{tmp}"], "no clip/model.safetensors; python -m kpu_fast.zoo trains one"),
         (["--device", "abacus"], "--device abacus: "),
-        (["--test-images", str(ZOO / "images/tr*.tar")], "--test-images: shares 1 files with --images"),
+        (["--test-images", str(ZOO / "images/tr*.tar")], "--test-images: shares 1 file with --images"),
         (["--report", "{tmp}/twice.md"], "expected a page with the lines"),
         (["--images", "{tmp}/nothing"], "nothing"),
         (["--images", "{tmp}/cifar-10-python.tar.gz:train"], "training reads image files"),

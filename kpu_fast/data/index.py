@@ -86,7 +86,7 @@ class Index:
             more = ", …" if len(names) > 3 else ""
             lines.append(f"  {reason}: {len(names):,} ({', '.join(names[:3])}{more})")
         if self.ignored:
-            lines.append(f"  {self.ignored:,} other files ignored")
+            lines.append(f"  {self.ignored:,} other files, such as labels, not read")
         text = "\n".join(lines + [f"  shard {problem}" for problem in self.problems])
         return text.encode("utf-8", "backslashreplace").decode()  # a file's name may be in no encoding at all
 

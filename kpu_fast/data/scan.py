@@ -264,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         found = scan(options.source, workers=options.workers, progress=True)
     except (SourceError, ImportError, OSError) as error:
-        print(f"scan: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(found.summary())
     print(f"index: {index_file.index_path(options.source)}")

@@ -88,11 +88,13 @@ A vision student trained with kpu_fast by KPU (arXiv 2508.14707).
 {teachers}
 
 ```python
+import torch
 from kpu_fast.models import Student
 
 student = Student.from_pretrained("path/to/this/folder")
-features = student(images)                     # (B, 3, H, W) in [0, 1], H and W multiples of 32
-features = student.project(features, "{next(iter(cfg.teachers))}")  # in that teacher's space
+with torch.no_grad():
+    features = student(images)  # (B, 3, H, W) in [0, 1], H and W multiples of 32
+    features = student.project(features, "{next(iter(cfg.teachers))}")  # in that teacher's space
 ```
 
 or, beside kpu_fast, `transformers.AutoModel.from_pretrained("path/to/this/folder", trust_remote_code=True)`.

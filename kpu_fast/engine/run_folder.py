@@ -15,7 +15,8 @@ from kpu_fast.config import Config
 
 RESOLVED = "config.resolved.json"
 _SHAPING = ("student", "teachers", "objective")  # what the trained weights, and so a checkpoint, depend on
-LIBRARIES = ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "transformers", "numpy", "kpu_fast")
+_DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+LIBRARIES = ("torch", "triton", "deepspeed", *_DALI, "transformers", "numpy", "kpu_fast")
 
 
 class OutputError(RuntimeError):
@@ -80,7 +81,9 @@ def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
         yield path, tree
         return
     for key, value in tree.items():
-        if path.count(".") != 1 or key != "data":  # teachers.NAME.data: what a batch looks like, not a model
+        if (
+            not path.startswith("teachers.") or path.count(".") != 1 or key != "data"
+        ):  # teachers.NAME.data: what a batch looks like, not a model
             yield from _leaves(value, f"{path}.{key}" if path else key)
 
 

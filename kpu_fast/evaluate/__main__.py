@@ -67,7 +67,10 @@ def _parser(tasks: dict) -> argparse.ArgumentParser:
         sub = chosen.add_parser(name, help=summary, description=summary)
         if name != "std-gap":
             sub.add_argument(
-                "--model", required=True, metavar="DIR", help="a student's export, or transformers' folder"
+                "--model",
+                required=True,
+                metavar="DIR",
+                help="a student, CLIP, GroundingDINO, DINOv2 or backbone of transformers: folder or hub id",
             )
             sub.add_argument("--teacher-name", metavar="NAME", help="whose head of the student to use")
             sub.add_argument("--size", type=int, help=SIZES.get(name, SIZE))

@@ -203,7 +203,7 @@ def run(args: argparse.Namespace) -> dict:
     _check(args)
     place = {"device": args.device, "dtype": args.dtype}
     if args.detector is None:
-        detector = load_detector(args.model, **place, key="--model (there is no --detector)")
+        detector = load_detector(args.model, **place, key="--model (a student needs --detector beside it)")
     else:
         encoder = load_encoder(args.model, **place)
         detector = see_through(load_detector(args.detector, **place), encoder, args.teacher_name)

@@ -44,8 +44,9 @@ def check_apart(train: str, test: str, keys: tuple[str, str] = ("--train-images"
     except (OSError, ValueError) as error:
         raise EvaluateError(f"{', '.join(keys)}: {error}") from error
     if both:
+        files = f"{len(both)} file{'s' if len(both) > 1 else ''}"
         raise EvaluateError(
-            f"{keys[1]}: shares {len(both)} files with {keys[0]}, such as {min(both)}; test on images that nothing was "
+            f"{keys[1]}: shares {files} with {keys[0]}, such as {min(both)}; test on images that nothing was "
             "learnt from"
         )
 

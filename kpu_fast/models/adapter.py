@@ -240,8 +240,9 @@ class Interaction(nn.Module):
         x = torch.cat([x[:, :prefix], self.injector(x[:, prefix:], c, to_patches)], dim=1)
         for block in blocks:
             x = block(x)
+        patches = x[:, prefix:]
         for extractor in self.extractors:
-            c = extractor(c, x[:, prefix:], to_spatial, shapes)
+            c = extractor(c, patches, to_spatial, shapes)
         return x, c
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from kpu_fast.models.adapter import STRIDES, Adapter
 from kpu_fast.models.attention import BackendError, activate_backend
 from kpu_fast.models.features import Features, FeatureSpec, cells
 from kpu_fast.models.hf_files import auto_keys, code_files
+from kpu_fast.models.hub import find_folder
 from kpu_fast.models.projector import FeatureHeads
 from kpu_fast.models.vit import ViT, check_images, resize_to_stride_16
 
@@ -22,6 +24,7 @@ _LOG = logging.getLogger(__name__)
 
 _FORMAT = "kpu_fast.student"
 _VERSION = 1
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
 _ADAPTER_KEYS = (
     "cross_attention", "interactions", "heads", "points", "inner_ratio", "ffn_ratio", "inplanes", "x_injector"
@@ -124,7 +127,7 @@ class Student(nn.Module):
         if not any(spec.x_dim for spec in specs):
             self.vit.norm.requires_grad_(False)  # it makes x only
             self.adapter.skip_x_injector()
-        used = {self.level_for(stride) for spec in specs for stride in spec.strides}
+        used = {self.levels[self.level_for(stride)] for spec in specs for stride in spec.strides}
         for level in set(self.levels) - used:
             for parameter in self.adapter.level_parameters(level):
                 parameter.requires_grad_(False)
@@ -218,12 +221,16 @@ class Student(nn.Module):
     def from_pretrained(cls, folder: str | Path, *, attention: str = "auto") -> "Student":
         """The student that `save_pretrained` wrote, on the CPU, in eval mode, in the dtypes that were saved.
 
-        Needs torch and safetensors only. attention: chosen here, it is not part of an export.
-        Raises FileNotFoundError for a missing file, ValueError for one that is damaged or does not fit the other.
+        folder: or "owner/name", a model of the Hugging Face hub. attention: chosen here, it is not part of an export.
+        Needs torch and safetensors only, for a model of the hub transformers.
+        Raises FileNotFoundError for a missing file, ValueError for one that is damaged or does not fit the other, and
+        for a model that the hub does not give.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        if isinstance(folder, str) and _HUB_ID.fullmatch(folder) and not Path(folder).exists():
+            folder = find_folder("Student.from_pretrained", folder)
         config_path, weights_path = Path(folder) / _CONFIG, Path(folder) / _WEIGHTS
         for path in (config_path, weights_path):
             if not path.is_file():

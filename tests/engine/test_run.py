@@ -309,7 +309,12 @@ def test_settings_changed_on_resume_hold(whole, start, tmp_path):
     """More steps and another optimiser: the schedule is that of the new config, not a mixture."""
     shutil.copytree(whole, tmp_path / "tiny")
     changed = ["steps=12", "optimizer.lr=1e-4", "optimizer.weight_decay=0.5", "optimizer.betas=[0.5,0.6]"]
-    changed += ["optimizer.eps=1e-3", "objective.rec_weight=0.5", "student.vit.arch.registers=0"]  # 0 is the default
+    changed += [
+        "optimizer.eps=1e-3",
+        "optimizer.clip_grad_norm=0.25",
+        "objective.rec_weight=0.5",
+        "student.vit.arch.registers=0",
+    ]  # 0 is the default
     _, err = finish(start(*changed, resume="auto"))
     assert "its run had another objective.rec_weight, student.vit.arch.registers; this config's holds" in err
     rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
@@ -319,6 +324,7 @@ def test_settings_changed_on_resume_hold(whole, start, tmp_path):
         next((tmp_path / "tiny" / "checkpoints" / "step-00000012" / "state").glob("*optim_states.pt")),
         weights_only=False,
     )
+    assert state["optimizer_state_dict"]["clip_grad"] == 0.25
     groups = state["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
     assert [(tuple(group["betas"]), group["eps"]) for group in groups] == [((0.5, 0.6), 1e-3)] * 2

@@ -267,7 +267,7 @@ def test_wrong_questions_get_one_line_and_exit_code_2(zoo, student, coloured, co
         "--count 0: expected at least 1": ["pca", "--model", student, "--images", coloured, "--count", 0],
         "--batches 0: expected at least 1": ["std-gap", "--run", tmp_path, "--batches", 0],
         f"--run {tmp_path}: ": ["std-gap", "--run", tmp_path],
-        "--model (there is no --detector): ": ["detect", "--model", student, "--images", coloured],
+        "--model (a student needs --detector beside it): ": ["detect", "--model", student, "--images", coloured],
         "--detector: ": ["detect", "--model", student, "--images", coloured, "--detector", zoo["clip"]],
         "--canvas 100 --mosaics 500: expected": ["detect", "--model", gdino, "--images", coloured, "--canvas", 100],
         "--annotations: ": ["detect", "--model", gdino, "--images", coloured, "--annotations", names],

@@ -24,7 +24,10 @@ def fixed_batches(cfg: Config, step: int, ranks: int, rank: int | None) -> dict[
         generator = torch.Generator().manual_seed(100 * step + i)
         count, data = teacher.data.batch_size, teacher.data
         images = torch.rand(ranks * count, 3, *data.size, generator=generator)
-        batches[name] = Batch(images if rank is None else images[rank * count : (rank + 1) * count], None)
+        valid = torch.ones(ranks * count, *data.size, dtype=torch.bool)
+        valid[..., data.size[1] // 2 :] = i == 0  # of the second teacher's images one half is padding
+        some = slice(None) if rank is None else slice(rank * count, (rank + 1) * count)
+        batches[name] = Batch(images[some], valid[some] if i else None)
     return batches
 
 

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from kpu_fast.models.adapter import Adapter, DeformableCrossAttention, sampling
+from kpu_fast.models.adapter import Adapter, DeformableCrossAttention, DenseCrossAttention, sampling
 from kpu_fast.models.vit import ViT, normalise, resize_to_stride_16
 
 CROSS = ["flash", "deformable"]
@@ -165,6 +166,21 @@ def test_equals_the_equations_written_out(cross_attention, x_injector):
     for found, expected in zip(out.maps, maps, strict=True):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
         assert found.is_contiguous()
+
+
+def test_dense_cross_attention_has_heads_of_64_channels():
+    """Several heads, each on its own 64 channels: torch's own multi-head attention with the same weights."""
+    cross = DenseCrossAttention(96, 192, "auto").double()
+    assert cross.heads == 3
+    query, memory = (torch.randn(2, n, 96, dtype=torch.float64) for n in (5, 7))
+    theirs = nn.MultiheadAttention(192, 3, batch_first=True).double()
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.eye(192).repeat(3, 1))
+        theirs.in_proj_bias.zero_()
+        theirs.out_proj.weight.copy_(torch.eye(192))
+        theirs.out_proj.bias.zero_()
+    read, _ = theirs(cross.q(query), *cross.kv(memory).chunk(2, dim=-1))
+    torch.testing.assert_close(cross(query, memory, None), cross.out(read))
 
 
 # ---- sizes ----

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import pytest
 
+from kpu_fast.models import Student
 from kpu_fast.models.hub import WeightsError, _wanted_files, read_json
 
 
@@ -107,3 +108,28 @@ def test_only_a_json_object_will_do(tmp_path, content):
         read_json("some.key", path)
     path.write_text('{"model_type": "dinov2"}')
     assert read_json("some.key", path) == {"model_type": "dinov2"}
+
+
+def test_a_student_comes_from_the_hub(tmp_path):
+    student = Student(vit={"dim": 32, "depth": 2, "heads": 2, "patch_size": 4, "image_size": 32}, adapter=None)
+    student.save_pretrained(tmp_path / "student")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "student").iterdir()}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("StudentHub", (Hub,), {"files": files, "asked": []}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    own = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "no_proxy": "127.0.0.1"}
+    code = """
+import torch
+from kpu_fast.models import Student
+print(sum(p.double().sum() for p in Student.from_pretrained("lab/net").parameters()).item())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | own | {"HF_HUB_DISABLE_XET": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    server.shutdown()
+    assert done.returncode == 0, done.stderr
+    expected = sum(p.double().sum() for p in student.parameters()).item()
+    assert float(done.stdout.splitlines()[-1]) == expected

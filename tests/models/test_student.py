@@ -159,6 +159,8 @@ def test_levels_without_a_teacher_are_dropped_and_the_rest_gets_gradient():
             interaction.injector.gamma.fill_(0.1)
         whole = student(images())
     student.drop_unused_levels()
+    student.drop_unused_levels()  # nothing is left to drop
+    assert student.levels == (1, 2, 3)
     assert student.strides == (8, 16, 32)
     assert student.spec.strides == (8.0, 16.0, 32.0)
     frozen = {id(parameter) for parameter in student.adapter.level_parameters(0)}

@@ -210,6 +210,9 @@ def test_centres_change_what_is_learned_from_and_nothing_else():
         for name, (images, target, _) in batches.items():
             model(name, images, target)
         model.after_step()
+        if model.steps == 1:
+            for head in model._projectors():
+                torch.testing.assert_close(head.centre.mean, head.centre.seen)
     for name, (images, target, _) in batches.items():
         for heads in (model.student.heads[name], model.h_t2s[name], model.h_rec[name]):
             assert all(head.centre.mean.abs().max() > 1e-3 for head in heads.projectors())

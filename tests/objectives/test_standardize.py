@@ -12,6 +12,7 @@ from torch import nn
 from kpu_fast.config import ObjectiveConfig
 from kpu_fast.models import Student
 from kpu_fast.models.features import Features, FeatureSpec
+from kpu_fast.objectives import standardize
 from kpu_fast.objectives.balance import FAMO, teacher_drop
 from kpu_fast.objectives.kpu import KPU
 from kpu_fast.objectives.standardize import FeatureStandardizer, hadamard
@@ -67,7 +68,9 @@ def fitted(x: torch.Tensor, kind: str, dtype=torch.float64) -> FeatureStandardiz
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("channels", [12, 28, 64])
-def test_every_channel_has_mean_0_and_variance_1(channels, kind):
+@pytest.mark.parametrize("rows", [7, standardize._ROWS])  # of a batch's tokens that are multiplied at once
+def test_every_channel_has_mean_0_and_variance_1(rows, channels, kind, monkeypatch):
+    monkeypatch.setattr(standardize, "_ROWS", rows)
     x = skewed(400, channels)
     y = fitted(x, kind).maps[0](x)
     torch.testing.assert_close(y.mean(0), torch.zeros(channels).double(), rtol=0, atol=1e-9)

@@ -345,7 +345,7 @@ def test_a_full_disk_is_one_line(shapes, tmp_path, capsys, monkeypatch):
     sources = ["--images", str(shapes / "train"), "--test-images", str(shapes / "test"), "--only", "clip"]
     assert main([*sources, "--out", str(tmp_path / "zoo")]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"zoo: {tmp_path}/zoo is not finished ([Errno 28] No space left on device)")
+    assert last.startswith(f"error: {tmp_path}/zoo is not finished ([Errno 28] No space left on device)")
 
 
 def test_bad_input_is_named_and_exits_with_2(shapes, tmp_path, capsys):

@@ -1,0 +1,47 @@
+"""A training loop of one's own around kpu_fast's parts: one device, no DeepSpeed.
+
+    python examples/loop.py [CONFIG] [STEPS] [FOLDER]
+
+Where `train.py` would run on several GPUs, write checkpoints, log and stop when asked, this only trains. Any part may
+be another: `teachers[name]` is a function from images (B, 3, H, W) in [0, 1] to `Features`, described by its `spec`.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from kpu_fast.config import load_config
+from kpu_fast.data.pipeline import Stream
+from kpu_fast.data.scan import load_or_scan
+from kpu_fast.engine.loop import build_models
+from kpu_fast.engine.optimizer import build_optimizer, build_scheduler
+
+
+def main(config: str = "configs/zoo.json", steps: str = "10", folder: str = "runs/loop/student") -> None:
+    """Train the student of a config for some steps and save it in a folder."""
+    cfg = load_config(config, [f"steps={steps}", "optimizer.warmup_steps=1", "precision=fp32"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teachers, objective = build_models(cfg, device)  # {name: frozen encoder}, and KPU: the student with its heads
+    streams = {
+        name: Stream(teacher.data, load_or_scan(teacher.data.source), rank=0, world_size=1, device=device, seed=number)
+        for number, (name, teacher) in enumerate(cfg.teachers.items())
+    }
+    optimizer = build_optimizer(cfg.optimizer, objective, device)
+    scheduler = build_scheduler(cfg.optimizer, optimizer, cfg.steps)
+    for step in range(1, cfg.steps + 1):
+        terms = {}
+        for name, stream in streams.items():  # each teacher has images, a batch and a resolution of its own
+            batch = next(stream)
+            terms |= objective(name, batch.images, teachers[name](batch.images), batch.valid)
+        objective.total(terms).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        objective.after_step()
+        print(step, {name: round(value.item(), 4) for name, value in objective.unweighed(terms).items()})
+    objective.in_own_spaces().save_pretrained(Path(folder))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
