@@ -28,6 +28,7 @@ def main(config: str = "configs/zoo.json", steps: str = "10", folder: str = "run
         for number, (name, teacher) in enumerate(cfg.teachers.items())
     }
     optimizer = build_optimizer(cfg.optimizer, objective, device)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scheduler = build_scheduler(cfg.optimizer, optimizer, cfg.steps)
     for step in range(1, cfg.steps + 1):
         terms = {}
@@ -35,6 +36,8 @@ def main(config: str = "configs/zoo.json", steps: str = "10", folder: str = "run
             batch = next(stream)
             terms |= objective(name, batch.images, teachers[name](batch.images), batch.valid)
         objective.total(terms).backward()
+        if cfg.optimizer.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trained, cfg.optimizer.clip_grad_norm)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()

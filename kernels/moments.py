@@ -177,9 +177,12 @@ def moments(x: Tensor, *, valid: Tensor | None = None, impl: str = "auto") -> Mo
 
 
 def _in_memory_order(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both with their leading dimensions as x has them in memory: tokens count in any order, and more of them join."""
+    """Both with leading dimensions as x has them in memory, where more tokens join so; their order decides nothing."""
     order = sorted(range(x.dim() - 1), key=lambda i: -x.stride(i))
-    return x.permute(*order, -1), None if valid is None else valid.permute(order)
+    ordered = x.permute(*order, -1)
+    if _four_dimensions(ordered).shape[2] <= _four_dimensions(x).shape[2]:
+        return x, valid
+    return ordered, None if valid is None else valid.permute(order)
 
 
 def _four_dimensions(x: Tensor) -> Tensor:
