@@ -78,7 +78,7 @@ def find_folder(key: str, weights: str | Path, *, processor: bool = False) -> Pa
         raise WeightsError(
             f"{key}: {weights!r} is no folder in {Path.cwd()} and not in the local cache, and the hub cannot be "
             f"reached ({type(error).__name__}: {error}). Run `hf download {weights}` on a machine with network and "
-            "copy the cache, or give a local folder"
+            'copy the cache, or give a local folder or "random"'
         ) from error
     if not _is_complete(folder):
         raise WeightsError(
