@@ -81,9 +81,8 @@ def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
         yield path, tree
         return
     for key, value in tree.items():
-        if (
-            not path.startswith("teachers.") or path.count(".") != 1 or key != "data"
-        ):  # teachers.NAME.data: what a batch looks like, not a model
+        a_batch = path.startswith("teachers.") and path.count(".") == 1 and key == "data"  # no part of a model
+        if not a_batch:
             yield from _leaves(value, f"{path}.{key}" if path else key)
 
 
