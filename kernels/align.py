@@ -210,8 +210,13 @@ class AlignLoss(nn.Module):
 
 def takes_triton(impl: str, source: Tensor, target: Tensor, resized: bool = False) -> bool:
     """Whether `align_loss` runs these sides in its kernels; raises where "triton" was asked for and cannot."""
-    fits = not resized or all(side <= MAX_SIDE for x in (source, target) for side in x.shape[1:3])
-    fits &= all(x.shape[-1] <= MAX_CHANNELS and math.prod(x.shape[:-1]) <= MAX_TOKENS for x in (source, target))
+
+    def fits() -> bool:
+        sides = not resized or all(side <= MAX_SIDE for x in (source, target) for side in x.shape[1:3])
+        return sides and all(
+            x.shape[-1] <= MAX_CHANNELS and math.prod(x.shape[:-1]) <= MAX_TOKENS for x in (source, target)
+        )
+
     return choose_impl(impl, source, target, supported=fits) == "triton"
 
 

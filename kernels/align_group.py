@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .align import align_loss, check_choices, check_tensors, check_weights, takes_triton
 from .align_op import NO_DOUBLE, gradient_in_forward, may_overwrite, scaled
-from .launch import NAMESPACE, is_differentiated, is_plain, is_transformed, token_strides
+from .launch import NAMESPACE, check_filled, is_differentiated, is_plain, is_transformed, token_strides
 
 
 class AlignTerm(NamedTuple):
@@ -139,6 +139,8 @@ def _run_forward(sources, targets, means, stds, valids, cos_weights, l1_weights,
     """((T,) losses, gradients to the sources, to the targets); a gradient that is not wanted is an empty tensor."""
     from .align_group_launch import launch_group
 
+    for number, source in enumerate(sources):
+        check_filled(f"term {number}: source", source)
     losses, grads_source, grads_target = _allocate(sources, targets, need_source, need_target)
     launch_group(
         sources, targets, means, stds, valids, cos_weights, l1_weights, betas, grads_source, grads_target, losses

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import align_torch
-from .launch import NAMESPACE, batch_by_loop, is_differentiated, is_plain, keepable
+from .launch import NAMESPACE, batch_by_loop, check_filled, is_differentiated, is_plain, keepable
 from .resize import channels_last, empty_map, resize_backward, run_resize_backward
 
 NO_DOUBLE = (
@@ -19,6 +19,7 @@ def _run_forward(
     need_s, need_t,
 ):  # fmt: skip
     """(loss, share, stats, gradient to source, gradient to target); what is not kept is an empty tensor."""
+    check_filled("source", source)
     loss, stats, grad_source, grad_target = _allocate(source, target, resize, cos_over, reduction, need_s, need_t)
     by_map = cos_over == "map"
     grid = align_torch.common_grid(source, target, resize)

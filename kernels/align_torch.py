@@ -203,7 +203,8 @@ def _cosine_gradient(mine, other, st, norm, other_norm, u_cos) -> tuple[Tensor, 
         # Weight normalisation, w = g·v/|v|, has this very gradient, and PyTorch makes it in one pass over the token:
         # dv = g/|v|·(dw − v·(dw·v)/|v|²), dg = dw·v/|v|.
         grad, projection = torch.ops.aten._weight_norm_interface_backward(other, mine, weight, norm, 0)
-        return grad, projection.mul_(norm)
+        # The norm of numbers above 1.8e19 is infinite, and 0·Inf no number.
+        return grad, torch.where(projection == 0, 0, projection * norm)
     st = (mine * other).sum(1, keepdim=True) if st is None else st
     weight = weight / norm
     return (other * weight).addcmul_(mine, -weight * st / norm**2), st

@@ -27,6 +27,7 @@ from .launch import (
     check_float,
     choose_impl,
     is_differentiated,
+    is_empty,
     is_plain,
     is_transformed,
     keepable,
@@ -221,7 +222,7 @@ def deform_attn(
         value,
         sampling_locations,
         attention_weights,
-        supported=channels <= MAX_HEAD_CHANNELS and levels <= MAX_MAPS,
+        supported=lambda: channels <= MAX_HEAD_CHANNELS and levels <= MAX_MAPS,
     )
     if chosen == "torch" or is_transformed():
         _refuse_grid_sample_backward(value, deterministic)
@@ -292,7 +293,7 @@ def _check_tensors(value: Tensor, locations: Tensor, weights: Tensor) -> None:
     if locations.ndim != 6 or locations.shape[-1] != 2:
         raise ValueError(f"sampling_locations: expected (B, Q, M, L, P, 2), found shape {tuple(locations.shape)}")
     for name, x in named:
-        if 0 in x.shape:
+        if is_empty(x.shape):
             raise ValueError(f"{name}: expected at least one of each, found shape {tuple(x.shape)}")
         if x.device != value.device:
             raise ValueError(f"{name}: expected the device of value, {value.device}, found {x.device}; move it first")

@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -123,21 +123,23 @@ def deform_tile(channels: int, what: str) -> Tile:
     return DEFORM_TILES[what][max(16, 1 << (channels - 1).bit_length())]
 
 
-def choose_impl(impl: str, *tensors: Tensor, supported: bool = True) -> str:
+def choose_impl(impl: str, *tensors: Tensor, supported: Callable[[], bool] = lambda: True) -> str:
     """Resolve "auto" to "triton" or "torch" for the tensors' one device and their dtypes.
 
     "auto" is Triton on CUDA where Triton is installed, no dtype is float64 and `supported` holds; torch elsewhere.
+    There `supported` is not asked: in `torch.export` the answer would bound sides that are to stay open.
     Raises ValueError for an unknown name, RuntimeError where "triton" was asked for and cannot run.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS}, found {impl!r}")
-    installed = _HAS_TRITON
-    fits = supported and all(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in tensors)
     on_cuda = tensors[0].is_cuda
+    if impl == "torch" or (impl == "auto" and not (on_cuda and _HAS_TRITON)):
+        return "torch"
+    fits = all(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in tensors) and supported()
     if impl == "auto":
-        return "triton" if on_cuda and installed and fits else "torch"
+        return "triton" if fits else "torch"
     if impl == "triton":
-        if not installed:
+        if not _HAS_TRITON:
             raise RuntimeError('impl="triton": triton is not installed; install it or use impl="auto"')
         if not fits:
             found = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
@@ -156,9 +158,12 @@ def choose_impl(impl: str, *tensors: Tensor, supported: bool = True) -> str:
 
 
 def check_tensor(name: str, x) -> None:
-    """Raise TypeError unless x is a tensor."""
+    """Raise TypeError unless x is a dense tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, found {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        found = "nested" if x.is_nested else str(x.layout)
+        raise TypeError(f"{name}: expected a dense tensor, found {found}; pad it, with a mask, or make it dense")
 
 
 def check_float(name: str, x: Tensor) -> None:
@@ -203,6 +208,12 @@ def is_empty(shape: Sequence[int]) -> bool:
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         return any(type(side) is int and side == 0 for side in shape)
     return 0 in shape
+
+
+def check_filled(name: str, x: Tensor) -> None:
+    """Raise ValueError for what is empty, where a compiled call only sees it: when it runs."""
+    if 0 in x.shape:
+        raise ValueError(f"{name}: expected at least one sample, token and channel, found shape {tuple(x.shape)}")
 
 
 def is_transformed() -> bool:

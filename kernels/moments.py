@@ -13,14 +13,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, distributed
 
-from .launch import MAX_TOKENS, NAMESPACE, check_float, check_tensor, choose_impl, is_plain
+from .launch import (
+    MAX_TOKENS,
+    NAMESPACE,
+    batch_by_loop,
+    check_filled,
+    check_float,
+    check_tensor,
+    choose_impl,
+    is_empty,
+    is_plain,
+)
 
 # Numbers at once in the torch path. Of 2¹⁶…2²¹ within 20 % of the fastest for (32, 14, 14, 768), channels last and
 # first, and (4, 100, 168, 192), float32, on 1 thread of a shared x86 server, November 2026.
 BLOCK = 1 << 19
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Moments:
     """Per-channel statistics, float64 on the features' device: count () = n, total (C,) = Σx, square (C,) = Σx²."""
 
@@ -64,6 +74,9 @@ class Moments:
         return _unpack(packed)
 
 
+torch.serialization.add_safe_globals([Moments])  # torch.load reads what torch.save wrote of them
+
+
 def moments_reference(x: Tensor, *, valid: Tensor | None = None) -> Moments:
     """`moments` by its definition in plain torch, every number in float64."""
     rows = x.detach().double().reshape(-1, x.shape[-1])
@@ -74,6 +87,7 @@ def moments_reference(x: Tensor, *, valid: Tensor | None = None) -> Moments:
 
 def _run(x, valid, triton):
     """n, Σx and Σx² of x (A, B, N, C) with valid (A, B, N), packed into (1 + 2·C,) float64."""
+    check_filled("x", x)
     out = _empty(x)
     if triton:
         from .moments_triton import launch_moments
@@ -98,6 +112,9 @@ _moments = torch.library.custom_op(
 @_moments.register_fake
 def _(x, valid, triton):
     return _empty(x)
+
+
+batch_by_loop(_moments)
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -156,7 +173,7 @@ def moments(x: Tensor, *, valid: Tensor | None = None, impl: str = "auto") -> Mo
     Raises ValueError for shapes and devices that do not fit, TypeError for dtypes.
     """
     check_float("x", x)
-    if x.dim() < 2 or 0 in x.shape:
+    if x.dim() < 2 or is_empty(x.shape):
         raise ValueError(f"x: expected (…, C) with at least one token and one channel, found shape {tuple(x.shape)}")
     if valid is not None:
         check_tensor("valid", valid)
@@ -166,7 +183,7 @@ def moments(x: Tensor, *, valid: Tensor | None = None, impl: str = "auto") -> Mo
             raise TypeError(f"valid: expected torch.bool, True where a token counts, found {valid.dtype}")
         if valid.device != x.device:
             raise ValueError(f"valid: expected the device of x, {x.device}, found {valid.device}; move it first")
-    chosen = choose_impl(impl, x, supported=math.prod(x.shape[:-1]) <= MAX_TOKENS)
+    chosen = choose_impl(impl, x, supported=lambda: math.prod(x.shape[:-1]) <= MAX_TOKENS)
     x, compute = x.detach(), _moments
     if is_plain(x, valid):
         compute = _run  # the dispatcher between costs more than a small map itself

@@ -20,6 +20,7 @@ from .launch import (
     check_float,
     choose_impl,
     is_differentiated,
+    is_empty,
     is_plain,
     is_transformed,
     same_grid,
@@ -64,7 +65,7 @@ def resize_bilinear(
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {LAYOUTS}, found {layout!r}")
     check_float("x", x)
-    if x.dim() != 4 or 0 in x.shape:
+    if x.dim() != 4 or is_empty(x.shape):
         raise ValueError(f"x: expected a non-empty map of rank 4 ({layout}), found shape {tuple(x.shape)}")
     height, width = _whole_numbers(size)
     if antialias and align_corners:
@@ -72,8 +73,11 @@ def resize_bilinear(
     align_corners = bool(align_corners)  # numpy's own kind, say
     nhwc = x if layout == "NHWC" else x.permute(0, 2, 3, 1)
     grids = (height, width), nhwc.shape[1:3]
-    fits = all(h <= MAX_SIDE and w <= MAX_SIDE and x.shape[0] * h * w <= MAX_TOKENS for h, w in grids)
-    fits &= nhwc.shape[3] <= MAX_RESIZE_CHANNELS
+
+    def fits() -> bool:
+        sides = all(h <= MAX_SIDE and w <= MAX_SIDE and x.shape[0] * h * w <= MAX_TOKENS for h, w in grids)
+        return sides and nhwc.shape[3] <= MAX_RESIZE_CHANNELS
+
     chosen = "torch" if is_transformed() else choose_impl(impl, x, supported=fits)
     if same_grid(*grids):
         return x

@@ -272,7 +272,7 @@ def test_sak_stays_in_the_kernels_at_any_size(side, monkeypatch):
     chosen, choose_impl = [], align.choose_impl
 
     def watched(impl, source, target, supported):
-        chosen.append((source.shape[-1], supported))
+        chosen.append((source.shape[-1], supported()))
         return choose_impl(impl, source, target, supported=supported)
 
     monkeypatch.setattr(align, "choose_impl", watched)

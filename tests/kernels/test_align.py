@@ -408,6 +408,16 @@ def test_bad_input_is_named(change, error, message):
         align_loss(**(good | change))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, at the overflow
+@pytest.mark.parametrize("needs", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+def test_a_norm_that_overflows_has_one_value_whatever_needs_a_gradient(needs, impl, device):
+    """Its cosine is 0, as in PyTorch."""
+    source = torch.full((1, 2, 8), 1e25, device=device, requires_grad=needs[0])
+    target = torch.linspace(-1, 2, 16, device=device).view(1, 2, 8).requires_grad_(needs[1])
+    loss = align_loss(source, target, cos_weight=1.0, l1_weight=0.0, impl=impl)
+    torch.testing.assert_close(loss, torch.ones_like(loss))
+
+
 def test_tokens_and_vectors_cannot_be_resized():
     with pytest.raises(ValueError, match="only \\(B, H, W, C\\) maps"):
         align_loss(torch.zeros(2, 5, 6), torch.zeros(2, 7, 6), resize="source")

@@ -1,7 +1,15 @@
 import pytest
 import torch
 from align_inputs import make, mask, run, sides
-from kpu_fast.kernels import AlignLoss, align_loss, align_loss_reference
+from kpu_fast.kernels import (
+    AlignLoss,
+    AlignTerm,
+    align_loss,
+    align_loss_reference,
+    align_losses,
+    moments,
+    resize_bilinear,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
 torch.set_num_threads(1)
@@ -73,6 +81,41 @@ def test_export_of_as_many_tokens_as_a_mask_has(strict):
     some, most = torch.rand(2, 6) > 0.6, torch.rand(2, 6) > 0.2
     exported = torch.export.export(Masked(), (source, target, some), strict=strict).module()
     torch.testing.assert_close(exported(source, target, most), align_loss(source[most], target[most]))
+
+
+def test_export_bounds_no_open_side():
+    """A `Dim` without `max`: the kernels' limits are not asked about where they do not run."""
+    batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
+
+    class All(torch.nn.Module):
+        def forward(self, x, y):
+            alone = align_loss(x, y, resize="source"), align_losses([AlignTerm(y, y), AlignTerm(y, y)])
+            return *alone, resize_bilinear(x, (3, 2)), moments(y).mean
+
+    sides = torch.rand(2, 9, 7, 8), torch.rand(2, 5, 6, 8)
+    sizes = ({0: batch, 1: height, 2: width}, {0: batch})
+    for strict in (False, True):
+        program = torch.export.export(All(), sides, dynamic_shapes=sizes, strict=strict).module()
+        others = torch.rand(3, 4, 11, 8), torch.rand(3, 5, 6, 8)
+        torch.testing.assert_close(program(*others), All()(*others))
+
+
+@pytest.mark.parametrize("loss", ["align_loss", "align_losses", "moments"])
+def test_compiled_of_nothing_is_the_error_that_it_is_in_eager_mode(loss):
+    def selected(x, keep):
+        x = x[keep]
+        if loss == "moments":
+            return moments(x).mean
+        return align_loss(x, x + 1) if loss == "align_loss" else align_losses([AlignTerm(x, x + 1)] * 2)
+
+    torch._dynamo.reset()
+    x, keep = torch.rand(6, 8), torch.tensor([True, False, True, True, False, False])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(selected, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, keep), selected(x, keep))
+        for called in (selected, compiled):
+            with pytest.raises(ValueError, match="at least one"):
+                called(x, torch.zeros_like(keep))
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

@@ -234,6 +234,21 @@ def test_without_a_process_group_it_is_the_same():
     assert alone.all_reduce() is alone
 
 
+@pytest.mark.filterwarnings("error")
+def test_vmap_is_a_loop(device):
+    x = make((3, 5, 4), device)
+    torch.testing.assert_close(torch.vmap(lambda one: moments(one).mean)(x), x.double().mean(1))
+
+
+def test_statistics_can_be_saved(tmp_path, impl, device):
+    found = moments(make((5, 4), device), impl=impl)
+    torch.save({"seen": found}, tmp_path / "seen.pt")
+    again = torch.load(tmp_path / "seen.pt")["seen"]
+    torch.testing.assert_close(
+        [again.count, again.mean, again.var], [found.count, found.mean, found.var], rtol=0, atol=0
+    )
+
+
 def test_statistics_carry_no_gradient(impl, device):
     x = make((2, 9, 8), device).requires_grad_()
     found = moments(x * 2, impl=impl)
@@ -316,6 +331,8 @@ def test_any_shape_in_any_order(shape, channels, order, dtype, masked, triton):
         ({"valid": torch.ones(4)}, TypeError, "valid: expected torch.bool"),
         ({"valid": torch.ones(4, dtype=torch.bool, device="meta")}, ValueError, "valid: expected the device of x"),
         ({"x": [[1.0]]}, TypeError, "x: expected a tensor, found list"),
+        ({"x": torch.zeros(4, 5).to_sparse()}, TypeError, "x: expected a dense tensor, found torch.sparse_coo"),
+        ({"x": torch.nested.nested_tensor([torch.zeros(4, 5)])}, TypeError, "x: expected a dense tensor, found nested"),
         ({"valid": [True]}, TypeError, "valid: expected a tensor, found list"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of"),
     ],
