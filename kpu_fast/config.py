@@ -82,6 +82,7 @@ class TeacherConfig(_Strict):
     weights: str = Field(min_length=1)  # hub id, local folder, or "random"
     arch: dict[str, Any] = {}  # keyword arguments of the transformers config; only with weights "random"
     levels: Annotated[list[int], Field(min_length=1)] | None = None  # kind "backbone": which feature levels
+    weight: float = Field(default=1.0, gt=0.0)  # of its losses among the teachers'; the paper has 1
     data: DataConfig
 
     @model_validator(mode="after")
@@ -247,6 +248,12 @@ class Config(_Strict):
             raise _impossible(
                 f'objective.balance: found "{self.objective.balance}" with one teacher; a balance needs two, '
                 'set it to "equal"'
+            )
+        weighed = [name for name, teacher in self.teachers.items() if teacher.weight != 1.0]
+        if self.objective.balance != "equal" and weighed:
+            raise _impossible(
+                f'teachers.{weighed[0]}.weight: belongs to objective.balance "equal"; found '
+                f'"{self.objective.balance}", which weighs the teachers itself'
             )
         kinds = {teacher.kind for teacher in self.teachers.values()}
         if not (self.objective.cos_weight or self.objective.l1_weight or kinds & {"clip", "dinov2"}):

@@ -1,9 +1,11 @@
-"""Export a student for programs that do not have kpu_fast: torch.export's .pt2, or ONNX.
+"""Export a student for programs that do not have kpu_fast, as torch.export's .pt2 or ONNX; or out of a checkpoint.
 
     python -m kpu_fast.export --student DIR --out FILE.pt2|FILE.onnx [--height H --width W] [--batch N] [--head NAME]
+    python -m kpu_fast.export --run runs/NAME [--checkpoint step-N] --out DIR
 
-float32, images of one size, any batch unless --batch is given. The file is read back and compared with the student
-before it takes its place; a file of that name is replaced.
+A file has float32, images of one size, any batch unless --batch is given. It is read back and compared with the student
+before it takes its place; a file of that name is replaced. With --run the student of a checkpoint is written, as the
+end of the run writes one; the run may go on meanwhile.
 Exit codes: 0 done; 2 a student, size or option that cannot be used; 3 the file does not compute what the student
 computes; 4 it cannot be written; 130 interrupted.
 """
@@ -164,14 +166,22 @@ def export(student: Student, out: Path, *, height: int, width: int, batch: int |
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, export; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m kpu_fast.export", description=__doc__.splitlines()[0])
-    parser.add_argument("--student", required=True, metavar="DIR", help="a folder written by save_pretrained")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="ends in .pt2 or .onnx")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--student", metavar="DIR", help="a folder written by save_pretrained")
+    given.add_argument("--run", type=Path, metavar="DIR", help="a run's folder: export the student of a checkpoint")
+    parser.add_argument("--checkpoint", metavar="step-N", help="of the run (default: the newest)")
+    parser.add_argument("--out", required=True, type=Path, metavar="PATH", help="a .pt2 or .onnx; with --run a folder")
     parser.add_argument("--height", type=int, help="of the images, in pixels (default: the width)")
     parser.add_argument("--width", type=int, help="of the images (default: the height, or what suits the student)")
     parser.add_argument("--batch", default="dynamic", help="a number of images, or %(default)s")
     parser.add_argument("--head", metavar="NAME", help="the teacher in whose space (default: the student's own)")
     args = parser.parse_args(argv)
     try:
+        if args.run is not None:
+            print(_export_checkpoint(parser, args))
+            return 0
+        if args.checkpoint is not None:
+            raise ExportError(f"--checkpoint {args.checkpoint}: belongs to --run")
         batch = _checked_batch(args.batch)
         _check_out(args.out)
         student = _checked_student(args.student, args.head, args.out)
@@ -186,6 +196,27 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", 130)
     return 0
+
+
+def _export_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """Write the student of a run's checkpoint into a folder; returns a line that says so."""
+    extra = [
+        f"--{name}" for name in ("height", "width", "batch", "head") if getattr(args, name) != parser.get_default(name)
+    ]
+    if extra:
+        raise ExportError(f"{extra[0]}: belongs to --student; export the checkpoint first, then that folder")
+    if args.out.is_file() or args.out.suffix in FORMATS:
+        raise ExportError(f"--out {args.out}: expected a folder with --run; export its student to a file afterwards")
+    try:
+        from kpu_fast.engine.trained import TrainedError, load_student
+    except ImportError as error:
+        raise ExportError(f"--run needs what trains: pip install -e '.[train]' ({error})") from error
+    try:
+        student, card, name = load_student(args.run, args.checkpoint)
+    except TrainedError as error:
+        raise ExportError(f"--run: {error}") from error
+    student.save_pretrained(args.out, card)
+    return f"{args.out}: the student of {name}"
 
 
 def _checked_batch(batch: str) -> int | None:

@@ -44,8 +44,17 @@ def main(argv: list[str] | None = None) -> int:
         help="over the config: steps=100 optimizer.lr=1e-4 teachers.*.data.batch_size=8; the value is JSON or a string",
     )
     parser.add_argument("--resume", metavar="auto|DIR", help="go on from the run's newest checkpoint, or from DIR")
+    parser.add_argument(
+        "--skip",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --resume: pass over the next N batches, one of which may have made a loss NaN",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args(argv)
+    if args.skip < 0 or (args.skip and args.resume is None):
+        return _fail(f"--skip {args.skip}: expected a number of batches, with --resume", 2)
     if importlib.util.find_spec("kpu_fast") is None:
         return _fail("not installed: kpu_fast; pip install -c constraints.txt -e '.[train]'", 2)
     import kpu_fast
@@ -70,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     from kpu_fast.engine.run_folder import OutputError
 
     try:
-        train(cfg, resume=args.resume)
+        train(cfg, resume=args.resume, skip=args.skip)
     except (RunError, Diverged, CheckpointError, OutputError) as error:
         code = 2 if isinstance(error, RunError) else 3 if isinstance(error, Diverged) else 4
         return _fail(error, code, alone=not hasattr(error, "shared"))

@@ -283,3 +283,15 @@ def test_half_a_character_is_named(tmp_path):
     path.write_text('{"extends": "' + str(ROOT / "configs" / "random.json") + '", "name": "\\ud800"}')
     with pytest.raises(ConfigError, match=r"half.json: '\\ud800' is no character of any text"):
         load_config(path)
+
+
+@pytest.mark.parametrize("balance", ["famo", "teacher_drop"])
+def test_a_teachers_weight_and_a_balance_contradict(balance):
+    random = ROOT / "configs" / "random.json"
+    assert load_config(random, ["teachers.clip.weight=2"]).teachers["clip"].weight == 2.0
+    with pytest.raises(
+        ConfigError, match=f'teachers.clip.weight: belongs to objective.balance "equal"; found "{balance}"'
+    ):
+        load_config(random, ["teachers.clip.weight=2", f"objective.balance={balance}"])
+    with pytest.raises(ConfigError, match=r"teachers\.clip\.weight: found 0"):
+        load_config(random, ["teachers.clip.weight=0"])

@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,11 +16,18 @@ import numpy as np
 
 from kpu_fast.data.sources import SourceFile, normalise
 
+_LOG = logging.getLogger(__name__)
+
 VERSION = 3  # raise it when the meaning of the stored fields changes: older files are then scanned anew
 _COLUMNS = {
     "file": np.int32, "offset": np.int64, "length": np.int64, "height": np.int32, "width": np.int32, "crc": np.uint32,
 }  # fmt: skip
+RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds
 _PLAIN = ("source", "files", "converted", "rejected", "problems", "unread", "ignored")
+
+
+class _ShortError(OSError):
+    """A file has become shorter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,13 +66,28 @@ class Index:
         return f"{path} at byte {self.offset[i]}" if self.offset[i] else path
 
     def read(self, i: int) -> np.ndarray:
-        """The encoded bytes of image i, (length,) uint8. Raises OSError when the file is gone or too short."""
+        """The encoded bytes of image i, (length,) uint8. Raises OSError when the file is gone or too short.
+
+        Another failure, as of a network file system for a moment, is tried again after each of RETRY_AFTER.
+        """
+        for pause in (*RETRY_AFTER, None):
+            try:
+                return self._read(i)
+            except (FileNotFoundError, PermissionError, NotADirectoryError, _ShortError):
+                raise
+            except OSError as error:
+                if pause is None:
+                    raise
+                _LOG.warning("%s: %s; trying again in %g s", self.name(i), error, pause)
+                time.sleep(pause)
+
+    def _read(self, i: int) -> np.ndarray:
         data = np.empty(self.length[i], np.uint8)
         with open(self.files[self.file[i]].path, "rb") as file:
             file.seek(self.offset[i])
             got = file.readinto(memoryview(data))
         if got != len(data):
-            raise OSError(
+            raise _ShortError(
                 f"{self.name(i)}: {got} bytes left of the {len(data)} that the scan saw; the file changed: "
                 "scan the source again"
             )

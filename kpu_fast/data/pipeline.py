@@ -41,20 +41,21 @@ class Stream:
       fit "pad": the whole image resized to fit into size, placed top left, the rest IMAGENET_MEAN.
       Both: antialiased bilinear; half of the images mirrored if flip.
     index: of data_cfg.source, from `load_or_scan`. device: "cpu" or a CUDA device, which then decodes too.
-    seed: ≥ 0; fixes order, crops and flips. state: a string from `state()` to go on from.
+    seed: ≥ 0; fixes order, crops and flips. state: a string from `state()` to go on from. skip: batches of every rank
+    to pass over from there.
 
     In each epoch every image comes once, at one rank; an epoch may end inside a batch, the next one fills it.
     Raises SourceError when there are fewer images than ranks, ValueError on a bad argument or a state of another seed.
     """
 
-    def __init__(self, data_cfg, index: Index, *, rank, world_size, device, seed, state=None):
+    def __init__(self, data_cfg, index: Index, *, rank, world_size, device, seed, state=None, skip=0):
         self._digest = index.digest()
         self._seed = seed
         self._source = data_cfg.source
         self._device = torch.device(device)
         self._check(data_cfg, len(index), rank, world_size)
         self._stride = world_size * data_cfg.batch_size
-        self._images_seen = self._position_of(state) if state is not None else 0
+        self._images_seen = (self._position_of(state) if state is not None else 0) + skip * self._stride
         sampler = Sampler(
             np.stack([index.height, index.width], axis=1),
             batch_size=data_cfg.batch_size,
@@ -108,7 +109,7 @@ class Stream:
 
     @property
     def images_seen(self) -> int:
-        """Images handed out so far by all ranks together; batches that were only prefetched do not count."""
+        """Images handed out or skipped so far by all ranks together; batches only prefetched do not count."""
         return self._images_seen
 
     def state(self) -> str:

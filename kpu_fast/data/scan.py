@@ -17,7 +17,7 @@ import sys
 import threading
 import zlib
 from collections import Counter
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -58,41 +58,79 @@ def load_or_scan(source: str | list[str]) -> Index:
     """The index of `source`: the stored one if no file was added, removed or changed since, else a new scan's.
 
     A stored index that lacks a file because it could not be read holds only while that file cannot be read.
-    Ranks of one job: let rank 0 call it first and the others after a barrier; they then only read.
+    Else images of files with the size and time of before are taken as they were found then, not decoded again; but
+    not those that were left out or converted. Ranks of one job: let rank 0 call it, and then the others `load_same`.
     Raises SourceError as `scan` does.
     """
     stored = index_file.load(source)
     if stored and stored.source_files() == list_files(source) and _converted_exist(stored) and _still_unread(stored):
         return stored
-    return scan(source, progress=True)
+    return scan(source, progress=True, known=stored)
 
 
-def scan(source: str | list[str], *, workers: int | None = None, progress: bool = False) -> Index:
+def load_same(source: str | list[str], digest: str, *, look: bool = False) -> Index | None:
+    """The stored index of `source` if it is of the images that `Index.digest` gave `digest` for; else None.
+
+    look: only if the files here have its names and sizes, too; their times may differ, as copies' do.
+    """
+    stored = index_file.load(source)
+    if stored is None or stored.digest() != digest:
+        return None
+    if look:
+        here, seen = (
+            [(file.path, file.size) for file in files] for files in (list_files(source), stored.source_files())
+        )
+        if here != seen or not _converted_exist(stored):
+            return None
+    return stored
+
+
+def scan(
+    source: str | list[str], *, workers: int | None = None, progress: bool = False, known: Index | None = None
+) -> Index:
     """Decode every image of `source`, store the index in the cache folder, return it.
 
     workers: threads, or processes above PROCESS_BYTES (default: the CPUs this process may use); these start afresh, so
     a script that scans that much needs the usual `if __name__ == "__main__":`. progress: a bar on stderr.
-    Raises SourceError when the source is missing or holds no usable image, ImportError without DALI.
+    known: an earlier index; what it has of files that have not changed is not decoded again.
+    Raises SourceError when the source is missing or holds no usable image, ImportError without DALI, OSError when a
+    process was killed or the index cannot be stored.
     """
     import_dali()
     files, others = survey(source)
-    with _pool(files, workers or len(os.sched_getaffinity(0))) as pool:
-        numbered = {number: file for number, file in enumerate(files) if is_shard(file.path)}
-        shards = dict(zip(numbered, pool.map(read_shard, numbered, numbered.values()), strict=True))
-        candidates = _candidates(files, shards)
-        chunks = [candidates[i : i + _CHUNK] for i in range(0, len(candidates), _CHUNK)]
-        tasks = ([(candidate, files[candidate.file]) for candidate in chunk] for chunk in chunks)
-        check = partial(_check_chunk, index_file.cache_folder(source) / "converted")
-        verdicts = []
-        with tqdm(total=len(candidates), desc="scan", unit="img", disable=not progress, leave=False) as bar:
-            for chunk, found in zip(chunks, pool.map(check, tasks), strict=True):
-                verdicts += zip(chunk, found, strict=True)
-                bar.update(len(chunk))
-    found = _collect(normalise(source), files, others, shards, verdicts)
+    before = {} if known is None else _verdicts(known)
+    try:
+        with _pool(files, workers or len(os.sched_getaffinity(0))) as pool:
+            numbered = {number: file for number, file in enumerate(files) if is_shard(file.path)}
+            shards = dict(zip(numbered, pool.map(read_shard, numbered, numbered.values()), strict=True))
+            candidates = _candidates(files, shards)
+            verdicts = {c: before.get((files[c.file], c.offset, c.length)) for c in candidates}
+            new = [candidate for candidate, verdict in verdicts.items() if verdict is None]
+            chunks = [new[i : i + _CHUNK] for i in range(0, len(new), _CHUNK)]
+            tasks = ([(candidate, files[candidate.file]) for candidate in chunk] for chunk in chunks)
+            check = partial(_check_chunk, index_file.cache_folder(source) / "converted")
+            with tqdm(total=len(new), desc="scan", unit="img", disable=not progress, leave=False) as bar:
+                for chunk, found in zip(chunks, pool.map(check, tasks), strict=True):
+                    verdicts.update(zip(chunk, found, strict=True))
+                    bar.update(len(chunk))
+    except BrokenExecutor as error:
+        raise OSError(
+            "a process that decodes images was killed, as happens where memory runs out; scan with fewer: "
+            "python -m kpu_fast.data.scan SOURCE --workers N"
+        ) from error
+    found = _collect(normalise(source), files, others, shards, verdicts.items())
     if not len(found):
         raise SourceError(_nothing_usable(found))
     found.save()
     return found
+
+
+def _verdicts(known: Index) -> dict[tuple[SourceFile, int, int], tuple[int, int, int]]:
+    """(height, width, CRC-32) of each image that is used as it lies in the source, by (file, offset, length)."""
+    files = known.source_files()
+    columns = (known.file, known.offset, known.length, known.height, known.width, known.crc)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return {(files[file], at, length): tuple(facts) for file, at, length, *facts in rows if file < len(files)}
 
 
 def _pool(files: list[SourceFile], workers: int) -> Executor:
@@ -266,6 +304,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (SourceError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was stored", file=sys.stderr)
+        return 130
     print(found.summary())
     print(f"index: {index_file.index_path(options.source)}")
     return 0

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kpu_fast.engine.distributed import World, first_problem, shared
+from kpu_fast.engine.distributed import World, first_problem, from_rank0, shared
 from kpu_fast.engine.run_folder import differences
 
 LATEST = "latest"
@@ -31,11 +31,13 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one run; keeps the newest `keep`. All ranks save and load together.
 
-    constants: settings by name, as JSON has them, that a run may go on only with as they were.
+    constants: settings by name, as JSON has them, that a run may go on only with as they were. notes: what else
+    meta.json tells, for readers of the checkpoint.
     """
 
     def __init__(self, folder: Path, keep: int, world: World, constants: Mapping[str, Any] | None = None):
         self.folder, self.keep, self.world, self.constants = folder, keep, world, dict(constants or {})
+        self.notes: dict[str, Any] = {}
 
     def save(self, engine, step: int, rank_state: dict[str, Any]) -> None:
         """Write the state after `step`. Raises CheckpointError on all ranks; older checkpoints stay as they were."""
@@ -47,7 +49,7 @@ class Checkpoints:
             with _collected(problems):
                 torch.save(rank_state, partial / f"rank-{self.world.rank}.pt")
             self._agree(problems[0] if problems else None, step)
-            meta = {"step": step, **self._constants(engine), "torch": torch.__version__}
+            meta = {"step": step, **self._constants(engine), **self.notes, "torch": torch.__version__}
             self._agree(self._on_rank0(lambda: self._publish(partial, final, meta)), step)
         except CheckpointError:
             if self.world.rank == 0:
@@ -59,10 +61,11 @@ class Checkpoints:
 
         changed: settings that the run had otherwise, named where the checkpoint does not fit.
         """
-        meta = _read_meta(folder)
+        meta = self._read_meta(folder)
         for key, value in self._constants(engine).items():
             for name, (before, now) in differences({key: meta.get(key, value)}, {key: value}).items():
-                raise CheckpointError(f"{folder}: written with {name} = {before}, this run has {now}; set it back")
+                fix = f"start it on {before} ranks" if name == "world_size" else "set it back"
+                raise CheckpointError(f"{folder}: written with {name} = {before}, this run has {now}; {fix}")
         state = self._read_rank_state(folder, changed)
         problem = None
         try:
@@ -75,6 +78,18 @@ class Checkpoints:
 
     def _constants(self, engine) -> dict[str, Any]:
         return {"world_size": self.world.size, "zero_stage": engine.zero_optimization_stage(), **self.constants}
+
+    def _read_meta(self, folder: Path) -> dict[str, Any]:
+        """Rank 0's, on every rank."""
+        problem = meta = None
+        if self.world.rank == 0:
+            try:
+                meta = json.loads((folder / META).read_text(encoding="utf-8"))
+                meta |= {key: meta[key] for key in ("step", "world_size", "zero_stage")}
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                problem = f"{META} cannot be used: {_in_one_line(error)}"
+        self._agree_on_load(problem, folder, ())
+        return from_rank0(self.world, meta)
 
     def _read_rank_state(self, folder: Path, changed: Sequence[str] = ()) -> dict[str, Any]:
         """This rank's own file, once every file is seen to be whole: DeepSpeed's loading needs all ranks to the end."""
@@ -106,6 +121,9 @@ class Checkpoints:
         return newest_checkpoint(self.folder)
 
     def _publish(self, partial: Path, final: Path, meta: Mapping[str, Any]) -> None:
+        missing = [rank for rank in range(self.world.size) if not (partial / f"rank-{rank}.pt").is_file()]
+        if missing:
+            raise OSError(f"nothing of rank {missing[0]} is in {partial}")
         (partial / META).write_text(json.dumps(meta), encoding="utf-8")
         for path in (*partial.rglob("*"), partial):
             _flush_to_disk(path)
@@ -187,14 +205,6 @@ def _whole(folder: Path) -> list[Path]:
 
 def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        return meta | {key: meta[key] for key in ("step", "world_size", "zero_stage")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: {META} cannot be used ({type(error).__name__}: {error})") from error
 
 
 def _fresh_folder(folder: Path) -> None:

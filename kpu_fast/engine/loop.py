@@ -16,13 +16,20 @@ from tqdm import tqdm
 
 from kpu_fast.config import Config, unknown_deepspeed_keys
 from kpu_fast.data.pipeline import Stream
-from kpu_fast.data.scan import Index, load_or_scan
+from kpu_fast.data.scan import Index, load_or_scan, load_same
 from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints, is_finite, resolve_resume
 from kpu_fast.engine.distributed import World, first_problem, from_rank0, init_distributed, shared
 from kpu_fast.engine.monitor import NOT_FINITE, Diverged, Monitor
 from kpu_fast.engine.optimizer import build_optimizer, build_scheduler, restore_settings
 from kpu_fast.engine.result import write_result
-from kpu_fast.engine.run_folder import OutputError, changed_settings, claim_run_folder, record_run
+from kpu_fast.engine.run_folder import (
+    OutputError,
+    changed_settings,
+    claim_run_folder,
+    read_claim,
+    record_run,
+    see_claim,
+)
 from kpu_fast.engine.terminal import say_from_handler, terminal_may_go
 from kpu_fast.engine.zero import quicken
 from kpu_fast.machine import is_out_of_memory
@@ -52,10 +59,11 @@ class Parts(NamedTuple):
 
 
 @terminal_may_go()
-def train(cfg: Config, resume: str | None = None) -> None:
+def train(cfg: Config, resume: str | None = None, skip: int = 0) -> None:
     """Train `cfg` to its last step and write the result; every rank calls it.
 
-    resume: None (a new run), "auto" (the run's newest checkpoint, or a new run) or a checkpoint's folder.
+    resume: None (a new run), "auto" (the run's newest checkpoint, or a new run) or a checkpoint's folder. skip: batches
+    of each teacher to pass over before the first step.
     Raises RunError where data, models or output cannot be used, Diverged where a loss or the gradient is not finite,
     CheckpointError or OutputError when a checkpoint or another file cannot be written.
     """
@@ -66,25 +74,30 @@ def train(cfg: Config, resume: str | None = None) -> None:
     with _together(world):
         lock = claim_run_folder(folder) if world.rank == 0 else None
         checkpoint = resolve_resume(resume, checkpoints.folder) if world.rank == 0 else None
-    checkpoint = from_rank0(world, checkpoint)
+    checkpoint, claim = from_rank0(world, (checkpoint, read_claim(folder)))
+    with _together(world):
+        see_claim(folder, claim)
     parts = build(cfg, world)
     checkpoints.constants |= _networks(cfg, parts.engine.module.student)
+    checkpoints.notes |= {"heads": parts.engine.module.student.config["heads"]}
     state = {"step": 0, "streams": {}}
     if checkpoint is not None:
         state = _resume(cfg, world, parts, checkpoints, checkpoint)
     elif cfg.objective.standardize != "none":  # a checkpoint has the statistics
         _calibrate(cfg, world, parts)
     with _together(world):
-        streams = open_streams(cfg, parts.indexes, world, state["streams"])
+        streams = open_streams(cfg, parts.indexes, world, state["streams"], skip=skip)
         if world.rank == 0:
             checkpoints.discard_partial()
-            record_run(folder, cfg)
-    _announce(cfg, world, parts, state["step"], checkpoint)
+            changes = record_run(folder, cfg, state["step"])
+    if world.rank == 0:
+        _announce(cfg, world, parts, state["step"], checkpoint, changes)
     try:
         finished = _run_steps(cfg, world, parts, streams, checkpoints, state["step"])
     except (Diverged, OutputError, RunError) as error:
         newest = checkpoints.newest() or checkpoint or "none: no step was saved"
-        named = type(error)(f"{error}. The last good checkpoint is {newest}")
+        past = "; if a batch is to blame, --resume auto --skip N passes over the next N" * isinstance(error, Diverged)
+        named = type(error)(f"{error}. The last good checkpoint is {newest}{past}")
         raise (shared(named) if hasattr(error, "shared") else named) from error
     if finished:
         try:
@@ -145,21 +158,28 @@ def _networks(cfg: Config, student: Student) -> dict[str, Any]:
 
 
 def _find_images(cfg: Config, world: World) -> dict[str, Index]:
-    """The index of every teacher's source; each source is scanned once, however many teachers share it."""
-    sources = {name: str(teacher.data.source) for name, teacher in cfg.teachers.items()}
+    """The index of every teacher's source; each source is looked through once, however many teachers share it."""
+    sources = {str(teacher.data.source): teacher.data.source for teacher in cfg.teachers.values()}
     found: dict[str, Index] = {}
-    # One rank scans, then one per node where nodes share no cache; the others find its index.
-    for turn in (world.rank == 0, world.local_rank == 0, True):
-        with _together(world):
-            for name, source in sources.items():
-                if turn and source not in found:
-                    found[source] = load_or_scan(cfg.teachers[name].data.source)
-    digests = {source: index.digest() for source, index in found.items()}
     with _together(world):
-        for source, digest in from_rank0(world, digests).items():
-            if digests[source] != digest:
-                raise RunError(f"source {source} changed while the run started: start again when nothing writes to it")
-    return {name: found[source] for name, source in sources.items()}
+        if world.rank == 0:
+            found = {key: load_or_scan(source) for key, source in sources.items()}
+    digests = from_rank0(world, {key: index.digest() for key, index in found.items()})
+    # Of a node that has images or a cache of its own one rank looks at them; the others take what it found.
+    for turn in (world.local_rank == 0, True):
+        with _together(world):
+            for key, source in sources.items():
+                if turn and key not in found:
+                    stored = load_same(source, digests[key], look=world.local_rank == 0)
+                    found[key] = load_or_scan(source) if stored is None else stored
+    with _together(world):
+        for key, index in found.items():
+            if index.digest() != digests[key]:
+                raise RunError(
+                    f"source {key}: not the images that rank 0 has there; copies on several nodes must be equal, and "
+                    "nothing may write to them while a run starts"
+                )
+    return {name: found[str(teacher.data.source)] for name, teacher in cfg.teachers.items()}
 
 
 def build_models(cfg: Config, device: torch.device) -> tuple[dict[str, Teacher], KPU]:
@@ -172,7 +192,8 @@ def build_models(cfg: Config, device: torch.device) -> tuple[dict[str, Teacher],
     specs = {name: teacher.spec for name, teacher in teachers.items()}
     torch.manual_seed(cfg.seed)  # all ranks start from the same weights
     student = Student.from_config(cfg.student, specs, activation_checkpointing=cfg.activation_checkpointing)
-    return teachers, KPU(student, specs, cfg.objective).to(device)
+    weights = {name: teacher.weight for name, teacher in cfg.teachers.items()}
+    return teachers, KPU(student, specs, cfg.objective, weights).to(device)
 
 
 def _calibrate(cfg: Config, world: World, parts: Parts) -> None:
@@ -299,13 +320,18 @@ def _next_batch(name: str, stream: Stream):
 
 
 def open_streams(
-    cfg: Config, indexes: dict[str, Index], world: World, states: dict[str, Any], seed: int | None = None
+    cfg: Config,
+    indexes: dict[str, Index],
+    world: World,
+    states: dict[str, Any],
+    seed: int | None = None,
+    skip: int = 0,
 ) -> dict[str, Stream]:
     """One stream per teacher; `states` are what the streams of an earlier run returned from state().
 
-    seed: of the first stream, the others count on from it; None: from cfg.seed.
+    seed: of the first stream, the others count on from it; None: from cfg.seed. skip: batches to pass over.
     """
-    place = {"rank": world.rank, "world_size": world.size, "device": world.device}
+    place = {"rank": world.rank, "world_size": world.size, "device": world.device, "skip": skip}
     first = cfg.seed * len(cfg.teachers) if seed is None else seed
     streams = {}
     for i, (name, teacher) in enumerate(cfg.teachers.items()):
@@ -353,9 +379,7 @@ def _set_rng(state: dict[str, torch.Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def _announce(cfg: Config, world: World, parts: Parts, start: int, checkpoint: Path | None) -> None:
-    if world.rank != 0:
-        return
+def _announce(cfg: Config, world: World, parts: Parts, start: int, checkpoint: Path | None, changes: dict) -> None:
     module = parts.engine.module
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
     frozen = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if not p.requires_grad)
@@ -369,6 +393,12 @@ def _announce(cfg: Config, world: World, parts: Parts, start: int, checkpoint: P
         data = cfg.teachers[name].data
         first, *more = [data.source] if isinstance(data.source, str) else data.source
         source = first + (f" and {len(more)} more" if more else "")
-        print(f"{name}: {data.batch_size} images of {data.size[0]}x{data.size[1]} per rank and step, from {source}")
+        all_ranks = f" ({world.size * data.batch_size} on all)" if world.size > 1 else ""
+        epochs = cfg.steps * world.size * data.batch_size / len(index)
+        print(f"{name}: {data.batch_size} images of {data.size[0]}x{data.size[1]} per rank and step{all_ranks}")
+        print(f"  {epochs:,.2f} epochs in {cfg.steps:,} steps, from {source}")
         print(f"  {index.summary()}")
     print(f"from step {start} of {checkpoint}" if checkpoint else "from the beginning", flush=True)
+    if changes:
+        told = ", ".join(f"{key} {json.dumps(old)} → {json.dumps(new)}" for key, (old, new) in sorted(changes.items()))
+        print(f"  with other settings than before: {told}", flush=True)

@@ -34,7 +34,7 @@ class _Pending(NamedTuple):
     terms: list[str]
     shares: list[str]  # teachers with a share in the total; none where all count the same
     normed: bool  # whether the length of the gradient is there
-    host: Tensor  # loss terms, shares, total, the length of the gradient, ranks that want to stop
+    host: Tensor  # loss terms, shares, total, length of the gradient; % waited by each rank; ranks that want to stop
     copied: torch.cuda.Event | None
     facts: dict[str, float]  # what the host knew at once: lr, times
 
@@ -73,13 +73,16 @@ class Monitor:
         """Hand in a step's losses and teachers' shares (device scalars), report the step before. Raises Diverged.
 
         grad_norm: of all ranks' gradients together, the same at each, before clipping; None where it was not computed.
+        facts: this rank's; the report has rank 0's, and of data_wait_percent the largest, with its rank.
         """
         numbers = [*terms.values(), *shares.values(), total]
         if grad_norm is not None:
             # A number, or with an offloaded optimiser on the CPU.
             numbers.append(torch.as_tensor(grad_norm, dtype=torch.float32).to(total.device, non_blocking=True))
         vector = torch.stack([number.detach().float() for number in numbers])
-        vector = torch.cat([vector / self.world.size, vector.new_full((1,), float(want_stop))])
+        waited = vector.new_zeros(self.world.size)  # a rank that waits for data makes all others wait for it
+        waited[self.world.rank].fill_(facts["data_wait_percent"])
+        vector = torch.cat([vector / self.world.size, waited, vector.new_full((1,), float(want_stop))])
         dist.all_reduce(vector)
         host, copied = _to_host(vector)
         self.flush()
@@ -96,7 +99,12 @@ class Monitor:
             pending.copied.synchronize()
         *values, stop = pending.host.tolist()
         self.stop = self.stop or stop > 0
-        facts = pending.facts | ({"grad_norm": values.pop()} if pending.normed else {})
+        waited = values[-self.world.size :]
+        del values[-self.world.size :]
+        facts = pending.facts | {"data_wait_percent": max(waited)}
+        if self.world.size > 1:
+            facts["data_wait_rank"] = waited.index(facts["data_wait_percent"])
+        facts |= {"grad_norm": values.pop()} if pending.normed else {}
         total = values.pop()
         losses, shares = values[: len(pending.terms)], values[len(pending.terms) :]
         row = dict(zip(pending.terms, losses, strict=True)) | {"loss": total}
@@ -131,7 +139,8 @@ class Monitor:
         per_teacher = {t: sum(v for k, v in row.items() if k.startswith(f"{t}/")) for t in sorted(teachers)}
         percent = {name: f" ({value:.0%})" for name, value in shares.items()}
         shown = [f"{name} {value:.3f}{percent.get(name, '')}" for name, value in per_teacher.items()]
-        shown += [f"{record['images_per_second']:.1f} img/s", f"data {facts['data_wait_percent']:.0f}%"]
+        where = f" at rank {facts['data_wait_rank']}" if "data_wait_rank" in facts else ""
+        shown += [f"{record['images_per_second']:.1f} img/s", f"data {facts['data_wait_percent']:.0f}%{where}"]
         self._bar.set_postfix_str(", ".join(shown), refresh=False)
         self._bar.update(step - self._bar.n)
 

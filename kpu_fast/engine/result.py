@@ -31,7 +31,7 @@ def write_result(cfg: Config, folder: Path, world: World, objective: KPU, teache
     # ZeRO 3 holds a share of each parameter on every rank; elsewhere this gathers nothing.
     with zero.GatheredParameters(list(objective.student.parameters())):
         if world.rank == 0:
-            objective.in_own_spaces().save_pretrained(folder / "student", card=_card(cfg, rows))
+            objective.in_own_spaces().save_pretrained(folder / "student", card=student_card(cfg, rows, cfg.steps))
     if world.rank != 0:
         return
     # From the export, not from memory: what is pictured is what the user gets.
@@ -68,7 +68,8 @@ def _panel(cfg: Config, name: str, teacher, student: Student, index: Any, device
     return Panel(name, batch.images, batch.valid, target.maps[0], projected.maps[0], features.maps[level])
 
 
-def _card(cfg: Config, rows: list[dict]) -> str:
+def student_card(cfg: Config, rows: list[dict], steps: int) -> str:
+    """The README.md of an exported student. rows: of the run's metrics.jsonl, up to the last of the `steps`."""
     first, last = (rows[0], rows[-1]) if rows else ({}, {})
     terms = [key for key in last if "/" in key and not key.endswith("/share") and key in first]
     losses = "\n".join(f"| {key} | {first[key]:.4f} | {last[key]:.4f} |" for key in terms)
@@ -84,7 +85,7 @@ def _card(cfg: Config, rows: list[dict]) -> str:
 A vision student trained with kpu_fast by KPU (arXiv 2508.14707).
 
 - ViT: weights `{vit}`, {"frozen" if cfg.student.freeze_vit else "trained"}; adapter: {adapter}
-- {cfg.steps} steps, {cfg.precision}, seed {cfg.seed}
+- {steps} steps, {cfg.precision}, seed {cfg.seed}
 {teachers}
 
 ```python

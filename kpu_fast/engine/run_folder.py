@@ -6,7 +6,11 @@ import json
 import logging
 import os
 import platform
+import re
+import socket
 import subprocess
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
@@ -14,8 +18,10 @@ from typing import IO
 from kpu_fast.config import Config
 
 RESOLVED = "config.resolved.json"
+LOCK = ".lock"
 _SHAPING = ("student", "teachers", "objective")  # what the trained weights, and so a checkpoint, depend on
 _DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+_VISIBLE_AFTER = 10.0  # seconds that a network file system may take to show one node what another has written
 LIBRARIES = ("torch", "triton", "deepspeed", *_DALI, "transformers", "numpy", "kpu_fast")
 
 
@@ -26,48 +32,97 @@ class OutputError(RuntimeError):
 def claim_run_folder(folder: Path) -> IO:
     """Make the folder and lock it against a second run; the lock lasts as long as what is returned stays open.
 
-    Raises OSError, naming the folder, when it cannot be written or another run is using it.
+    The lock's file says who has it, anew for each run: `see_claim`. Raises OSError, naming the folder, when it cannot
+    be written or another run is using it.
     """
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 (the caller keeps it)
+        lock = open(folder / LOCK, "a+")  # noqa: SIM115 (the caller keeps it)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"output: {folder} cannot be written ({reason}); set `output` to a folder that can") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        lock.seek(0)
+        holder = lock.read().partition(",")[0]
         lock.close()
-        raise OSError(f"output: another run is using {folder}; wait for it, or set another name") from error
+        another = f"another run{holder and f' ({holder})'}"
+        raise OSError(f"output: {another} is using {folder}; wait for it, or set another name") from error
     except OSError as error:  # some network file systems have no locks
         logging.getLogger(__name__).warning(
             "%s cannot be locked (%s): see that one run uses it", folder, error.strerror
         )
+    try:
+        lock.truncate(0)
+        lock.write(f"{socket.gethostname()} process {os.getpid()}, {uuid.uuid4().hex}")
+        lock.flush()
+        os.fsync(lock.fileno())
+    except OSError as error:
+        lock.close()
+        raise OSError(f"output: {folder} cannot be written ({error.strerror})") from error
     return lock
 
 
-def record_run(folder: Path, cfg: Config) -> None:
-    """Save the config as it is used, with commit and versions. Raises OSError, naming the folder."""
+def read_claim(folder: Path) -> str:
+    """What the folder's lock says; "" where there is none."""
     try:
+        return (folder / LOCK).read_text()
+    except OSError:
+        return ""
+
+
+def see_claim(folder: Path, claim: str) -> None:
+    """Wait until this process finds the `claim` of rank 0 in the folder; every rank writes its part of a checkpoint.
+
+    Raises OSError where it does not come: the folder is another one here.
+    """
+    deadline = time.monotonic() + _VISIBLE_AFTER
+    while read_claim(folder) != claim:
+        if time.monotonic() > deadline:
+            raise OSError(
+                f"output: {folder.absolute()} on {socket.gethostname()} is not the folder that rank 0 sees under this "
+                "name; all ranks write checkpoints there, so set `output` to a folder that all nodes share"
+            )
+        time.sleep(0.2)
+
+
+def record_run(folder: Path, cfg: Config, step: int = 0) -> dict[str, tuple[object, object]]:
+    """Save the config as it is used from `step` on, with commit and versions; returns what a run that went so far had
+    otherwise, whose file stays as config.until-step-….json. Raises OSError, naming the folder.
+    """
+    now = cfg.model_dump(mode="json")
+    changes = differences(_recorded(folder) or now, now) if step else {}
+    until = folder / f"config.until-step-{step:08d}.json"
+    try:
+        if changes and not until.exists():  # else what is there now has made no step
+            os.replace(folder / RESOLVED, until)
         partial = folder / f".{RESOLVED}"
-        partial.write_text(
-            json.dumps({"config": cfg.model_dump(mode="json"), **circumstances()}, indent=2), encoding="utf-8"
-        )
+        partial.write_text(json.dumps({"config": now, **circumstances()}, indent=2), encoding="utf-8")
         os.replace(partial, folder / RESOLVED)
     except OSError as error:
         raise OSError(
             f"output: {folder} cannot be written ({error.strerror}); set `output` to a folder that can"
         ) from error
+    return changes
 
 
 def changed_settings(folder: Path, cfg: Config) -> list[str]:
-    """The keys of student, teachers and objective that the run in the folder had otherwise; [] if it tells nothing."""
-    try:
-        before = json.loads((folder / RESOLVED).read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError, TypeError):
+    """The keys of student, teachers but for their data, and objective that the run in the folder had otherwise."""
+    before, now = _recorded(folder), cfg.model_dump(mode="json")
+    if before is None:
         return []
-    now = cfg.model_dump(mode="json")
-    return sorted(differences(*({part: tree.get(part) for part in _SHAPING} for tree in (before, now))))
+    changes = differences(*({part: tree.get(part) for part in _SHAPING} for tree in (before, now)))
+    return sorted(key for key in changes if not re.match(r"teachers\.[^.]+\.data\.", key))
+
+
+def _recorded(folder: Path) -> dict | None:
+    """The config that the run in the folder was last started with; None if it tells nothing."""
+    try:
+        found = json.loads((folder / RESOLVED).read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def differences(before: Mapping, now: Mapping) -> dict[str, tuple[object, object]]:
@@ -81,9 +136,7 @@ def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
         yield path, tree
         return
     for key, value in tree.items():
-        a_batch = path.startswith("teachers.") and path.count(".") == 1 and key == "data"  # no part of a model
-        if not a_batch:
-            yield from _leaves(value, f"{path}.{key}" if path else key)
+        yield from _leaves(value, f"{path}.{key}" if path else key)
 
 
 def circumstances() -> dict[str, object]:

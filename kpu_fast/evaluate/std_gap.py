@@ -8,9 +8,7 @@ h_t2s of them (standardised first where the run does that), on the student's gri
 """
 
 import argparse
-import contextlib
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from kpu_fast.config import ObjectiveConfig
+from kpu_fast.engine.trained import TrainedError, find_checkpoint, load_state
 from kpu_fast.evaluate.result import EvaluateError
 from kpu_fast.kernels import Moments, moments
 from kpu_fast.models.hub import WeightsError
@@ -47,7 +46,10 @@ def std_gap(
     Raises EvaluateError where the run, its teachers' weights or the images cannot be used.
     """
     settings = _read_settings(Path(run))
-    folder = _find_checkpoint(Path(run), checkpoint)
+    try:
+        folder = find_checkpoint(Path(run), checkpoint)
+    except TrainedError as error:
+        raise EvaluateError(f"--checkpoint: {error}") from error
     device = torch.device(device)
     try:
         teachers = {
@@ -58,7 +60,10 @@ def std_gap(
         module = KPU(Student.from_config(settings.student, specs), specs, settings.objective)
     except (WeightsError, ValueError) as error:
         raise EvaluateError(f"--run {run}: {error}") from error
-    _load(module, folder)
+    try:
+        _load(module, folder)
+    except TrainedError as error:
+        raise EvaluateError(f"--checkpoint: {error}") from error
     module.to(device).eval()
     module.h_t2s.to(dtype)
     own, common = {}, {}
@@ -133,34 +138,16 @@ def _read_settings(run: Path) -> SimpleNamespace:
         ) from error
 
 
-def _find_checkpoint(run: Path, name: str | None) -> Path:
-    whole = sorted(path.parent for path in (run / "checkpoints").glob("step-*/meta.json"))
-    chosen = [path for path in whole if name in (None, path.name)]
-    if not chosen:
-        known = f"it has {', '.join(path.name for path in whole)}" if whole else "the run has saved none yet"
-        raise EvaluateError(f"--checkpoint {name or 'the newest'}: not in {run / 'checkpoints'}; {known}")
-    return chosen[-1]
-
-
 def _load(module: KPU, folder: Path) -> None:
-    """What the run has trained into `module`; DeepSpeed keeps whole modules at ZeRO stages 0-2, shares at stage 3."""
-    path = folder / "state" / "mp_rank_00_model_states.pt"
     try:
-        if path.is_file():
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["module"]
-        else:
-            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-            with contextlib.redirect_stdout(sys.stderr):  # where only the result belongs
-                state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="state")
-        found = module.load_state_dict(state, strict=False)
-    except Exception as error:  # unpickling and DeepSpeed can raise anything
+        found = module.load_state_dict(load_state(folder), strict=False)
+    except RuntimeError as error:  # of another shape
         reason = " ".join(str(error).split())[:200]
-        raise EvaluateError(f"--checkpoint {folder}: does not load ({type(error).__name__}: {reason})") from error
-    # Only what leads into the common space is read here; frozen weights may be left out of a checkpoint.
+        raise TrainedError(f"{folder}: is of another run ({reason})") from error
+    # Only what leads into the common space is read here.
     missing = [key for key in found.missing_keys if key.startswith(("h_t2s.", "standardize."))]
     if missing:
-        raise EvaluateError(f"--checkpoint {folder}: lacks {', '.join(missing[:3])}; it is of another run")
+        raise TrainedError(f"{folder}: lacks {', '.join(missing[:3])}; it is of another run")
 
 
 def _open(name: str, data: SimpleNamespace, images: str | None, device: torch.device, seed: int):

@@ -33,16 +33,20 @@ class KPU(nn.Module):
 
     student: its `heads` name the teachers; the maps that none of them reads are dropped, and its heads may get centres,
     so what others can load is `in_own_spaces()`, not the student itself. specs: what each teacher's features look like.
-    cfg: `Config.objective`. Raises ValueError, naming the teacher, for features that `objective.standardize` cannot
-    handle.
+    cfg: `Config.objective`. weights: teacher name → w_t in 1/T sum_t w_t L_align, 1 where it is not given.
+    Raises ValueError, naming the teacher, for features that `objective.standardize` cannot handle.
     """
 
-    def __init__(self, student: Student, specs: Mapping[str, FeatureSpec], cfg):
+    def __init__(
+        self, student: Student, specs: Mapping[str, FeatureSpec], cfg, weights: Mapping[str, float] | None = None
+    ):
         super().__init__()
         student.drop_unused_levels()
         self.student = student
         self.cfg = cfg
-        self.weights = {"s2t": 1.0 / len(specs), "t2s": 1.0 / len(specs), "rec": cfg.rec_weight / len(specs)}
+        factors = {"s2t": 1.0, "t2s": 1.0, "rec": cfg.rec_weight}
+        shares = {name: (weights or {}).get(name, 1.0) / len(specs) for name in specs}
+        self.weights = {f"{name}/{term}": share * f for name, share in shares.items() for term, f in factors.items()}
         self.levels = {name: tuple(student.level_for(s) for s in spec.strides) for name, spec in specs.items()}
         common = {name: _common_spec(student, spec, self.levels[name]) for name, spec in specs.items()}
         hidden = student.config["head_hidden"]
@@ -65,7 +69,7 @@ class KPU(nn.Module):
 
         images: (B, 3, H, W) in [0, 1]. target: the teacher's features of the same images.
         valid: (B, H, W) bool, False where the image is padding; None: all of it counts.
-        The terms carry their weights, 1/T and lambda: `total` sums them, `unweighed` gives the bare L_align.
+        The terms carry their weights, w_t/T and lambda: `total` sums them, `unweighed` gives the bare L_align.
         """
         if name in self.standardize:
             target = self.standardize[name](target)
@@ -76,14 +80,14 @@ class KPU(nn.Module):
         cells = {size: valid_cells(valid, size) for size in dict.fromkeys(teacher_grid + own_grid)}
         on_teacher_grid, on_own_grid = ([cells[size] for size in sizes] for sizes in (teacher_grid, own_grid))
         ours = self.student.project(features, name, teacher_grid)
-        terms = {"s2t": self._terms(ours, target, on_teacher_grid, self.weights["s2t"])}
+        terms = {"s2t": self._terms(ours, target, on_teacher_grid, self.weights[f"{name}/s2t"])}
         if self.cfg.t2s:
             ours = Features(features.x, tuple(features.maps[level] for level in self.levels[name]))
             unified = self.h_t2s[name](target, own_grid)
-            terms["t2s"] = self._terms(ours, unified, on_own_grid, self.weights["t2s"])
+            terms["t2s"] = self._terms(ours, unified, on_own_grid, self.weights[f"{name}/t2s"])
             if self.cfg.rec:
                 back = self.h_rec[name](unified, teacher_grid)
-                terms["rec"] = self._terms(back, target, on_teacher_grid, self.weights["rec"])
+                terms["rec"] = self._terms(back, target, on_teacher_grid, self.weights[f"{name}/rec"])
         losses = align_losses([term for some in terms.values() for term in some])
         sums = losses.view(len(terms), -1).sum(1)  # s2t, t2s and rec compare the same maps, and x or not
         return {f"{name}/{term}": value for term, value in zip(terms, sums.unbind(), strict=True)}
@@ -108,7 +112,7 @@ class KPU(nn.Module):
 
     def unweighed(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same terms as L_align of eq. 1, without their weights in L_KPU and without gradient."""
-        return {key: value.detach() / self.weights[key.rpartition("/")[2]] for key, value in terms.items()}
+        return {key: value.detach() / self.weights[key] for key, value in terms.items()}
 
     def in_own_spaces(self) -> Student:
         """The student as others use it: `project` ends in each teacher's own space, not in the standardised one.

@@ -1,5 +1,6 @@
 """Streams end to end: pixels against Pillow, sharding and flips read off the pixels, exact resume."""
 
+import errno
 import gc
 import hashlib
 import os
@@ -268,6 +269,48 @@ def test_a_file_that_changed_after_the_scan_is_named(folder, make):
         path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(OSError, match=r"images/\d.png: 50 bytes left"):
         take(stream(index, make.config()), 1)
+
+
+@pytest.mark.parametrize("failures", [1, 3, 4])
+def test_a_read_that_fails_for_a_moment_is_tried_again(folder, make, failures, monkeypatch, caplog):
+    index = load_or_scan(str(folder))
+    left, read = [None] * failures, type(index)._read
+
+    def stale(self, i):
+        if left:
+            left.pop()
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(self, i)
+
+    monkeypatch.setattr("kpu_fast.data.index.RETRY_AFTER", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(type(index), "_read", stale)
+    if failures > 3:
+        with pytest.raises(OSError, match="Stale file handle"):
+            index.read(0)
+    else:
+        assert bytes(index.read(0)) == (folder / "0.png").read_bytes()
+    assert caplog.text.count("trying again") == min(failures, 3)
+
+
+def test_what_is_gone_or_cut_off_is_not_tried_again(folder, make, monkeypatch):
+    index = load_or_scan(str(folder))
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited"))
+    (folder / "0.png").write_bytes(b"cut")
+    (folder / "1.png").unlink()
+    with pytest.raises(OSError, match="3 bytes left"):
+        index.read(0)
+    with pytest.raises(FileNotFoundError):
+        index.read(1)
+
+
+def test_batches_can_be_passed_over(folder, make):
+    index = load_or_scan(str(folder))
+    place = {"rank": 1, "world_size": 2, "device": "cpu", "seed": 0}
+    whole, begun = (Stream(make.config(batch_size=2), index, **place) for _ in range(2))
+    fifth, _ = take(whole, 5)[-1], take(begun, 1)
+    skipping = Stream(make.config(batch_size=2), index, **place, state=begun.state(), skip=3)
+    assert torch.equal(next(skipping).images, fifth.images)
+    assert skipping.images_seen == whole.images_seen
 
 
 def test_a_file_that_no_longer_decodes_names_the_source(folder, make):

@@ -8,15 +8,17 @@ import struct
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import BrokenExecutor
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps, features
 
+from kpu_fast.data import scan as scan_module
 from kpu_fast.data.decode import to_rgb
 from kpu_fast.data.index import index_path
 from kpu_fast.data.pipeline import Stream
-from kpu_fast.data.scan import MAX_PIXELS, load_or_scan, main, scan
+from kpu_fast.data.scan import MAX_PIXELS, load_or_scan, load_same, main, scan
 from kpu_fast.data.sources import SourceError
 
 
@@ -578,11 +580,72 @@ def test_a_change_is_noticed(folder, make, change, monkeypatch):
     else:
         os.unlink(index.files[-1].path)
     scanned = []
-    monkeypatch.setattr("kpu_fast.data.scan.scan", lambda *args, **kwargs: scanned.append(scan(*args)) or scanned[0])
+    monkeypatch.setattr(
+        "kpu_fast.data.scan.scan", lambda *args, **kwargs: scanned.append(scan(*args, **kwargs)) or scanned[0]
+    )
     again = load_or_scan(str(folder))
     assert len(scanned) == 1
     assert len(again) == {"added": 12, "removed": 10, "rewritten": 10}.get(change, 11)
     assert os.path.exists(again.files[-1].path)
+
+
+def test_what_was_decoded_is_not_decoded_again(folder, make, monkeypatch):
+    """Of a source that grew, what is new, changed, converted or left out before, and no more."""
+    (folder / "cmyk.jpg").write_bytes(make.encoded(make.ramp(1).convert("CMYK"), "JPEG"))
+    (folder / "text.jpg").write_bytes(b"text")
+    shard = [(f"{number}.png", make.encoded(make.ramp(number))) for number in range(20, 23)]
+    make.tar(folder / "shard.tar", shard)
+    source = [str(folder), f"{folder}/*.tar"]
+    load_or_scan(source)
+    make.ramp(11).save(folder / "new.png")
+    make.ramp(12).save(folder / "0.png")
+    os.utime(folder / "1.png", (1, 1))
+    make.tar(folder / "more.tar", [("23.png", make.encoded(make.ramp(23)))])
+    decoded, check = [], scan_module._check
+    monkeypatch.setattr(scan_module, "_check", lambda file, one, to: decoded.append(one.name) or check(file, one, to))
+    again = load_or_scan(source)
+    names = {name.rpartition("::")[2].rpartition("/")[2] for name in decoded}
+    assert names == {"cmyk.jpg", "text.jpg", "new.png", "0.png", "1.png", "23.png"}
+    afresh = scan(source)
+    assert again.digest() == afresh.digest()
+    assert [again.name(i) for i in range(len(again))] == [afresh.name(i) for i in range(len(afresh))]
+    assert (len(again), again.rejected) == (16, afresh.rejected)
+
+
+def test_another_rank_takes_the_index_of_the_same_images_and_no_other(folder, make, tmp_path):
+    (folder / "cmyk.jpg").write_bytes(make.encoded(make.ramp(1).convert("CMYK"), "JPEG"))
+    source = str(folder)
+    assert load_same(source, "0") is None
+    index = load_or_scan(source)
+    assert load_same(source, "0") is None
+    for look in (False, True):
+        assert load_same(source, index.digest(), look=look).files == index.files
+    os.utime(folder / "0.png", (1, 1))  # as of a node's own copy
+    assert load_same(source, index.digest(), look=True).digest() == index.digest()
+    (folder / "0.png").write_bytes(b"cut off")
+    assert load_same(source, index.digest(), look=True) is None
+    assert load_same(source, index.digest()) is not None
+    make.ramp(0).save(folder / "0.png")
+    os.unlink(index.files[-1].path)
+    assert load_same(source, index.digest(), look=True) is None
+
+
+def test_a_killed_process_is_one_line(folder, monkeypatch, capsys):
+    def killed(*_):
+        raise BrokenExecutor("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(scan_module, "_check_chunk", killed)
+    assert main([str(folder)]) == 2
+    assert "was killed, as happens where memory runs out" in capsys.readouterr().err
+
+
+def test_an_interrupted_scan_is_one_line(folder, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scan_module, "_check_chunk", interrupted)
+    assert main([str(folder)]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted; nothing was stored"
 
 
 def test_a_cache_that_takes_no_files_is_named(folder, tmp_path, monkeypatch):

@@ -77,13 +77,14 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def start(tiny, environment, tmp_path):
-    """start(*overrides, launcher=[...], resume=None) runs kpu_fast/train.py; output goes below tmp_path."""
+    """start(*overrides, launcher=[...], resume=None, skip=0) runs kpu_fast/train.py; output goes below tmp_path."""
     started = []
 
-    def run(*overrides: str, launcher: list[str] | None = None, resume: str | None = None, output: Path | None = None):
+    def run(*overrides: str, launcher=None, resume: str | None = None, skip: int = 0, output: Path | None = None):
         command = [*(launcher or [sys.executable]), str(TRAIN), "--config", str(tiny)]
         command += ["--set", f"output={output or tmp_path}", *overrides]
         command += ["--resume", resume] if resume else []
+        command += ["--skip", str(skip)] if skip else []
         pipe = subprocess.PIPE
         process = subprocess.Popen(
             command, env=environment, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, start_new_session=True

@@ -1,5 +1,6 @@
 """What a rank keeps beside DeepSpeed's state: it loads where no GPU of that number is."""
 
+import pytest
 import torch
 
 from kpu_fast.engine import checkpoint
@@ -24,3 +25,14 @@ def test_tensors_of_a_gpu_arrive_on_the_cpu_and_famo_goes_on_from_them(monkeypat
     assert torch.equal(second.w, first.w)
     assert first.w.abs().max() > 0.01
     assert torch.equal(second.adam.state[second.w]["exp_avg"], first.adam.state[first.w]["exp_avg"])
+
+
+def test_a_checkpoint_that_lacks_a_rank_is_not_published(tmp_path):
+    """As where the ranks of another node write to another folder of that name."""
+    checkpoints = Checkpoints(tmp_path, 1, World(0, 2, torch.device("cpu"), 0, None))
+    partial, final = tmp_path / ".partial-step-00000002", tmp_path / "step-00000002"
+    partial.mkdir()
+    (partial / "rank-0.pt").write_bytes(b"")
+    with pytest.raises(OSError, match="nothing of rank 1 is in"):
+        checkpoints._publish(partial, final, {})
+    assert not final.exists()

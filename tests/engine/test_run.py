@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ import pytest
 import torch
 from processes import finish, two_ranks
 from safetensors.torch import load_file
+
+from kpu_fast.export import main as export
 
 LOSSES = [f"{t}/{k}" for t in ("clip", "gdino") for k in ("s2t", "t2s", "rec")]
 
@@ -96,6 +99,64 @@ def test_killed_and_resumed_equals_never_killed(moment, whole, start, tmp_path):
     assert not list((run / "checkpoints").glob(".partial-*"))
 
 
+def test_a_checkpoint_becomes_the_student_that_its_run_would_have_left(whole, tmp_path, capsys):
+    assert export(["--run", str(whole), "--out", str(tmp_path / "last")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'last'}: the student of step-00000008\n"
+    for name in ("model.safetensors", "config.json", "README.md"):
+        assert (tmp_path / "last" / name).read_bytes() == (whole / "student" / name).read_bytes()
+    out = str(tmp_path / "before")
+    assert export(["--run", str(whole), "--checkpoint", "step-00000006", "--out", out]) == 0
+    assert weights(whole) != (tmp_path / "before" / "model.safetensors").read_bytes()
+    assert "- 6 steps, fp32" in (tmp_path / "before" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("damage", "arguments", "message"),
+    [
+        (None, ["--checkpoint", "step-00000007"], "step-00000007: not in"),
+        (None, ["--head", "clip"], "--head: belongs to --student"),
+        (None, ["--batch", "3"], "--batch: belongs to --student"),
+        (None, ["--out", "student.onnx"], "--out student.onnx: expected a folder with --run"),
+        ("config.resolved.json", [], "this version of kpu_fast cannot read it"),
+        ("checkpoints/step-00000008/meta.json", [], "this version of kpu_fast cannot read it (KeyError: 'networks')"),
+        ("checkpoints/step-00000008/state/mp_rank_00_model_states.pt", [], "does not load (RuntimeError"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_cannot_be_exported_is_one_line(damage, arguments, message, whole, tmp_path, capsys):
+    run = shutil.copytree(whole, tmp_path / "tiny")
+    if damage:
+        (run / damage).write_text('{"config": {}}')
+    assert export(["--run", str(run), "--out", str(tmp_path / "out"), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nodes_that_share_no_folder_do_not_start(tiny, environment, tmp_path):
+    """Each rank in a folder of its own, as on two nodes where `output` is on their own disks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    train = Path(__file__).parents[2] / "kpu_fast" / "train.py"
+    nodes = []
+    for rank in ("0", "1"):
+        place = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        (tmp_path / rank).mkdir()
+        nodes.append(
+            subprocess.Popen(
+                [sys.executable, str(train), "--config", str(tiny), "--set", "output=runs"], cwd=tmp_path / rank,
+                env=environment | place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    _, err = finish(nodes[0], code=2)
+    finish(nodes[1], code=2)
+    assert "is not the folder that rank 0 sees under this name" in err
+    assert "(rank 1)" in err
+    assert str(tmp_path / "1" / "runs" / "tiny") in err
+
+
 def test_two_ranks_killed_and_resumed_equal_never_killed(whole, start, tmp_path):
     stage2 = "deepspeed.zero_optimization.stage=2"
     finish(start(stage2, launcher=two_ranks("deepspeed"), output=tmp_path / "whole"))
@@ -108,6 +169,9 @@ def test_two_ranks_killed_and_resumed_equal_never_killed(whole, start, tmp_path)
     assert losses(tmp_path / "cut" / "tiny") == losses(tmp_path / "whole" / "tiny")
     assert weights(tmp_path / "cut" / "tiny") == weights(tmp_path / "whole" / "tiny")
     assert losses(tmp_path / "whole" / "tiny")[0] != losses(whole)[0]  # two ranks see more images than one
+    out = str(tmp_path / "out")
+    assert export(["--run", str(tmp_path / "cut" / "tiny"), "--out", out]) == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights(tmp_path / "whole" / "tiny")
 
 
 def test_sigterm_writes_a_checkpoint_and_exits_0(whole, start, tmp_path):
@@ -166,10 +230,16 @@ def test_a_tilde_in_output_is_the_home_folder(start, tmp_path):
 
 def test_zero_3_under_torchrun_trains_and_exports(start, tmp_path):
     launcher = two_ranks("torchrun")
-    out, _ = finish(start("deepspeed.zero_optimization.stage=3", "steps=3", launcher=launcher))
+    out, _ = finish(start("deepspeed.zero_optimization.stage=3", "precision=bf16", "steps=3", launcher=launcher))
     assert "student  " in out
+    assert "clip: 4 images of 64x64 per rank and step (8 on all)" in out
+    assert "  2.00 epochs in 3 steps, from " in out
     exported = load_file(tmp_path / "tiny" / "student" / "model.safetensors")
     assert all(t.numel() > 0 and t.isfinite().all() for t in exported.values())
+    assert export(["--run", str(tmp_path / "tiny"), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights(tmp_path / "tiny")
+    rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["data_wait_rank"] in (0, 1) for row in rows)
 
 
 def test_gradients_accumulated_in_fp32_are_every_teachers(start, tmp_path):
@@ -197,7 +267,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(start, tmp_path):
     _, err = finish(start("optimizer.lr=1e30", "optimizer.clip_grad_norm=null", "optimizer.warmup_steps=0"), code=3)
     assert err.splitlines()[-1].startswith("error: step ")
     assert "clip/s2t = nan" in err or "clip/t2s = nan" in err or "= inf" in err
-    assert "The last good checkpoint is none" in err
+    assert "The last good checkpoint is none: no step was saved; if a batch is to blame, --resume auto --skip N" in err
     assert not list((tmp_path / "tiny" / "checkpoints").glob("step-*"))
 
 
@@ -315,8 +385,9 @@ def test_settings_changed_on_resume_hold(whole, start, tmp_path):
         "objective.rec_weight=0.5",
         "student.vit.arch.registers=0",
     ]  # 0 is the default
-    _, err = finish(start(*changed, resume="auto"))
+    out, err = finish(start(*changed, resume="auto", skip=3))
     assert "its run had another objective.rec_weight, student.vit.arch.registers; this config's holds" in err
+    assert "with other settings than before: objective.rec_weight 1.0 → 0.5, optimizer.betas [0.9, 0.999] → " in out
     rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
     expected = [0.5e-4 * (1 + math.cos(math.pi * (step - 2) / 10)) for step in range(8, 12)]
     assert [row["lr"] for row in rows[8:]] == pytest.approx(expected)
@@ -328,8 +399,14 @@ def test_settings_changed_on_resume_hold(whole, start, tmp_path):
     groups = state["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
     assert [(tuple(group["betas"]), group["eps"]) for group in groups] == [((0.5, 0.6), 1e-3)] * 2
-    resolved = json.loads((tmp_path / "tiny" / "config.resolved.json").read_text())
-    assert resolved["config"]["steps"] == 12
+    resolved, before = (
+        json.loads((tmp_path / "tiny" / f"config.{which}.json").read_text())["config"]
+        for which in ("resolved", "until-step-00000008")
+    )
+    assert (resolved["steps"], before["steps"]) == (12, 8)
+    streams = torch.load(tmp_path / "tiny" / "checkpoints" / "step-00000012" / "rank-0.pt")["streams"]
+    seen = {name: json.loads(state)["images_seen"] for name, state in streams.items()}
+    assert seen == {"clip": (12 + 3) * 4, "gdino": (12 + 3) * 2}
 
 
 @pytest.mark.parametrize(

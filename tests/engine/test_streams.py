@@ -5,7 +5,7 @@ import torch
 from kpu_fast.config import load_config
 from kpu_fast.data.scan import load_or_scan
 from kpu_fast.engine.distributed import World
-from kpu_fast.engine.loop import CALIBRATION_SEED, open_streams
+from kpu_fast.engine.loop import CALIBRATION_SEED, build_models, open_streams
 
 
 def test_no_two_streams_of_one_source_read_the_same(tiny, monkeypatch, tmp_path):
@@ -23,3 +23,11 @@ def test_no_two_streams_of_one_source_read_the_same(tiny, monkeypatch, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     seen = [*first, *statistics]
     assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_a_teachers_weight_reaches_its_terms(tiny):
+    cfg = load_config(tiny, ["teachers.gdino.weight=4", "objective.rec_weight=0.5"])
+    _, module = build_models(cfg, torch.device("cpu"))
+    assert module.weights == {
+        "clip/s2t": 0.5, "clip/t2s": 0.5, "clip/rec": 0.25, "gdino/s2t": 2.0, "gdino/t2s": 2.0, "gdino/rec": 1.0,
+    }  # fmt: skip

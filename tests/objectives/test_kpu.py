@@ -19,7 +19,7 @@ SPECS = {
 GRIDS = {"one": [(6, 6)], "many": [(12, 16), (6, 8), (3, 4)], "odd": [(7, 7)]}
 
 
-def make(adapter: bool = True, **objective) -> KPU:
+def make(adapter: bool = True, weights=None, **objective) -> KPU:
     torch.manual_seed(0)
     student = Student(
         vit={"dim": 32, "depth": 2, "heads": 2, "patch_size": 14, "image_size": 56},
@@ -28,7 +28,7 @@ def make(adapter: bool = True, **objective) -> KPU:
         heads={name: spec._asdict() for name, spec in SPECS.items()},
         head_hidden=16,
     )
-    model = KPU(student, SPECS, ObjectiveConfig(**objective)).double()
+    model = KPU(student, SPECS, ObjectiveConfig(**objective), weights).double()
     with torch.no_grad():  # γ = 0 at the start would hide the injectors
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -147,6 +147,16 @@ def test_four_recipes(adapter, switches, terms):
     loss.backward()
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert idle == []  # whatever trains gets a gradient: nothing decays or is reduced in vain
+
+
+def test_a_teachers_weight_is_of_all_its_terms_and_of_no_others():
+    plain, heavy = make(), make(weights={"many": 2.5})
+    for name, factor in (("many", 2.5), ("one", 1.0)):
+        given = batch(name, (96, 128) if name == "many" else (96, 96))
+        terms, weighed = plain(name, *given), heavy(name, *given)
+        for key, value in terms.items():
+            torch.testing.assert_close(weighed[key], factor * value)
+        torch.testing.assert_close(heavy.unweighed(weighed), plain.unweighed(terms))
 
 
 def test_rec_weight_and_equal_teachers():

@@ -1,0 +1,78 @@
+"""What a run has trained so far, read from a checkpoint: without its teachers, images, ranks or GPUs."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kpu_fast.config import Config
+from kpu_fast.engine.checkpoint import META, STATE
+from kpu_fast.engine.monitor import METRICS, read_metrics
+from kpu_fast.engine.result import student_card
+from kpu_fast.engine.run_folder import RESOLVED
+from kpu_fast.models.student import Student
+from kpu_fast.objectives.kpu import KPU
+
+
+class TrainedError(ValueError):
+    """A run's folder has no such checkpoint, or it does not load."""
+
+
+def load_student(run: Path, checkpoint: str | None = None) -> tuple[Student, str, str]:
+    """(student, card, name of the checkpoint): what the run would have exported had it ended there, on the CPU.
+
+    run: runs/NAME. checkpoint: "step-…" (None: the newest). The run may go on meanwhile. Raises TrainedError.
+    """
+    folder = find_checkpoint(run, checkpoint)
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        cfg = Config.model_validate_json(json.dumps(json.loads((run / RESOLVED).read_text(encoding="utf-8"))["config"]))
+        student = Student(**meta["networks"]["student"], heads=meta["heads"])
+        module = KPU(student, student.head_specs, cfg.objective)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise TrainedError(
+            f"{folder}: this version of kpu_fast cannot read it ({reason}). The one that wrote it ends the run there "
+            "with train.py --resume auto --set steps=<its step>"
+        ) from error
+    state = load_state(folder)
+    if cfg.precision == "bf16":  # stage 3's are the optimiser's fp32
+        trained = {name for name, _ in module.named_parameters()}
+        state = {name: value.bfloat16() if name in trained else value for name, value in state.items()}
+    try:
+        module.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise TrainedError(f"{folder}: is of another run ({' '.join(str(error).split())[:300]})") from error
+    rows = [row for row in (read_metrics(run) if (run / METRICS).is_file() else []) if row["step"] <= meta["step"]]
+    return module.in_own_spaces(), student_card(cfg, rows, meta["step"]), folder.name
+
+
+def find_checkpoint(run: Path, name: str | None = None) -> Path:
+    """The run's checkpoint of that name, or its newest. Raises TrainedError."""
+    whole = sorted(path.parent for path in (run / "checkpoints").glob(f"step-*/{META}"))
+    chosen = [path for path in whole if name in (None, path.name)]
+    if not chosen:
+        known = f"it has {', '.join(path.name for path in whole)}" if whole else "the run has saved none yet"
+        raise TrainedError(f"{name or 'the newest checkpoint'}: not in {run / 'checkpoints'}; {known}")
+    return chosen[-1]
+
+
+def load_state(folder: Path) -> dict[str, Tensor]:
+    """The state of the trained module in a checkpoint: DeepSpeed keeps it whole at ZeRO stages 0-2, in shares at 3.
+
+    Raises TrainedError.
+    """
+    path = folder / STATE / "mp_rank_00_model_states.pt"
+    try:
+        if path.is_file():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["module"]
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with contextlib.redirect_stdout(sys.stderr):  # where only the result belongs
+            return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=STATE)
+    except Exception as error:  # unpickling and DeepSpeed can raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise TrainedError(f"{folder}: does not load ({type(error).__name__}: {reason})") from error
