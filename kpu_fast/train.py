@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args(argv)
-    if args.skip < 0 or (args.skip and args.resume is None):
+    if not 0 <= args.skip <= 10**9 or (args.skip and args.resume is None):
         return _fail(f"--skip {args.skip}: expected a number of batches, with --resume", 2)
     if importlib.util.find_spec("kpu_fast") is None:
         return _fail("not installed: kpu_fast; pip install -c constraints.txt -e '.[train]'", 2)

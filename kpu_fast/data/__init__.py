@@ -6,10 +6,11 @@ _HOME = {
     "SourceError": "sources",
     "Index": "index",
     "load_or_scan": "scan",
+    "load_same": "scan",
     "Stream": "pipeline",
     "Batch": "pipeline",
 }
-__all__ = ["Batch", "Index", "SourceError", "Stream", "load_or_scan"]
+__all__ = ["Batch", "Index", "SourceError", "Stream", "load_or_scan", "load_same"]
 
 
 def __getattr__(name):

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-import time
+import threading
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
@@ -65,21 +65,23 @@ class Index:
         path = self.files[self.file[i]].path
         return f"{path} at byte {self.offset[i]}" if self.offset[i] else path
 
-    def read(self, i: int) -> np.ndarray:
-        """The encoded bytes of image i, (length,) uint8. Raises OSError when the file is gone or too short.
+    def read(self, i: int, give_up: threading.Event | None = None) -> np.ndarray:
+        """The encoded bytes of image i, (length,) uint8. Raises OSError, with its name, when they cannot be read.
 
-        Another failure, as of a network file system for a moment, is tried again after each of RETRY_AFTER.
+        What may pass, as on a network file system for a moment, is tried again after each of RETRY_AFTER unless
+        `give_up` is set; not a file that is gone or too short.
         """
+        give_up = give_up or threading.Event()
         for pause in (*RETRY_AFTER, None):
             try:
                 return self._read(i)
             except (FileNotFoundError, PermissionError, NotADirectoryError, _ShortError):
                 raise
             except OSError as error:
-                if pause is None:
-                    raise
+                if pause is None or give_up.wait(0):
+                    raise OSError(error.errno, error.strerror or str(error), self.name(i)) from error
                 _LOG.warning("%s: %s; trying again in %g s", self.name(i), error, pause)
-                time.sleep(pause)
+                give_up.wait(pause)
 
     def _read(self, i: int) -> np.ndarray:
         data = np.empty(self.length[i], np.uint8)

@@ -5,6 +5,7 @@ a stream continues exactly from a position, whatever DALI had in flight, and sha
 """
 
 import json
+import threading
 import warnings
 import weakref
 from collections import deque
@@ -151,6 +152,7 @@ class _Reader:
     def __init__(self, index: Index, sampler: Sampler, position: int, stride: int, crop: bool):
         self._index, self._sampler, self._crop = index, sampler, crop
         self._position, self._stride = position, stride
+        self._failed = threading.Event()
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="kpu_fast-read")
         self._reads = deque()
         for _ in range(READ_AHEAD):
@@ -163,12 +165,17 @@ class _Reader:
         self._reads.append((plan, [self._pool.submit(self._read, chunk) for chunk in chunks]))
 
     def _read(self, images: np.ndarray) -> list[np.ndarray]:
-        return [self._index.read(image) for image in images]
+        return [self._index.read(image, self._failed) for image in images]
 
     def __call__(self):
         plan, chunks = self._reads.popleft()
         self._read_next()
-        data = [data for chunk in chunks for data in chunk.result()]
+        try:
+            data = [data for chunk in chunks for data in chunk.result()]
+        except OSError:  # the stream ends; reads that still wait would keep the process from ending
+            self._failed.set()
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            raise
         return (data, plan.target, plan.flip) + ((plan.start, plan.shape) if self._crop else ())
 
 

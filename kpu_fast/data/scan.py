@@ -50,6 +50,7 @@ _DALI_FORMATS = frozenset(["JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "
 PROCESS_BYTES = 1 << 30
 _LEVELS = 1.0  # of 255, the mean over an image: what two right decoders of one file may differ by, from rounding
 _ROWS = 64  # compared at least, spread over the image, where it has so many: all would cost a sixth of the scan
+_SAMPLE = 256  # images of a copy that are compared
 _CHUNK = 32  # images per task: small enough for a lively progress bar, large enough to hide the cost of a task
 _local = threading.local()
 
@@ -71,18 +72,34 @@ def load_or_scan(source: str | list[str]) -> Index:
 def load_same(source: str | list[str], digest: str, *, look: bool = False) -> Index | None:
     """The stored index of `source` if it is of the images that `Index.digest` gave `digest` for; else None.
 
-    look: only if the files here have its names and sizes, too; their times may differ, as copies' do.
+    look: only if it fits the files here, too. Where their times differ, as copies' do, that is: their names and sizes,
+    the places of all images in shards, and the bytes of _SAMPLE images.
     """
     stored = index_file.load(source)
     if stored is None or stored.digest() != digest:
         return None
     if look:
-        here, seen = (
-            [(file.path, file.size) for file in files] for files in (list_files(source), stored.source_files())
-        )
-        if here != seen or not _converted_exist(stored):
+        here, seen = list_files(source), stored.source_files()
+        alike = [file[:2] for file in here] == [file[:2] for file in seen]
+        if not alike or not _converted_exist(stored) or (here != seen and not _same_bytes(stored)):
             return None
     return stored
+
+
+def _same_bytes(stored: Index) -> bool:
+    files = stored.source_files()
+    lying = np.flatnonzero(stored.file < len(files))  # the others were converted
+    for number, file in enumerate(files):
+        if is_shard(file.path):
+            members = {(member.offset, member.length) for member in read_shard(number, file).images}
+            mine = lying[stored.file[lying] == number]
+            if not members.issuperset(zip(stored.offset[mine].tolist(), stored.length[mine].tolist(), strict=True)):
+                return False
+    some = lying[np.linspace(0, len(lying) - 1, min(_SAMPLE, len(lying))).astype(int)]
+    try:
+        return all(zlib.crc32(stored.read(i)) == stored.crc[i] for i in some)
+    except OSError:
+        return False
 
 
 def scan(

@@ -106,7 +106,7 @@ class Checkpoints:
     def _agree_on_load(self, problem: str | None, folder: Path, changed: Sequence[str]) -> None:
         problem = first_problem(self.world, problem)
         if problem is not None:
-            older = [path.name for path in _whole(folder.parent) if path.name < folder.name]
+            older = [path.name for path in whole_checkpoints(folder.parent) if path.name < folder.name]
             hint = f"; an older one is {older[-1]}" if older else ""
             hint = f"; its run had another {', '.join(changed[:3])}" if changed else hint
             raise shared(CheckpointError(f"{folder}: does not fit this config or is damaged ({problem}){hint}"))
@@ -134,7 +134,7 @@ class Checkpoints:
         _flush_to_disk(pointer)
         os.replace(pointer, self.folder / LATEST)
         _flush_to_disk(self.folder)
-        for old in _whole(self.folder)[: -self.keep]:
+        for old in whole_checkpoints(self.folder)[: -self.keep]:
             gone = old.with_name(f".partial-{old.name}")  # a kill in the middle must not leave half a checkpoint
             os.replace(old, gone)
             shutil.rmtree(gone, ignore_errors=True)
@@ -160,8 +160,8 @@ class Checkpoints:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in the folder; None if there is none. Only whole ones carry the name step-…"""
-    return max(_whole(folder), default=None)
+    """The newest checkpoint in the folder; None if there is none."""
+    return max(whole_checkpoints(folder), default=None)
 
 
 def resolve_resume(resume: str | None, folder: Path) -> Path | None:
@@ -190,7 +190,7 @@ def resolve_resume(resume: str | None, folder: Path) -> Path | None:
 def _check_rewind(chosen: Path, folder: Path) -> Path:
     """Going on from `chosen` must not leave checkpoints of another course of the run in `folder`."""
     mine = chosen.parent == folder
-    others = [path.name for path in _whole(folder) if not (mine and path.name <= chosen.name)]
+    others = [path.name for path in whole_checkpoints(folder) if not (mine and path.name <= chosen.name)]
     if others:
         raise CheckpointError(
             f"--resume {chosen}: {folder} holds {others[-1]}, which a run from there would contradict; set another "
@@ -199,7 +199,8 @@ def _check_rewind(chosen: Path, folder: Path) -> Path:
     return chosen
 
 
-def _whole(folder: Path) -> list[Path]:
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in the folder, the oldest first. Only whole ones carry the name step-…"""
     return sorted(path.parent for path in folder.glob(f"step-*/{META}"))
 
 

@@ -89,9 +89,13 @@ def train(cfg: Config, resume: str | None = None, skip: int = 0) -> None:
         streams = open_streams(cfg, parts.indexes, world, state["streams"], skip=skip)
         if world.rank == 0:
             checkpoints.discard_partial()
-            changes = record_run(folder, cfg, state["step"])
+            changes = record_run(folder, cfg, None if checkpoint is None else checkpoint.parents[1], state["step"])
     if world.rank == 0:
-        _announce(cfg, world, parts, state["step"], checkpoint, changes)
+        _announce(cfg, world, parts)
+        after = f", passing over {skip:,} batches of each teacher" * (skip > 0)
+        print((f"from step {state['step']} of {checkpoint}" if checkpoint else "from the beginning") + after)
+        if changes:
+            print(f"  with other settings than before: {', '.join(changes)}", flush=True)
     try:
         finished = _run_steps(cfg, world, parts, streams, checkpoints, state["step"])
     except (Diverged, OutputError, RunError) as error:
@@ -172,13 +176,11 @@ def _find_images(cfg: Config, world: World) -> dict[str, Index]:
                 if turn and key not in found:
                     stored = load_same(source, digests[key], look=world.local_rank == 0)
                     found[key] = load_or_scan(source) if stored is None else stored
-    with _together(world):
-        for key, index in found.items():
-            if index.digest() != digests[key]:
-                raise RunError(
-                    f"source {key}: not the images that rank 0 has there; copies on several nodes must be equal, and "
-                    "nothing may write to them while a run starts"
-                )
+                if key in found and found[key].digest() != digests[key]:
+                    raise RunError(
+                        f"source {key}: not the images that rank 0 has there; copies on several nodes must be equal, "
+                        "and nothing may write to them while a run starts"
+                    )
     return {name: found[str(teacher.data.source)] for name, teacher in cfg.teachers.items()}
 
 
@@ -379,7 +381,7 @@ def _set_rng(state: dict[str, torch.Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def _announce(cfg: Config, world: World, parts: Parts, start: int, checkpoint: Path | None, changes: dict) -> None:
+def _announce(cfg: Config, world: World, parts: Parts) -> None:
     module = parts.engine.module
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
     frozen = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if not p.requires_grad)
@@ -398,7 +400,3 @@ def _announce(cfg: Config, world: World, parts: Parts, start: int, checkpoint: P
         print(f"{name}: {data.batch_size} images of {data.size[0]}x{data.size[1]} per rank and step{all_ranks}")
         print(f"  {epochs:,.2f} epochs in {cfg.steps:,} steps, from {source}")
         print(f"  {index.summary()}")
-    print(f"from step {start} of {checkpoint}" if checkpoint else "from the beginning", flush=True)
-    if changes:
-        told = ", ".join(f"{key} {json.dumps(old)} → {json.dumps(new)}" for key, (old, new) in sorted(changes.items()))
-        print(f"  with other settings than before: {told}", flush=True)

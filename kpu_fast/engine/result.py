@@ -15,6 +15,7 @@ from kpu_fast.engine.monitor import read_metrics
 from kpu_fast.engine.picture import Panel, save_feature_picture
 from kpu_fast.models.features import Features
 from kpu_fast.models.hf_files import front_matter
+from kpu_fast.models.hub import HUB_ID
 from kpu_fast.models.student import Student
 from kpu_fast.objectives.kpu import KPU
 
@@ -78,7 +79,7 @@ def student_card(cfg: Config, rows: list[dict], steps: int) -> str:
         adapter = cfg.student.adapter.cross_attention + ", with x_injector" * cfg.student.adapter.x_injector
     teachers = "\n".join(f"- {name}: {t.kind}, weights `{t.weights}`" for name, t in cfg.teachers.items())
     vit = cfg.student.vit.weights
-    on_hub = vit != "random" and not Path(vit).expanduser().is_dir()
+    on_hub = HUB_ID.fullmatch(vit) and not Path(vit).is_dir()
     return f"""{front_matter(vit if on_hub else None)}
 # {cfg.name}
 

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -18,10 +19,10 @@ from typing import IO
 from kpu_fast.config import Config
 
 RESOLVED = "config.resolved.json"
-LOCK = ".lock"
+_CLAIM = ".claim"
 _SHAPING = ("student", "teachers", "objective")  # what the trained weights, and so a checkpoint, depend on
 _DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
-_VISIBLE_AFTER = 10.0  # seconds that a network file system may take to show one node what another has written
+_VISIBLE_AFTER = 20.0  # seconds that a network file system may take to show one node what another has written
 LIBRARIES = ("torch", "triton", "deepspeed", *_DALI, "transformers", "numpy", "kpu_fast")
 
 
@@ -32,21 +33,20 @@ class OutputError(RuntimeError):
 def claim_run_folder(folder: Path) -> IO:
     """Make the folder and lock it against a second run; the lock lasts as long as what is returned stays open.
 
-    The lock's file says who has it, anew for each run: `see_claim`. Raises OSError, naming the folder, when it cannot
+    A file beside it says who has it, anew for each run: `see_claim`. Raises OSError, naming the folder, when it cannot
     be written or another run is using it.
     """
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a+")  # noqa: SIM115 (the caller keeps it)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 (the caller keeps it)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"output: {folder} cannot be written ({reason}); set `output` to a folder that can") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        lock.seek(0)
-        holder = lock.read().partition(",")[0]
         lock.close()
+        holder = read_claim(folder).partition(",")[0]
         another = f"another run{holder and f' ({holder})'}"
         raise OSError(f"output: {another} is using {folder}; wait for it, or set another name") from error
     except OSError as error:  # some network file systems have no locks
@@ -54,10 +54,8 @@ def claim_run_folder(folder: Path) -> IO:
             "%s cannot be locked (%s): see that one run uses it", folder, error.strerror
         )
     try:
-        lock.truncate(0)
-        lock.write(f"{socket.gethostname()} process {os.getpid()}, {uuid.uuid4().hex}")
-        lock.flush()
-        os.fsync(lock.fileno())
+        # Not in the lock itself, which on some file systems other nodes cannot read.
+        (folder / _CLAIM).write_text(f"{socket.gethostname()} process {os.getpid()}, {uuid.uuid4().hex}")
     except OSError as error:
         lock.close()
         raise OSError(f"output: {folder} cannot be written ({error.strerror})") from error
@@ -65,9 +63,9 @@ def claim_run_folder(folder: Path) -> IO:
 
 
 def read_claim(folder: Path) -> str:
-    """What the folder's lock says; "" where there is none."""
+    """Who has the folder, and a word that no other run has; "" where nobody has said so."""
     try:
-        return (folder / LOCK).read_text()
+        return (folder / _CLAIM).read_text()
     except OSError:
         return ""
 
@@ -87,24 +85,30 @@ def see_claim(folder: Path, claim: str) -> None:
         time.sleep(0.2)
 
 
-def record_run(folder: Path, cfg: Config, step: int = 0) -> dict[str, tuple[object, object]]:
-    """Save the config as it is used from `step` on, with commit and versions; returns what a run that went so far had
-    otherwise, whose file stays as config.until-step-….json. Raises OSError, naming the folder.
+def record_run(folder: Path, cfg: Config, before: Path | None = None, step: int = 0) -> list[str]:
+    """Save the config as it is used from `step` on, with commit and versions. Raises OSError, naming the folder.
+
+    before: the folder of the run that went on to `step`. What it had otherwise is returned, as "key old → new", and its
+    file is kept as config.until-step-….json.
     """
     now = cfg.model_dump(mode="json")
-    changes = differences(_recorded(folder) or now, now) if step else {}
+    old = None if before is None else _recorded(before)
+    changes = {} if old is None else differences(old, now)
     until = folder / f"config.until-step-{step:08d}.json"
+    partial = folder / f".{RESOLVED}"
     try:
-        if changes and not until.exists():  # else what is there now has made no step
-            os.replace(folder / RESOLVED, until)
-        partial = folder / f".{RESOLVED}"
         partial.write_text(json.dumps({"config": now, **circumstances()}, indent=2), encoding="utf-8")
+        if before is None:
+            for stale in folder.glob("config.until-step-*.json"):
+                stale.unlink()
+        elif changes and not until.exists():  # else what is there now has made no step
+            shutil.copyfile(before / RESOLVED, until)
         os.replace(partial, folder / RESOLVED)
     except OSError as error:
         raise OSError(
             f"output: {folder} cannot be written ({error.strerror}); set `output` to a folder that can"
         ) from error
-    return changes
+    return [f"{key} {json.dumps(a)} → {json.dumps(b)}" for key, (a, b) in sorted(changes.items())]
 
 
 def changed_settings(folder: Path, cfg: Config) -> list[str]:
@@ -122,7 +126,10 @@ def _recorded(folder: Path) -> dict | None:
         found = json.loads((folder / RESOLVED).read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if isinstance(found, dict) else None
+    try:  # settings that an older version had not have their defaults
+        return Config.model_validate_json(json.dumps(found)).model_dump(mode="json")
+    except ValueError:
+        return found if isinstance(found, dict) else None
 
 
 def differences(before: Mapping, now: Mapping) -> dict[str, tuple[object, object]]:

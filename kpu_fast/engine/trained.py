@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kpu_fast.config import Config
-from kpu_fast.engine.checkpoint import META, STATE
+from kpu_fast.engine.checkpoint import META, STATE, whole_checkpoints
 from kpu_fast.engine.monitor import METRICS, read_metrics
 from kpu_fast.engine.result import student_card
 from kpu_fast.engine.run_folder import RESOLVED
@@ -33,6 +33,7 @@ def load_student(run: Path, checkpoint: str | None = None) -> tuple[Student, str
         student = Student(**meta["networks"]["student"], heads=meta["heads"])
         module = KPU(student, student.head_specs, cfg.objective)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        _see_pruned(folder)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise TrainedError(
             f"{folder}: this version of kpu_fast cannot read it ({reason}). The one that wrote it ends the run there "
@@ -50,9 +51,14 @@ def load_student(run: Path, checkpoint: str | None = None) -> tuple[Student, str
     return module.in_own_spaces(), student_card(cfg, rows, meta["step"]), folder.name
 
 
+def _see_pruned(folder: Path) -> None:
+    if not folder.is_dir():
+        raise TrainedError(f"{folder}: has just been removed, as the run keeps its newest alone; take a newer one")
+
+
 def find_checkpoint(run: Path, name: str | None = None) -> Path:
     """The run's checkpoint of that name, or its newest. Raises TrainedError."""
-    whole = sorted(path.parent for path in (run / "checkpoints").glob(f"step-*/{META}"))
+    whole = whole_checkpoints(run / "checkpoints")
     chosen = [path for path in whole if name in (None, path.name)]
     if not chosen:
         known = f"it has {', '.join(path.name for path in whole)}" if whole else "the run has saved none yet"
@@ -74,5 +80,6 @@ def load_state(folder: Path) -> dict[str, Tensor]:
         with contextlib.redirect_stdout(sys.stderr):  # where only the result belongs
             return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=STATE)
     except Exception as error:  # unpickling and DeepSpeed can raise anything
+        _see_pruned(folder)
         reason = " ".join(str(error).split())[:200]
         raise TrainedError(f"{folder}: does not load ({type(error).__name__}: {reason})") from error

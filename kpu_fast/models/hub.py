@@ -5,6 +5,7 @@ transformers and huggingface_hub are imported when a network is asked for: a tra
 """
 
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,7 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # Index tables that are computed, not learned, and a token only masked pre-training reads.
 _NOT_WEIGHTS = ("position_ids", "relative_position_index", "relative_coords_table", "mask_token")

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from kpu_fast.models.adapter import STRIDES, Adapter
 from kpu_fast.models.attention import BackendError, activate_backend
 from kpu_fast.models.features import Features, FeatureSpec, cells
 from kpu_fast.models.hf_files import auto_keys, code_files
-from kpu_fast.models.hub import find_folder
+from kpu_fast.models.hub import HUB_ID, find_folder
 from kpu_fast.models.projector import FeatureHeads
 from kpu_fast.models.vit import ViT, check_images, resize_to_stride_16
 
@@ -24,7 +23,6 @@ _LOG = logging.getLogger(__name__)
 
 _FORMAT = "kpu_fast.student"
 _VERSION = 1
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
 _ADAPTER_KEYS = (
     "cross_attention", "interactions", "heads", "points", "inner_ratio", "ffn_ratio", "inplanes", "x_injector"
@@ -229,7 +227,7 @@ class Student(nn.Module):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        if isinstance(folder, str) and _HUB_ID.fullmatch(folder) and not Path(folder).exists():
+        if isinstance(folder, str) and HUB_ID.fullmatch(folder) and not Path(folder).exists():
             folder = find_folder("Student.from_pretrained", folder)
         config_path, weights_path = Path(folder) / _CONFIG, Path(folder) / _WEIGHTS
         for path in (config_path, weights_path):

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from kpu_fast.data.pipeline import IMAGENET_MEAN, Stream
+from kpu_fast.data.pipeline import IMAGENET_MEAN, Stream, _Reader
 from kpu_fast.data.scan import load_or_scan, scan
 from kpu_fast.data.sources import SourceError
 
@@ -285,7 +286,7 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(folder, make, failures, m
     monkeypatch.setattr("kpu_fast.data.index.RETRY_AFTER", (0.0, 0.0, 0.0))
     monkeypatch.setattr(type(index), "_read", stale)
     if failures > 3:
-        with pytest.raises(OSError, match="Stale file handle"):
+        with pytest.raises(OSError, match=r"Stale file handle: '.*/0\.png'"):
             index.read(0)
     else:
         assert bytes(index.read(0)) == (folder / "0.png").read_bytes()
@@ -294,13 +295,31 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(folder, make, failures, m
 
 def test_what_is_gone_or_cut_off_is_not_tried_again(folder, make, monkeypatch):
     index = load_or_scan(str(folder))
-    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited"))
+    monkeypatch.setattr("threading.Event.wait", lambda *_: pytest.fail("waited"))
     (folder / "0.png").write_bytes(b"cut")
     (folder / "1.png").unlink()
     with pytest.raises(OSError, match="3 bytes left"):
         index.read(0)
     with pytest.raises(FileNotFoundError):
         index.read(1)
+
+
+def test_reads_that_wait_do_not_outlive_a_stream_that_failed(folder, make, monkeypatch):
+    """The first batch's file is gone, those read ahead are to be tried again in ten minutes."""
+    index = scan(str(folder))
+
+    def read(self, i):
+        raise FileNotFoundError(self.name(i)) if i == 0 else OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("kpu_fast.data.index.RETRY_AFTER", (600.0,))
+    monkeypatch.setattr(type(index), "_read", read)
+    sampler = SimpleNamespace(plan=lambda at: SimpleNamespace(image=np.array([at]), target=None, flip=None))
+    reader = _Reader(index, sampler, 0, 1, crop=False)
+    with pytest.raises(FileNotFoundError, match=r"/0\.png"):
+        reader()
+    for thread in reader._pool._threads:
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def test_batches_can_be_passed_over(folder, make):

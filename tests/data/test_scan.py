@@ -620,14 +620,33 @@ def test_another_rank_takes_the_index_of_the_same_images_and_no_other(folder, ma
     assert load_same(source, "0") is None
     for look in (False, True):
         assert load_same(source, index.digest(), look=look).files == index.files
-    os.utime(folder / "0.png", (1, 1))  # as of a node's own copy
+    for path in folder.iterdir():  # as of a node's own copy
+        os.utime(path, (1, 1))
     assert load_same(source, index.digest(), look=True).digest() == index.digest()
+    whole = (folder / "0.png").read_bytes()
+    (folder / "0.png").write_bytes(whole[:-1] + b"!")  # of the same size
+    assert load_same(source, index.digest(), look=True) is None
     (folder / "0.png").write_bytes(b"cut off")
     assert load_same(source, index.digest(), look=True) is None
     assert load_same(source, index.digest()) is not None
     make.ramp(0).save(folder / "0.png")
     os.unlink(index.files[-1].path)
     assert load_same(source, index.digest(), look=True) is None
+
+
+def test_a_copy_whose_shards_are_packed_otherwise_is_another(tmp_path, make):
+    """The same images in the same order in a shard of the same size, at other places."""
+    images = [(f"{number}.png", make.encoded(make.ramp(number))) for number in range(3)]
+    shard, label = str(tmp_path / "shard.tar"), ("0.json", b"{}")
+    make.tar(shard, [label, *images])
+    index, size = load_or_scan(shard), os.path.getsize(shard)
+    os.utime(shard, (1, 1))
+    assert load_same(shard, index.digest(), look=True) is not None
+    make.tar(shard, [images[0], label, *images[1:]])
+    os.utime(shard, (1, 1))
+    assert os.path.getsize(shard) == size
+    assert load_same(shard, index.digest(), look=True) is None
+    assert load_or_scan(shard).digest() == index.digest()
 
 
 def test_a_killed_process_is_one_line(folder, monkeypatch, capsys):
