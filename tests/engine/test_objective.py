@@ -19,7 +19,7 @@ RUNS = {
 
 def rows(run: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
-    clock = {"time", "step_seconds", "data_wait_percent", "images_per_second"}
+    clock = {"time", "step_seconds", "data_wait_percent", "data_wait_rank", "images_per_second"}
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in clock} for line in lines]
 
