@@ -59,6 +59,8 @@ def _see_pruned(folder: Path) -> None:
 def find_checkpoint(run: Path, name: str | None = None) -> Path:
     """The run's checkpoint of that name, or its newest. Raises TrainedError."""
     whole = whole_checkpoints(run / "checkpoints")
+    if not (run / "checkpoints").is_dir():
+        raise TrainedError(f"{run}: is no folder of a run, which has checkpoints/ in it")
     chosen = [path for path in whole if name in (None, path.name)]
     if not chosen:
         known = f"it has {', '.join(path.name for path in whole)}" if whole else "the run has saved none yet"

@@ -117,6 +117,7 @@ def test_a_checkpoint_becomes_the_student_that_its_run_would_have_left(whole, tm
         (None, ["--head", "clip"], "--head: belongs to --student"),
         (None, ["--batch", "3"], "--batch: belongs to --student"),
         (None, ["--out", "student.onnx"], "--out student.onnx: expected a folder with --run"),
+        (None, ["--run", "nothing"], "nothing: is no folder of a run"),
         ("config.resolved.json", [], "this version of kpu_fast cannot read it"),
         ("checkpoints/step-00000008/meta.json", [], "this version of kpu_fast cannot read it (KeyError: 'networks')"),
         ("checkpoints/step-00000008/state/mp_rank_00_model_states.pt", [], "does not load (RuntimeError"),

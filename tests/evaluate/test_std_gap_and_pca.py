@@ -212,6 +212,9 @@ def test_a_folder_that_is_no_run_or_has_no_such_checkpoint_is_an_error(run, tmp_
         std_gap(root, checkpoint="step-00000009")
     tree = (root / "config.resolved.json").read_text()
     (tmp_path / "config.resolved.json").write_text(tree)
+    with pytest.raises(EvaluateError, match="is no folder of a run"):
+        std_gap(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
     with pytest.raises(EvaluateError, match="the run has saved none yet"):
         std_gap(tmp_path)
     folder = tmp_path / "checkpoints" / "step-00000003"
