@@ -138,22 +138,21 @@ def choose_impl(impl: str, *tensors: Tensor, supported: Callable[[], bool] = lam
     fits = all(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in tensors) and supported()
     if impl == "auto":
         return "triton" if fits else "torch"
-    if impl == "triton":
-        if not _HAS_TRITON:
-            raise RuntimeError('impl="triton": triton is not installed; install it or use impl="auto"')
-        if not fits:
-            found = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
-            raise RuntimeError(
-                f'impl="triton": found {found}; expected float32, bfloat16 '
-                f"or float16, at most {MAX_TOKENS} tokens, {MAX_CHANNELS} channels in align_loss, sides of {MAX_SIDE} "
-                f"in a resize, {MAX_HEAD_CHANNELS} channels per head and {MAX_MAPS} maps in deform_attn; "
-                'use impl="torch"'
-            )
-        if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            raise RuntimeError(
-                f'impl="triton": found a tensor on {tensors[0].device}; expected CUDA (or TRITON_INTERPRET=1, set '
-                'before triton is imported, to run the kernels in its interpreter); use impl="auto"'
-            )
+    if not _HAS_TRITON:
+        raise RuntimeError('impl="triton": triton is not installed; install it or use impl="auto"')
+    if not fits:
+        found = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
+        raise RuntimeError(
+            f'impl="triton": found {found}; expected float32, bfloat16 '
+            f"or float16, at most {MAX_TOKENS} tokens, {MAX_CHANNELS} channels in align_loss, sides of {MAX_SIDE} "
+            f"in a resize, {MAX_HEAD_CHANNELS} channels per head and {MAX_MAPS} maps in deform_attn; "
+            'use impl="torch"'
+        )
+    if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f'impl="triton": found a tensor on {tensors[0].device}; expected CUDA (or TRITON_INTERPRET=1, set '
+            'before triton is imported, to run the kernels in its interpreter); use impl="auto"'
+        )
     return impl
 
 

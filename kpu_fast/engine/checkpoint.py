@@ -72,7 +72,7 @@ class Checkpoints:
             loaded, _ = engine.load_checkpoint(str(folder), tag=STATE)
             problem = None if loaded else "DeepSpeed found no state in it"
         except Exception as error:  # shapes, keys, unpickling: whatever damage or another model can lead to
-            problem = _in_one_line(error)
+            problem = in_one_line(error)
         self._agree_on_load(problem, folder, changed)
         return state | {"step": meta["step"]}
 
@@ -87,7 +87,7 @@ class Checkpoints:
                 meta = json.loads((folder / META).read_text(encoding="utf-8"))
                 meta |= {key: meta[key] for key in ("step", "world_size", "zero_stage")}
             except (OSError, ValueError, KeyError, TypeError) as error:
-                problem = f"{META} cannot be used: {_in_one_line(error)}"
+                problem = f"{META} cannot be used: {in_one_line(error)}"
         self._agree_on_load(problem, folder, ())
         return from_rank0(self.world, meta)
 
@@ -99,7 +99,7 @@ class Checkpoints:
             problem = f"{cut[0]} is cut off" if cut else None
             state = torch.load(folder / f"rank-{self.world.rank}.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling can raise anything
-            problem = _in_one_line(error)
+            problem = in_one_line(error)
         self._agree_on_load(problem, folder, changed)
         return state
 
@@ -204,7 +204,8 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{META}"))
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
+    """Its type and the beginning of its message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

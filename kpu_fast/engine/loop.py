@@ -173,14 +173,17 @@ def _find_images(cfg: Config, world: World) -> dict[str, Index]:
     for turn in (world.local_rank == 0, True):
         with _together(world):
             for key, source in sources.items():
-                if turn and key not in found:
-                    stored = load_same(source, digests[key], look=world.local_rank == 0)
-                    found[key] = load_or_scan(source) if stored is None else stored
-                if key in found and found[key].digest() != digests[key]:
-                    raise RunError(
-                        f"source {key}: not the images that rank 0 has there; copies on several nodes must be equal, "
-                        "and nothing may write to them while a run starts"
-                    )
+                if not turn or key in found:
+                    continue
+                index = load_same(source, digests[key], look=world.local_rank == 0)
+                if index is None:
+                    index = load_or_scan(source)
+                    if index.digest() != digests[key]:
+                        raise RunError(
+                            f"source {key}: not the images that rank 0 has there; copies on several nodes must be "
+                            "equal, and nothing may write to them while a run starts"
+                        )
+                found[key] = index
     return {name: found[str(teacher.data.source)] for name, teacher in cfg.teachers.items()}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kpu_fast.config import Config
-from kpu_fast.engine.checkpoint import META, STATE, whole_checkpoints
+from kpu_fast.engine.checkpoint import META, STATE, in_one_line, whole_checkpoints
 from kpu_fast.engine.monitor import METRICS, read_metrics
 from kpu_fast.engine.result import student_card
 from kpu_fast.engine.run_folder import RESOLVED
@@ -34,10 +34,9 @@ def load_student(run: Path, checkpoint: str | None = None) -> tuple[Student, str
         module = KPU(student, student.head_specs, cfg.objective)
     except (OSError, ValueError, KeyError, TypeError) as error:
         _see_pruned(folder)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise TrainedError(
-            f"{folder}: this version of kpu_fast cannot read it ({reason}). The one that wrote it ends the run there "
-            "with train.py --resume auto --set steps=<its step>"
+            f"{folder}: this version of kpu_fast cannot read it ({in_one_line(error)}). The one that wrote it ends the "
+            "run there with train.py --resume auto --set steps=<its step>"
         ) from error
     state = load_state(folder)
     if cfg.precision == "bf16":  # stage 3's are the optimiser's fp32
@@ -46,7 +45,7 @@ def load_student(run: Path, checkpoint: str | None = None) -> tuple[Student, str
     try:
         module.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise TrainedError(f"{folder}: is of another run ({' '.join(str(error).split())[:300]})") from error
+        raise TrainedError(f"{folder}: is of another run ({in_one_line(error)})") from error
     rows = [row for row in (read_metrics(run) if (run / METRICS).is_file() else []) if row["step"] <= meta["step"]]
     return module.in_own_spaces(), student_card(cfg, rows, meta["step"]), folder.name
 
@@ -83,5 +82,4 @@ def load_state(folder: Path) -> dict[str, Tensor]:
             return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=STATE)
     except Exception as error:  # unpickling and DeepSpeed can raise anything
         _see_pruned(folder)
-        reason = " ".join(str(error).split())[:200]
-        raise TrainedError(f"{folder}: does not load ({type(error).__name__}: {reason})") from error
+        raise TrainedError(f"{folder}: does not load ({in_one_line(error)})") from error

@@ -48,6 +48,7 @@ def std_gap(
     settings = _read_settings(Path(run))
     try:
         folder = find_checkpoint(Path(run), checkpoint)
+        state = load_state(folder)
     except TrainedError as error:
         raise EvaluateError(f"--checkpoint: {error}") from error
     device = torch.device(device)
@@ -60,10 +61,7 @@ def std_gap(
         module = KPU(Student.from_config(settings.student, specs), specs, settings.objective)
     except (WeightsError, ValueError) as error:
         raise EvaluateError(f"--run {run}: {error}") from error
-    try:
-        _load(module, folder)
-    except TrainedError as error:
-        raise EvaluateError(f"--checkpoint: {error}") from error
+    _load(module, state, folder)
     module.to(device).eval()
     module.h_t2s.to(dtype)
     own, common = {}, {}
@@ -138,16 +136,16 @@ def _read_settings(run: Path) -> SimpleNamespace:
         ) from error
 
 
-def _load(module: KPU, folder: Path) -> None:
+def _load(module: KPU, state: dict[str, torch.Tensor], folder: Path) -> None:
     try:
-        found = module.load_state_dict(load_state(folder), strict=False)
+        found = module.load_state_dict(state, strict=False)
     except RuntimeError as error:  # of another shape
         reason = " ".join(str(error).split())[:200]
-        raise TrainedError(f"{folder}: is of another run ({reason})") from error
+        raise EvaluateError(f"--checkpoint: {folder}: is of another run ({reason})") from error
     # Only what leads into the common space is read here.
     missing = [key for key in found.missing_keys if key.startswith(("h_t2s.", "standardize."))]
     if missing:
-        raise TrainedError(f"{folder}: lacks {', '.join(missing[:3])}; it is of another run")
+        raise EvaluateError(f"--checkpoint: {folder}: lacks {', '.join(missing[:3])}; it is of another run")
 
 
 def _open(name: str, data: SimpleNamespace, images: str | None, device: torch.device, seed: int):
