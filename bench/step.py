@@ -63,7 +63,7 @@ def main() -> int:
     else:
         streams = open_streams(cfg, parts.indexes, world, {})
     for _ in range(args.warmup):
-        train_step(parts, _batches(streams))
+        _step(parts, streams)
     whole = _time_whole(world, parts, streams, args.steps)
     memory = peak_memory(world.device)  # before the count, whose step is not compiled
     shares = _time_parts(world, parts, streams, min(10, args.steps))
@@ -119,7 +119,12 @@ def _batches(streams) -> dict:
     return {name: next(stream) for name, stream in streams.items()}
 
 
-def _step_in_parts(parts, streams, mark) -> None:
+def _step(parts, streams) -> None:
+    for _ in range(parts.engine.gradient_accumulation_steps()):
+        train_step(parts, _batches(streams))
+
+
+def _backward_in_parts(parts, streams, mark) -> None:
     """The parts of the loop's `train_step`, one after the other; mark(part) is called when a part has been issued.
 
     Balances of the teachers, which cost next to nothing but FAMO's second forward, are left out.
@@ -132,8 +137,10 @@ def _step_in_parts(parts, streams, mark) -> None:
     mark("student and losses")
     parts.engine.backward(total)
     mark("backward")
+    last = parts.engine.is_gradient_accumulation_boundary()
     parts.engine.step()
-    parts.engine.module.after_step()
+    if last:
+        parts.engine.module.after_step(parts.engine.gradient_accumulation_steps())
     mark("optimizer")
 
 
@@ -142,26 +149,29 @@ def _time_whole(world: World, parts, streams, steps: int) -> float:
     _wait(world)
     began = time.perf_counter()
     for _ in range(steps):
-        train_step(parts, _batches(streams))
+        _step(parts, streams)
     _wait(world)
     return (time.perf_counter() - began) / steps
 
 
 def _time_parts(world: World, parts, streams, steps: int) -> dict[str, float]:
-    """Median seconds of each part, waiting for the device after each."""
+    """Median seconds of each part of a step, waiting for the device after each."""
     seconds: dict[str, list[float]] = {part: [] for part in PARTS}
     for _ in range(steps):
         _wait(world)
-        last = time.perf_counter()
+        last, spent = time.perf_counter(), dict.fromkeys(PARTS, 0.0)
 
         def mark(part: str) -> None:
             nonlocal last
             _wait(world)
             now = time.perf_counter()
-            seconds[part].append(now - last)
+            spent[part] += now - last  # noqa: B023 (called in this turn only)
             last = now
 
-        _step_in_parts(parts, streams, mark)
+        for _ in range(parts.engine.gradient_accumulation_steps()):
+            _backward_in_parts(parts, streams, mark)
+        for part in PARTS:
+            seconds[part].append(spent[part])
     return {part: statistics.median(values) for part, values in seconds.items()}
 
 
@@ -169,7 +179,7 @@ def _profile(parts, streams, steps: int) -> list[dict]:
     """The GPU's kernels and copies, the longest together first: {name, calls per step, ms per step}."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(steps):
-            train_step(parts, _batches(streams))
+            _step(parts, streams)
         torch.cuda.synchronize()
     events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
     return [
@@ -185,7 +195,7 @@ def _count_flop(parts, streams) -> int:
     What this project's own kernels compute is left out.
     """
     with torch.compiler.set_stance("force_eager"), flop_counter() as counter:
-        train_step(parts, _batches(streams))
+        _step(parts, streams)
     return counter.get_total_flops()
 
 

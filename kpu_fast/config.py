@@ -228,6 +228,7 @@ class Config(_Strict):
     steps: int = Field(ge=1)  # in all, also of a run that goes on
     seed: int = Field(default=0, ge=0, lt=2**32)  # of weights, order of images, crops and flips
     precision: Literal["bf16", "fp32"]  # bf16: with fp32 master weights
+    gradient_accumulation_steps: int = Field(default=1, ge=1)  # backwards per step, each of batches of its own
     activation_checkpointing: bool = False  # less memory: what blocks compute is computed again in the backward
     compile: bool = False  # torch.compile of student, heads and teachers
     source: Source | None = None  # images for every teacher that names none of its own
@@ -255,6 +256,11 @@ class Config(_Strict):
                 f'teachers.{weighed[0]}.weight: belongs to objective.balance "equal"; found '
                 f'"{self.objective.balance}", which weighs the teachers itself'
             )
+        if self.objective.balance == "famo" and self.gradient_accumulation_steps > 1:
+            raise _impossible(
+                f"gradient_accumulation_steps: found {self.gradient_accumulation_steps}; objective.balance "
+                '"famo" compares a batch before and after its own step; set it to 1, or take another balance'
+            )
         kinds = {teacher.kind for teacher in self.teachers.values()}
         if not (self.objective.cos_weight or self.objective.l1_weight or kinds & {"clip", "dinov2"}):
             raise _impossible(
@@ -266,12 +272,17 @@ class Config(_Strict):
 
     def images_per_step(self) -> int:
         """Images of all teachers that one rank sees in a step."""
+        return self.gradient_accumulation_steps * self.images_per_backward()
+
+    def images_per_backward(self) -> int:
+        """Images of all teachers in one backward of one rank."""
         return sum(teacher.data.batch_size for teacher in self.teachers.values())
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The `deepspeed` block as given, plus the keys DeepSpeed requires and the block leaves to this config."""
         ours = {
-            "train_micro_batch_size_per_gpu": self.images_per_step(),
+            "train_micro_batch_size_per_gpu": self.images_per_backward(),
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "gradient_clipping": self.optimizer.clip_grad_norm or 0.0,  # without the key DeepSpeed clips at 1
             "steps_per_print": self.steps + 1,  # our own monitor reports
             # It would wait for the GPU before every forward and after every step.
@@ -302,17 +313,18 @@ def _check_deepspeed(cfg: Config) -> None:
     for key, instead in managed.items():
         if key in block:
             raise _impossible(f"deepspeed.{key}: set it through {instead}")
-    if block.get("gradient_accumulation_steps", 1) != 1:
-        found = block["gradient_accumulation_steps"]
+    ours = cfg.gradient_accumulation_steps
+    if (found := block.get("gradient_accumulation_steps", ours)) != ours:
         raise _impossible(
-            f"deepspeed.gradient_accumulation_steps: found {found}; a step is one backward, so 1 or nothing"
+            f"deepspeed.gradient_accumulation_steps: found {found}, but gradient_accumulation_steps = {ours}; "
+            "leave it out"
         )
     if "train_batch_size" in block:
         raise _impossible(
             f"deepspeed.train_batch_size: found {block['train_batch_size']}; it depends on the number of ranks, and "
             "one that does not fit turns into gradient accumulation; leave it out"
         )
-    batch = cfg.images_per_step()
+    batch = cfg.images_per_backward()
     if block.get("train_micro_batch_size_per_gpu", batch) != batch:
         found = block["train_micro_batch_size_per_gpu"]
         raise _impossible(

@@ -184,7 +184,8 @@ MISTAKES = [
     ("deepspeed.zero_optimizaton.stage=2", "zero_optimizaton: unknown key; did you mean 'zero_optimization'?"),
     ("deepspeed.train_batchsize=8", "deepspeed.train_batchsize: unknown key; did you mean 'train_batch_size'?"),
     ("deepspeed.bf16=true", "deepspeed.bf16: found True; expected an object"),
-    ("deepspeed.gradient_accumulation_steps=2", "deepspeed.gradient_accumulation_steps: found 2"),
+    ("deepspeed.gradient_accumulation_steps=2", "deepspeed.gradient_accumulation_steps: found 2, but gradient_acc"),
+    ("gradient_accumulation_steps=0", "gradient_accumulation_steps: found 0"),
     ("deepspeed.gradient_clipping=5", "deepspeed.gradient_clipping: found 5"),
     ("optimizer", "--set optimizer: expected path.to.key=value"),
     ("name.deeper=1", "--set name.deeper=1: name is not an object"),
@@ -197,6 +198,13 @@ def test_mistakes_are_named(override, message):
     with pytest.raises(ConfigError) as caught:
         load_config(ROOT / "configs" / "random.json", [override])
     assert message in str(caught.value)
+
+
+def test_famo_needs_the_whole_batch_of_its_step():
+    random = ROOT / "configs" / "random.json"
+    load_config(random, ["gradient_accumulation_steps=2", "objective.balance=teacher_drop"])
+    with pytest.raises(ConfigError, match=r'gradient_accumulation_steps: found 2; objective\.balance "famo" compares'):
+        load_config(random, ["gradient_accumulation_steps=2", "objective.balance=famo"])
 
 
 def test_an_objective_without_any_loss_is_refused():

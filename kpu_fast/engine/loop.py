@@ -1,4 +1,4 @@
-"""The training loop: one forward per teacher, losses weighed and summed, one backward, one step."""
+"""The training loop: one forward per teacher, losses weighed and summed, one backward; a step after one or more."""
 
 import json
 import logging
@@ -262,19 +262,24 @@ def forward(engine, batches: dict[str, Any], targets: dict[str, Features]) -> di
 def train_step(
     parts: Parts, batches: dict[str, Any]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
-    """Forwards, one backward, one step: (loss terms, total, the teachers' shares in it or None if all are equal)."""
+    """Forwards, one backward, one step: (loss terms, total, the teachers' shares in it or None if all are equal).
+
+    With `gradient_accumulation_steps` k it is every k-th call that takes the step, along the mean of k gradients.
+    """
     engine, objective, balance = parts.engine, parts.engine.module, parts.balance
     targets = {name: parts.teachers[name](batch.images) for name, batch in batches.items()}
     terms = forward(engine, batches, targets)
     shares = None if balance is None else balance.shares(objective.losses(terms))
     total = objective.total(terms, shares)
     engine.backward(total)
-    engine.step()
+    last = engine.is_gradient_accumulation_boundary()
+    engine.step()  # before the last one DeepSpeed only counts here
     if isinstance(balance, FAMO):  # what has this step done to each teacher's loss on this batch?
         with torch.no_grad():
             balance.learn(objective.losses(forward(engine, batches, targets)))
-    objective.after_step()
-    return terms, total, shares
+    if last:
+        objective.after_step(engine.gradient_accumulation_steps())
+    return {key: term.detach() for key, term in terms.items()}, total.detach(), shares
 
 
 def _run_steps(cfg, world, parts: Parts, streams: dict[str, Stream], checkpoints: Checkpoints, start: int) -> bool:
@@ -286,10 +291,13 @@ def _run_steps(cfg, world, parts: Parts, streams: dict[str, Stream], checkpoints
         try:
             began = time.perf_counter()
             for step in range(start + 1, cfg.steps + 1):
-                batches = {name: _next_batch(name, stream) for name, stream in streams.items()}
-                waited = time.perf_counter() - began
-                lr = engine.get_lr()[0]
-                terms, total, shares = train_step(parts, batches)
+                lr, waited, done = engine.get_lr()[0], 0.0, []
+                for _ in range(cfg.gradient_accumulation_steps):
+                    before = time.perf_counter()
+                    batches = {name: _next_batch(name, stream) for name, stream in streams.items()}
+                    waited += time.perf_counter() - before
+                    done.append(train_step(parts, batches))
+                terms, total, shares = _mean(done)
                 now = time.perf_counter()
                 facts = {"lr": lr, "step_seconds": now - began, "data_wait_percent": 100.0 * waited / (now - began)}
                 began = now
@@ -315,6 +323,18 @@ def _run_steps(cfg, world, parts: Parts, streams: dict[str, Stream], checkpoints
         finally:
             monitor.close()
     return True
+
+
+def _mean(done: list[tuple]) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+    """What `train_step` returned for each of a step's batches → the same for the step."""
+    if len(done) == 1:
+        return done[0]
+    terms, totals, shares = zip(*done, strict=True)
+    return (
+        {key: torch.stack([some[key] for some in terms]).mean(0) for key in terms[0]},
+        torch.stack(totals).mean(0),
+        None if shares[0] is None else torch.stack(shares).mean(0),
+    )
 
 
 def _next_batch(name: str, stream: Stream):
@@ -398,8 +418,11 @@ def _announce(cfg: Config, world: World, parts: Parts) -> None:
         data = cfg.teachers[name].data
         first, *more = [data.source] if isinstance(data.source, str) else data.source
         source = first + (f" and {len(more)} more" if more else "")
-        all_ranks = f" ({world.size * data.batch_size} on all)" if world.size > 1 else ""
-        epochs = cfg.steps * world.size * data.batch_size / len(index)
-        print(f"{name}: {data.batch_size} images of {data.size[0]}x{data.size[1]} per rank and step{all_ranks}")
+        times = cfg.gradient_accumulation_steps
+        each = times * data.batch_size
+        all_ranks = f" ({world.size * each} on all)" if world.size > 1 else ""
+        in_turns = f", {data.batch_size} at once" if times > 1 else ""
+        epochs = cfg.steps * world.size * each / len(index)
+        print(f"{name}: {each} images of {data.size[0]}x{data.size[1]} per rank and step{all_ranks}{in_turns}")
         print(f"  {epochs:,.2f} epochs in {cfg.steps:,} steps, from {source}")
         print(f"  {index.summary()}")

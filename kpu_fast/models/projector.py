@@ -16,7 +16,8 @@ class Centre(nn.Module):
     """x − m on the last axis of x (…, dim), m a running mean of x that stays as it is during a step.
 
     A Linear behind it computes nothing that its bias could not do as well, but learns faster where all x have a large
-    part in common. In training `seen` is the mean of the last x; `move_centres` brings m, which starts at 0, nearer.
+    part in common. In training `seen` adds up the means of the x that come; `move_centres` brings m, which starts at 0,
+    nearer.
     """
 
     def __init__(self, dim: int):
@@ -26,20 +27,23 @@ class Centre(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
-            self.seen.copy_(x.detach().mean(tuple(range(x.dim() - 1)), dtype=self.seen.dtype))
+            self.seen.add_(x.detach().mean(tuple(range(x.dim() - 1)), dtype=self.seen.dtype))
         return x - self.mean.to(x.dtype)
 
 
 @torch.no_grad()
-def move_centres(centres: Sequence[Centre], steps: Tensor) -> None:
+def move_centres(centres: Sequence[Centre], steps: Tensor, batches: int = 1) -> None:
     """After a step, on every rank: each mean goes 1 / steps of the way to what all ranks saw, later a twentieth.
 
     steps: 0-dim, how many there have been, this one included, on the centres' device: the host waits for nothing.
+    batches: how often each centre was called in this one.
     """
     seen = torch.cat([centre.seen for centre in centres])
+    torch._foreach_zero_([centre.seen for centre in centres])
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(seen)
-        seen /= distributed.get_world_size()
+        batches *= distributed.get_world_size()
+    seen /= batches
     weight = steps.reciprocal().clamp(min=_RATE).to(seen.dtype)
     for centre, part in zip(centres, seen.split([len(centre.mean) for centre in centres]), strict=True):
         centre.mean.lerp_(part, weight)

@@ -92,12 +92,15 @@ class KPU(nn.Module):
         sums = losses.view(len(terms), -1).sum(1)  # s2t, t2s and rec compare the same maps, and x or not
         return {f"{name}/{term}": value for term, value in zip(terms, sums.unbind(), strict=True)}
 
-    def after_step(self) -> None:
-        """What is not learned by gradient moves on: the centres. Every rank calls this once a step."""
+    def after_step(self, batches: int = 1) -> None:
+        """What is not learned by gradient moves on: the centres. Every rank calls this once a step.
+
+        batches: of each teacher since the last call, as many as backwards.
+        """
         centres = [head.centre for head in self._projectors() if head.centre is not None]
         if centres:
             self.steps += 1
-            move_centres(centres, self.steps)
+            move_centres(centres, self.steps, batches)
 
     def total(self, terms: Mapping[str, Tensor], shares: Tensor | None = None) -> Tensor:
         """L_KPU: the sum of all teachers' terms; with shares (T,), those take the place of 1/T each."""

@@ -95,29 +95,37 @@ def test_each_part_is_marked_when_it_has_been_issued(step, monkeypatch):
     engine, teacher, stream = Issued("engine"), Issued("teacher"), iter([SimpleNamespace(images=None)])
     monkeypatch.setattr(step, "forward", lambda *_: done.append("forward"))
     parts = SimpleNamespace(engine=engine, teachers={"clip": teacher})
-    step._step_in_parts(parts, {"clip": stream}, lambda part: done.append([part]))
+    step._backward_in_parts(parts, {"clip": stream}, lambda part: done.append([part]))
     expected = [
         ["data"], "teacher", ["teachers"], "forward", "engine.module.total", ["student and losses"], "engine.backward",
-        ["backward"], "engine.step", "engine.module.after_step", ["optimizer"],
+        ["backward"], "engine.is_gradient_accumulation_boundary", "engine.step", "engine.gradient_accumulation_steps",
+        "engine.module.after_step", ["optimizer"],
     ]  # fmt: skip
     assert done == expected
+
+
+def test_a_step_has_all_its_backwards(step, monkeypatch):
+    seen = []
+    monkeypatch.setattr(step, "train_step", lambda _, batches: seen.append(batches))
+    parts = SimpleNamespace(engine=SimpleNamespace(gradient_accumulation_steps=lambda: 3))
+    step._step(parts, {"clip": iter(range(9))})
+    assert seen == [{"clip": 0}, {"clip": 1}, {"clip": 2}]
 
 
 def test_images_of_all_ranks_are_counted(step, monkeypatch, tmp_path):
     world = step.World(0, 4, torch.device("cpu"), 0, None)
     monkeypatch.setattr(step, "init_distributed", lambda: world)
     monkeypatch.setattr(step, "build", lambda *_, **__: None)
-    monkeypatch.setattr(step, "train_step", lambda *_: None)
-    monkeypatch.setattr(step, "_batches", lambda _: {})
+    monkeypatch.setattr(step, "_step", lambda *_: None)
     monkeypatch.setattr(step, "_time_whole", lambda *_: 0.5)
     monkeypatch.setattr(step, "_time_parts", lambda *_: dict.fromkeys(step.PARTS, 1.0))
     monkeypatch.setattr(step, "_count_flop", lambda *_: 0)
     config = Path(__file__).resolve().parents[2] / "configs/random.json"
     command = ["step.py", "--config", str(config), "--images", "random", "--out", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr("sys.argv", [*command, "--set", "gradient_accumulation_steps=2"])
     assert step.main() == 0
     (file,) = tmp_path.iterdir()
     result = json.loads(file.read_text())
     of_a_rank = sum(teacher["data"]["batch_size"] for teacher in result["config"]["teachers"].values())
-    assert result["images_per_second"] == 4 * of_a_rank / 0.5
+    assert result["images_per_second"] == 4 * 2 * of_a_rank / 0.5
     assert (result["ranks"], result["images"], result["device"]) == (4, "random", device_name(world.device))

@@ -175,6 +175,22 @@ def test_two_ranks_killed_and_resumed_equal_never_killed(whole, start, tmp_path)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights(tmp_path / "whole" / "tiny")
 
 
+def test_one_rank_in_two_backwards_sees_what_two_ranks_see(start, tmp_path):
+    """And goes on from the step, not from a half of it."""
+    finish(start("steps=4", launcher=two_ranks("torchrun"), output=tmp_path / "two"))
+    twice = ["gradient_accumulation_steps=2", "steps=4"]
+    out, _ = finish(start(*twice))
+    assert "clip: 8 images of 64x64 per rank and step, 4 at once\n  2.67 epochs in 4 steps" in out
+    for one, other in zip(losses(tmp_path / "tiny"), losses(tmp_path / "two" / "tiny"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["images_per_second"] * row["step_seconds"] == pytest.approx(12) for row in rows)
+    shutil.copytree(tmp_path / "tiny" / "checkpoints/step-00000002", tmp_path / "cut/tiny/checkpoints/step-00000002")
+    finish(start(*twice, output=tmp_path / "cut", resume="auto"))
+    assert losses(tmp_path / "cut" / "tiny") == losses(tmp_path / "tiny")[2:]
+    assert weights(tmp_path / "cut" / "tiny") == weights(tmp_path / "tiny")
+
+
 def test_sigterm_writes_a_checkpoint_and_exits_0(whole, start, tmp_path):
     run = tmp_path / "tiny"
     first = start("checkpoint.every=1000")
@@ -243,11 +259,14 @@ def test_zero_3_under_torchrun_trains_and_exports(start, tmp_path):
     assert all(row["data_wait_rank"] in (0, 1) for row in rows)
 
 
-def test_gradients_accumulated_in_fp32_are_every_teachers(start, tmp_path):
-    """DeepSpeed's BF16_Optimizer by itself keeps those of one forward."""
+@pytest.mark.parametrize(("stage", "turns"), [(1, 1), (1, 2), (2, 2)])
+def test_gradients_accumulated_in_fp32_are_every_teachers(stage, turns, start, tmp_path):
+    """DeepSpeed's BF16_Optimizer, which stage 1 gets with fp32, by itself keeps those of one forward."""
     rows = {}
+    common = ["precision=bf16", "steps=2", f"gradient_accumulation_steps={turns}"]
+    common += [f"deepspeed.zero_optimization.stage={stage}"]
     for name, dtype in (("bf16", "bf16"), ("fp32", "fp32")):
-        finish(start("precision=bf16", "steps=2", f"name={name}", f"deepspeed.data_types.grad_accum_dtype={dtype}"))
+        finish(start(*common, f"name={name}", f"deepspeed.data_types.grad_accum_dtype={dtype}"))
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         rows[name] = [json.loads(line) for line in lines]
     first, second = zip(*rows.values(), strict=True)

@@ -32,6 +32,12 @@ class Engine(nn.Module):
     def backward(self, loss):
         loss.backward()
 
+    def is_gradient_accumulation_boundary(self):
+        return True
+
+    def gradient_accumulation_steps(self):
+        return 1
+
     def step(self):
         self.optimizer.step()
 

@@ -18,6 +18,8 @@ from kpu_fast.models.student import Student
 from kpu_fast.models.teachers import build_teacher
 from kpu_fast.objectives.kpu import KPU
 
+# Each rank's images in two backwards.
+HALVES = ["gradient_accumulation_steps=2", "teachers.clip.data.batch_size=2", "teachers.gdino.data.batch_size=1"]
 WORKER = Path(__file__).parents[1] / "helpers" / "zero_worker.py"
 
 
@@ -62,7 +64,12 @@ def plain(tiny) -> tuple[dict, dict, list]:
 
 @pytest.mark.parametrize(
     ("stage", "switches"),
-    [(0, []), (1, []), (2, []), (3, []), (1, ["compile=true"]), (3, ["activation_checkpointing=true"])],
+    [
+        *[(stage, []) for stage in range(4)],
+        (1, ["compile=true"]),
+        (3, ["activation_checkpointing=true"]),
+        *[(stage, HALVES) for stage in range(4)],
+    ],
     ids=str,
 )
 def test_two_ranks_equal_plain_torch(stage, switches, plain, tiny, environment, tmp_path):

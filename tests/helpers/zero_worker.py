@@ -49,9 +49,10 @@ def main(config: str, stage: str, out: str, *switches: str) -> None:
     parts = build(cfg, world, indexes={})  # its batches are made here
     waits, norms = [], []
     get_accelerator().synchronize = lambda *_: waits.append(step)  # of the host for the device
+    turns = cfg.gradient_accumulation_steps
     for step in range(STEPS):
-        batches = fixed_batches(cfg, step, world.size, world.rank)
-        train_step(parts, batches)
+        for turn in range(turns):  # the same images in a step, however many backwards it has
+            train_step(parts, fixed_batches(cfg, step, turns * world.size, turns * world.rank + turn))
         norms.append(parts.engine.get_global_grad_norm())
     module = parts.engine.module
     if zero["stage"] == 3:

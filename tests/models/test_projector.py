@@ -153,8 +153,11 @@ def test_centres_follow_what_all_steps_saw():
         move_centres([centre], steps)
         expected += (x.mean((0, 1)) - expected) * max(1 / step, 0.05)
         torch.testing.assert_close(centre.mean, expected)
+    parts = x.split(1)
+    for part in parts:
+        centre(part)
     centre.eval()(x + 100)
-    move_centres([centre], steps)
+    move_centres([centre], steps, batches=len(parts))  # a step of several backwards
     torch.testing.assert_close(centre.mean, expected + (x.mean((0, 1)) - expected) * 0.05)
 
 
