@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from kpu_fast.engine.distributed import World, first_problem, from_rank0, shared
 from kpu_fast.engine.run_folder import differences
+from kpu_fast.engine.shards import STATE, load_merged, merge
 
 LATEST = "latest"
 META = "meta.json"
-STATE = "state"
 
 
 class CheckpointError(RuntimeError):
@@ -49,7 +49,8 @@ class Checkpoints:
             with _collected(problems):
                 torch.save(rank_state, partial / f"rank-{self.world.rank}.pt")
             self._agree(problems[0] if problems else None, step)
-            meta = {"step": step, **self._constants(engine), **self.notes, "torch": torch.__version__}
+            meta = {"step": step, "world_size": self.world.size, **self._constants(engine), **self.notes}
+            meta |= {"torch": torch.__version__}
             self._agree(self._on_rank0(lambda: self._publish(partial, final, meta)), step)
         except CheckpointError:
             if self.world.rank == 0:
@@ -57,27 +58,35 @@ class Checkpoints:
             raise
 
     def load(self, engine, folder: Path, changed: Sequence[str] = ()) -> dict[str, Any]:
-        """Load a checkpoint into the engine; returns this rank's state, with "step". Raises CheckpointError.
+        """Load a checkpoint into the engine; returns this rank's state, with "step" and "ranks", how many wrote it.
 
-        changed: settings that the run had otherwise, named where the checkpoint does not fit.
+        Where that is another number than now, the state is rank 0's: nothing in it is of one rank alone. Raises
+        CheckpointError. changed: settings that the run had otherwise, named where the checkpoint does not fit.
         """
         meta = self._read_meta(folder)
         for key, value in self._constants(engine).items():
             for name, (before, now) in differences({key: meta.get(key, value)}, {key: value}).items():
-                fix = f"start it on {before} ranks" if name == "world_size" else "set it back"
-                raise CheckpointError(f"{folder}: written with {name} = {before}, this run has {now}; {fix}")
-        state = self._read_rank_state(folder, changed)
-        problem = None
+                raise CheckpointError(f"{folder}: written with {name} = {before}, this run has {now}; set it back")
+        same = meta["world_size"] == self.world.size
+        state = self._read_rank_state(folder, self.world.rank if same else 0, changed)
+        if same or engine.zero_optimization_stage() == 0:  # where every rank has all of it
+            self._agree_on_load(_problem(lambda: _load_engine(engine, folder)), folder, changed)
+        else:
+            self._load_of_other_ranks(engine, folder, changed)
+        return state | {"step": meta["step"], "ranks": meta["world_size"]}
+
+    def _load_of_other_ranks(self, engine, folder: Path, changed: Sequence[str]) -> None:
+        merged = self.folder / ".partial-merged"
         try:
-            loaded, _ = engine.load_checkpoint(str(folder), tag=STATE)
-            problem = None if loaded else "DeepSpeed found no state in it"
-        except Exception as error:  # shapes, keys, unpickling: whatever damage or another model can lead to
-            problem = in_one_line(error)
-        self._agree_on_load(problem, folder, changed)
-        return state | {"step": meta["step"]}
+            problem = _problem(lambda: merge(folder, merged)) if self.world.rank == 0 else None
+            self._agree_on_load(problem, folder, changed)
+            self._agree_on_load(_problem(lambda: load_merged(engine, folder, merged)), folder, changed)
+        finally:
+            if self.world.rank == 0:
+                shutil.rmtree(merged, ignore_errors=True)
 
     def _constants(self, engine) -> dict[str, Any]:
-        return {"world_size": self.world.size, "zero_stage": engine.zero_optimization_stage(), **self.constants}
+        return {"zero_stage": engine.zero_optimization_stage(), **self.constants}
 
     def _read_meta(self, folder: Path) -> dict[str, Any]:
         """Rank 0's, on every rank."""
@@ -91,13 +100,13 @@ class Checkpoints:
         self._agree_on_load(problem, folder, ())
         return from_rank0(self.world, meta)
 
-    def _read_rank_state(self, folder: Path, changed: Sequence[str] = ()) -> dict[str, Any]:
-        """This rank's own file, once every file is seen to be whole: DeepSpeed's loading needs all ranks to the end."""
+    def _read_rank_state(self, folder: Path, rank: int, changed: Sequence[str] = ()) -> dict[str, Any]:
+        """That rank's file, once every file is seen to be whole: DeepSpeed's loading needs all ranks to the end."""
         problem = state = None
         cut = [file.name for file in sorted((folder / STATE).glob("*.pt")) if not zipfile.is_zipfile(file)]
         try:
             problem = f"{cut[0]} is cut off" if cut else None
-            state = torch.load(folder / f"rank-{self.world.rank}.pt", map_location="cpu", weights_only=True)
+            state = torch.load(folder / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling can raise anything
             problem = in_one_line(error)
         self._agree_on_load(problem, folder, changed)
@@ -207,6 +216,20 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 def in_one_line(error: Exception) -> str:
     """Its type and the beginning of its message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _problem(work: Callable[[], None]) -> str | None:
+    """Do `work`; what went wrong: shapes, keys, unpickling, whatever damage or another model can lead to."""
+    try:
+        work()
+    except Exception as error:
+        return in_one_line(error)
+    return None
+
+
+def _load_engine(engine, folder: Path) -> None:
+    if engine.load_checkpoint(str(folder), tag=STATE)[0] is None:
+        raise OSError("DeepSpeed found no state in it")
 
 
 def _fresh_folder(folder: Path) -> None:

@@ -92,8 +92,12 @@ def train(cfg: Config, resume: str | None = None, skip: int = 0) -> None:
             changes = record_run(folder, cfg, None if checkpoint is None else checkpoint.parents[1], state["step"])
     if world.rank == 0:
         _announce(cfg, world, parts)
+        begin = "from the beginning"
+        if checkpoint is not None:
+            others = f", which {state['ranks']} rank{'s' * (state['ranks'] > 1)} wrote" * (state["ranks"] != world.size)
+            begin = f"from step {state['step']} of {checkpoint}{others}"
         after = f", passing over {skip:,} batches of each teacher" * (skip > 0)
-        print((f"from step {state['step']} of {checkpoint}" if checkpoint else "from the beginning") + after)
+        print(begin + after)
         if changes:
             print(f"  with other settings than before: {', '.join(changes)}", flush=True)
     try:

@@ -1,18 +1,16 @@
 """What a run has trained so far, read from a checkpoint: without its teachers, images, ranks or GPUs."""
 
-import contextlib
 import json
-import sys
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from kpu_fast.config import Config
-from kpu_fast.engine.checkpoint import META, STATE, in_one_line, whole_checkpoints
+from kpu_fast.engine.checkpoint import META, in_one_line, whole_checkpoints
 from kpu_fast.engine.monitor import METRICS, read_metrics
 from kpu_fast.engine.result import student_card
 from kpu_fast.engine.run_folder import RESOLVED
+from kpu_fast.engine.shards import module_state
 from kpu_fast.models.student import Student
 from kpu_fast.objectives.kpu import KPU
 
@@ -68,18 +66,9 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
 
 
 def load_state(folder: Path) -> dict[str, Tensor]:
-    """The state of the trained module in a checkpoint: DeepSpeed keeps it whole at ZeRO stages 0-2, in shares at 3.
-
-    Raises TrainedError.
-    """
-    path = folder / STATE / "mp_rank_00_model_states.pt"
+    """The state of the trained module in a checkpoint. Raises TrainedError."""
     try:
-        if path.is_file():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["module"]
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        with contextlib.redirect_stdout(sys.stderr):  # where only the result belongs
-            return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=STATE)
+        return module_state(folder)
     except Exception as error:  # unpickling and DeepSpeed can raise anything
         _see_pruned(folder)
         raise TrainedError(f"{folder}: does not load ({in_one_line(error)})") from error

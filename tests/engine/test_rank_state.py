@@ -19,7 +19,7 @@ def test_tensors_of_a_gpu_arrive_on_the_cpu_and_famo_goes_on_from_them(monkeypat
         torch.save({"famo": first.state_dict()}, tmp_path / "rank-0.pt")
     monkeypatch.setattr(checkpoint, "first_problem", lambda world, problem: problem)
     world = World(0, 1, torch.device("cpu"), 0, None)
-    state = Checkpoints(tmp_path.parent, 1, world)._read_rank_state(tmp_path)["famo"]
+    state = Checkpoints(tmp_path.parent, 1, world)._read_rank_state(tmp_path, 0)["famo"]
     assert state["w"].device.type == "cpu"
     second.load_state_dict(state)
     assert torch.equal(second.w, first.w)

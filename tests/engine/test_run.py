@@ -191,6 +191,31 @@ def test_one_rank_in_two_backwards_sees_what_two_ranks_see(start, tmp_path):
     assert weights(tmp_path / "cut" / "tiny") == weights(tmp_path / "tiny")
 
 
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (3, "bf16")])
+def test_a_run_goes_on_with_another_number_of_ranks(stage, precision, start, tmp_path):
+    """Two ranks, one in two backwards, two: but for rounding what two do all the way, weights and optimiser."""
+    common = [f"deepspeed.zero_optimization.stage={stage}", f"precision={precision}", "checkpoint.keep=9"]
+    finish(start(*common, launcher=two_ranks("torchrun"), output=tmp_path / "two"))
+    from_two = tmp_path / "two" / "tiny" / "checkpoints" / "step-00000002"
+    one = [*common, "gradient_accumulation_steps=2"]
+    out, _ = finish(start(*one, output=tmp_path / "one", resume=str(from_two)))
+    assert "from step 2 of " in out
+    assert "step-00000002, which 2 ranks wrote\n" in out
+    from_one = tmp_path / "one" / "tiny" / "checkpoints" / "step-00000006"
+    assert not list(from_one.parent.glob(".*"))
+    out, _ = finish(start(*common, launcher=two_ranks("torchrun"), output=tmp_path / "back", resume=str(from_one)))
+    assert "step-00000006, which 1 rank wrote\n" in out
+    whole = losses(tmp_path / "two" / "tiny")
+    for name, first in (("one", 2), ("back", 6)):
+        found = losses(tmp_path / name / "tiny")
+        assert len(found) == 8 - first
+        for row, expected in zip(found, whole[first:], strict=True):
+            assert row == pytest.approx(expected, rel=2e-5), name
+    ours, theirs = (load_file(tmp_path / name / "tiny/student/model.safetensors") for name in ("back", "two"))
+    far = max(float((ours[key].float() - theirs[key].float()).abs().max()) for key in theirs)
+    assert far < (1e-5 if precision == "fp32" else 2e-3)
+
+
 def test_sigterm_writes_a_checkpoint_and_exits_0(whole, start, tmp_path):
     run = tmp_path / "tiny"
     first = start("checkpoint.every=1000")
