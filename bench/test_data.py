@@ -45,7 +45,8 @@ def source(tmp_path_factory):
 
 def config(source, **changes):
     values = {"source": source, "batch_size": BATCH, "size": (224, 224), "fit": "crop", "hw_decoder_load": 0.65}
-    return SimpleNamespace(**(values | {"threads": 2, "crop_scale": (0.2, 1.0), "flip": True} | changes))
+    values |= {"threads": 2, "crop_scale": (0.2, 1.0), "flip": True, "aspect_ratio_grouping": True}
+    return SimpleNamespace(**(values | changes))
 
 
 def report(benchmark, source):
@@ -71,9 +72,8 @@ def test_stream(benchmark, source, threads):
 def test_pillow(benchmark, source):
     index = load_or_scan(source)
     sizes = np.stack([index.height, index.width], axis=1)
-    sampler = Sampler(
-        sizes, batch_size=BATCH, size=(224, 224), fit="crop", crop_scale=(0.2, 1.0), flip=True, rank=0, seed=0
-    )
+    options = {"crop_scale": (0.2, 1.0), "flip": True, "group": True, "rank": 0, "seed": 0}
+    sampler = Sampler(sizes, batch_size=BATCH, size=(224, 224), fit="crop", **options)
     positions = iter(range(0, 10**9, BATCH))
 
     def batch():

@@ -62,6 +62,7 @@ class DataConfig(_Strict):
     fit: Literal["crop", "pad"] = "crop"  # random-resized crop | keep aspect, pad, mask
     crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)  # share of the image's area that a crop keeps
     flip: bool = True  # left and right change places in half of the images
+    aspect_ratio_grouping: bool = True  # fit "pad": images that lie otherwise than size get batches of (W, H)
     threads: int = Field(default=4, ge=1)  # decoding threads
     hw_decoder_load: Fraction = 0.65  # share of JPEGs for the GPU's hardware decoder
 
@@ -72,6 +73,8 @@ class DataConfig(_Strict):
             raise _impossible(f"crop_scale: found [{low}, {high}]; expected 0 < low <= high <= 1")
         if self.fit == "pad" and _changed(self, "crop_scale"):
             raise _impossible('crop_scale: belongs to fit "crop"; found "pad"')
+        if self.fit == "crop" and _changed(self, "aspect_ratio_grouping"):
+            raise _impossible('aspect_ratio_grouping: belongs to fit "pad"; found "crop"')
         return self
 
 

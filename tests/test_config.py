@@ -155,6 +155,7 @@ MISTAKES = [
     ),
     ("optimizer.betas=[0.9,0.9,0.9]", "optimizer.betas: found [0.9, 0.9, 0.9] (a list); it should be a list of two"),
     ("teachers.clip.data.crop_scale=[0.9,0.1]", "teachers.clip.data.crop_scale: found [0.9, 0.1]"),
+    ("teachers.clip.data.aspect_ratio_grouping=false", 'clip.data.aspect_ratio_grouping: belongs to fit "pad"; found'),
     ("teachers.gdino.data.crop_scale=[0.5,1]", 'teachers.gdino.data.crop_scale: belongs to fit "crop"; found "pad"'),
     ("teachers.clip.levels=[1]", 'teachers.clip.levels: found [1] with kind "clip"'),
     ("teachers.clip.levels=[]", "teachers.clip.levels: found [] (a list); list should have at least 1 item"),

@@ -37,15 +37,18 @@ class Batch(NamedTuple):
 class Stream:
     """Endless full batches for one rank; `next(stream)` → Batch on `device`.
 
-    data_cfg: an object with source, batch_size, size (H, W), fit, hw_decoder_load, threads, crop_scale, flip.
+    data_cfg: an object with source, batch_size, size (H, W), fit, hw_decoder_load, threads, crop_scale, flip and
+      aspect_ratio_grouping.
       fit "crop": a random part with crop_scale of the area and ratio 3/4–4/3, resized to size.
-      fit "pad": the whole image resized to fit into size, placed top left, the rest IMAGENET_MEAN.
+      fit "pad": the whole image resized to fit into size, placed top left, the rest IMAGENET_MEAN. With
+      aspect_ratio_grouping, images that lie otherwise than size come in batches of their own, of (W, H).
       Both: antialiased bilinear; half of the images mirrored if flip.
     index: of data_cfg.source, from `load_or_scan`. device: "cpu" or a CUDA device, which then decodes too.
     seed: ≥ 0; fixes order, crops and flips. state: a string from `state()` to go on from. skip: batches of every rank
     to pass over from there.
 
-    In each epoch every image comes once, at one rank; an epoch may end inside a batch, the next one fills it.
+    In each epoch every image comes once, at one rank; an epoch may end inside a batch, the next one fills it. Grouped
+    images have epochs of their own, as fast as the others'.
     Raises SourceError when there are fewer images than ranks, ValueError on a bad argument or a state of another seed.
     """
 
@@ -64,6 +67,7 @@ class Stream:
             fit=data_cfg.fit,
             crop_scale=data_cfg.crop_scale,
             flip=data_cfg.flip,
+            group=data_cfg.aspect_ratio_grouping,
             rank=rank,
             seed=seed,
         )
@@ -147,7 +151,10 @@ class Stream:
 
 
 class _Reader:
-    """What DALI calls for a batch: (files, target sizes, mirrored or not, and with fit "crop" the parts to cut out)."""
+    """What DALI calls for a batch: (files, target sizes, mirrored or not, heights and widths of the canvas).
+
+    With fit "crop" the corners and sizes of the parts to cut out come after them.
+    """
 
     def __init__(self, index: Index, sampler: Sampler, position: int, stride: int, crop: bool):
         self._index, self._sampler, self._crop = index, sampler, crop
@@ -176,7 +183,8 @@ class _Reader:
             self._failed.set()
             self._pool.shutdown(wait=False, cancel_futures=True)
             raise
-        return (data, plan.target, plan.flip) + ((plan.start, plan.shape) if self._crop else ())
+        canvas = (np.full(len(data), side, np.float32) for side in plan.canvas)
+        return (data, plan.target, plan.flip, *canvas) + ((plan.start, plan.shape) if self._crop else ())
 
 
 def _build(data_cfg, device: torch.device, read):
@@ -188,7 +196,7 @@ def _build(data_cfg, device: torch.device, read):
     device_id = (device.index if device.index is not None else torch.cuda.current_device()) if gpu else None
     pipe = dali.Pipeline(data_cfg.batch_size, data_cfg.threads, device_id, prefetch_queue_depth=PREFETCH)
     with pipe:
-        data, target, flip, *part = fn.external_source(read, num_outputs=5 if crop else 3, batch=True)
+        data, target, flip, height, width, *part = fn.external_source(read, num_outputs=7 if crop else 5, batch=True)
         images = fn.decoders.image(
             data,
             device="mixed" if gpu else "cpu",
@@ -203,7 +211,8 @@ def _build(data_cfg, device: torch.device, read):
         images = fn.resize(images, size=fn.cast(target, dtype=types.FLOAT), antialias=True)
         images = fn.crop_mirror_normalize(
             images,
-            crop=data_cfg.size,
+            crop_h=height,
+            crop_w=width,
             crop_pos_y=0.0,
             # An image narrower than the canvas lies at its left. Mirroring turns the canvas too: start at the right.
             crop_pos_x=fn.cast(flip, dtype=types.FLOAT),

@@ -130,11 +130,12 @@ def build(cfg: Config, world: World, indexes: dict[str, Index] | None = None) ->
         optimizer = build_optimizer(cfg.optimizer, module, world.device)
         scheduler = build_scheduler(cfg.optimizer, optimizer, cfg.steps)
     if cfg.compile:
-        # torch stops compiling a module after 8 graphs, without an error; FAMO's second look is one more per teacher.
+        # torch stops compiling a module after 8 graphs, without an error. A teacher's images may lie in two ways, and
+        # FAMO's second look is one more graph for each.
         limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, 2 * len(teachers))
+        torch._dynamo.config.recompile_limit = max(limit, 4 * len(teachers))
         for compiled in (module, *teachers.values()):
-            compiled.compile(dynamic=False)  # a teacher's shape never changes: one graph for each, no symbols
+            compiled.compile(dynamic=False)  # one graph for each shape, no symbols
     # In bf16 at stage 0 DeepSpeed takes a step with gradient 0 to allocate the optimiser's state: it must move nothing.
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -73,7 +73,8 @@ def photo(tmp_path):
 @pytest.mark.parametrize("flip", [False, True])
 def test_pad_is_pillows_resize_top_left_on_the_mean_colour(photo, make, size, flip):
     image, index = photo
-    batch = next(stream(index, make.config(fit="pad", size=size, flip=flip, batch_size=6)))
+    config = make.config(fit="pad", size=size, flip=flip, batch_size=6, aspect_ratio_grouping=False)
+    batch = next(stream(index, config))
     scale = min(size[0] / 201, size[1] / 302)
     height, width = round(201 * scale), round(302 * scale)
     expected = torch.tensor(IMAGENET_MEAN)[:, None, None].repeat(1, *size)
@@ -94,6 +95,25 @@ def test_pad_is_pillows_resize_top_left_on_the_mean_colour(photo, make, size, fl
         mask[:height, :width] = True
         assert torch.equal(valid, mask)
     assert seen == ({False, True} if flip else {False})
+
+
+def test_grouped_batches_lie_as_their_images_do(folder, make):
+    """Those of a run of the one orientation alone, and one of the other: 96 × 128, 128 × 96 and 64 × 64 are there."""
+    index = load_or_scan(str(folder))
+    options = {"source": str(folder), "fit": "pad", "size": (64, 96), "batch_size": 3}
+    batches = take(stream(index, make.config(**options)), 20)
+    shapes = [tuple(batch.images.shape[2:]) for batch in batches]
+    assert shapes.count((96, 64)) == 6  # three of ten images
+    for batch, (height, width) in zip(batches, shapes, strict=True):
+        assert batch.valid.shape == (3, height, width)
+        used = batch.valid.sum(dim=(1, 2)) / (height * width)
+        assert ((used > 0.85) | ((used - 2 / 3).abs() < 0.01)).all()  # the squares leave a third empty
+        assert batch.images[batch.valid.logical_not()[:, None].expand_as(batch.images)].unique().numel() <= 3
+    later = stream(index, make.config(**options))
+    for number in range(3):
+        assert same(next(later), batches[number])
+    resumed = stream(index, make.config(**options), state=later.state())
+    assert all(same(next(resumed), batch) for batch in batches[3:8])
 
 
 def test_padding_is_zero_after_normalisation(photo, make):
@@ -181,7 +201,7 @@ import hashlib, sys
 from types import SimpleNamespace
 from kpu_fast.data import Stream, load_or_scan
 cfg = SimpleNamespace(source=sys.argv[1], batch_size=4, size=(32, 32), fit="crop", hw_decoder_load=0.65, threads=3,
-                      crop_scale=(0.2, 1.0), flip=True)
+                      crop_scale=(0.2, 1.0), flip=True, aspect_ratio_grouping=True)
 stream = Stream(cfg, load_or_scan(sys.argv[1]), rank=0, world_size=1, device="cpu", seed=3)
 print(hashlib.sha256(b"".join(next(stream).images.numpy().tobytes() for _ in range(6))).hexdigest())
 """
@@ -313,7 +333,8 @@ def test_reads_that_wait_do_not_outlive_a_stream_that_failed(folder, make, monke
 
     monkeypatch.setattr("kpu_fast.data.index.RETRY_AFTER", (600.0,))
     monkeypatch.setattr(type(index), "_read", read)
-    sampler = SimpleNamespace(plan=lambda at: SimpleNamespace(image=np.array([at]), target=None, flip=None))
+    plan = {"target": None, "flip": None, "canvas": (1, 1)}
+    sampler = SimpleNamespace(plan=lambda at: SimpleNamespace(image=np.array([at]), **plan))
     reader = _Reader(index, sampler, 0, 1, crop=False)
     with pytest.raises(FileNotFoundError, match=r"/0\.png"):
         reader()

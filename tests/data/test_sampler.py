@@ -10,7 +10,7 @@ SIZES = np.random.default_rng(0).integers(30, 900, (101, 2)).astype(np.int32)
 
 def sampler(sizes=SIZES, **changes):
     values = {"batch_size": 8, "size": (64, 96), "fit": "crop", "crop_scale": (0.2, 1.0), "flip": True}
-    values |= {"rank": 0, "seed": 7}
+    values |= {"group": True, "rank": 0, "seed": 7}
     return Sampler(sizes, **(values | changes))
 
 
@@ -46,8 +46,8 @@ def test_epochs_and_seeds_differ_and_repeat():
 def test_a_split_over_ranks_changes_nothing_but_who_gets_what():
     whole = sampler(batch_size=24).plan(48)
     parts = [sampler(batch_size=8, rank=rank).plan(48) for rank in range(3)]
-    for field, joined in zip(whole._fields, zip(*parts, strict=True), strict=True):
-        assert np.array_equal(getattr(whole, field), np.concatenate(joined)), field
+    for field in ("image", "start", "shape", "target", "flip"):
+        assert np.array_equal(getattr(whole, field), np.concatenate([getattr(part, field) for part in parts])), field
 
 
 def test_crops_lie_inside_have_the_asked_area_and_ratio_and_reach_every_corner():
@@ -83,9 +83,58 @@ def test_a_strip_gives_its_centre(size, part):
     [((100, 100), (64, 64)), ((10, 40), (24, 96)), ((640, 10), (64, 1)), ((1, 5000), (1, 96)), ((64, 96), (64, 96))],
 )
 def test_pad_keeps_the_aspect_and_fills_the_tighter_side(size, target):
-    plan = sampler(np.array([size], np.int32), fit="pad", batch_size=1).plan(0)
+    plan = sampler(np.array([size], np.int32), fit="pad", batch_size=1, group=False).plan(0)
     assert plan.target[0].tolist() == list(target)
     assert plan.shape[0].tolist() == list(size)
+    assert plan.canvas == (64, 96)
+
+
+@pytest.mark.parametrize(("size", "target"), [((640, 10), (96, 2)), ((40, 10), (96, 24)), ((96, 64), (96, 64))])
+def test_grouping_turns_the_canvas(size, target):
+    plan = sampler(np.array([size], np.int32), fit="pad", batch_size=2).plan(0)
+    assert plan.target[0].tolist() == list(target)
+    assert plan.canvas == (96, 64)
+    upright = sampler(np.array([size], np.int32), fit="pad", batch_size=2, size=(96, 64)).plan(0)
+    assert all(np.array_equal(*pair) for pair in zip(upright, plan, strict=True))
+    for options in ({"size": (64, 64)}, {"fit": "crop"}):  # nothing to turn
+        same = sampler(np.array([size], np.int32), **({"fit": "pad"} | options)).plan(0)
+        assert same.canvas == options.get("size", (64, 96))
+
+
+@pytest.mark.parametrize("portraits", [1, 9, 30, 92, 100])
+def test_grouped_batches_are_of_one_orientation_and_hold_every_image_equally_often(portraits):
+    lying = np.array([(96, 128), (64, 96), (80, 80)], np.int32)[np.arange(101) % 3]
+    sizes = np.where(np.arange(101)[:, None] < portraits, lying[:, ::-1] + [1, 0], lying).astype(np.int32)
+    one = sampler(sizes, fit="pad", batch_size=4)
+    plans = [one.plan(4 * number) for number in range(3 * 101)]
+    turned = np.array([plan.canvas == (96, 64) for plan in plans])
+    for plan, is_turned in zip(plans, turned, strict=True):
+        assert ((plan.image < portraits) == is_turned).all()
+        assert (plan.target <= plan.canvas).all()
+        assert (plan.target == plan.canvas).any(axis=1).all()
+    assert np.bincount(np.concatenate([plan.image for plan in plans]), minlength=101).tolist() == [12] * 101
+    # Evenly: no stretch of batches has one more or less than its share.
+    share = np.arange(1, len(plans) + 1) * portraits / 101
+    assert np.abs(turned.cumsum() - share).max() <= 0.5
+
+
+def test_grouped_ranks_share_one_sequence_of_batches():
+    """Two ranks, one in two backwards, and one that starts late see the same batches; epochs are shuffled anew."""
+    whole = sampler(fit="pad")
+    ranks = [sampler(fit="pad", rank=rank) for rank in range(2)]
+    for number in range(40):
+        found, expected = ranks[number % 2].plan(16 * (number // 2)), whole.plan(8 * number)
+        late = sampler(fit="pad").plan(8 * number)
+        for field in expected._fields:
+            assert np.array_equal(getattr(found, field), getattr(expected, field)), field
+            assert np.array_equal(getattr(late, field), getattr(expected, field)), field
+    turned = [whole.plan(8 * number) for number in range(200)]
+    turned = np.concatenate([plan.image for plan in turned if plan.canvas == (96, 64)])
+    count = len(set(turned.tolist()))
+    assert count == (SIZES[:, 0] > SIZES[:, 1]).sum()
+    epochs = turned[: len(turned) // count * count].reshape(-1, count)
+    assert all(len(set(epoch)) == count for epoch in epochs.tolist())
+    assert np.mean(epochs[0] == epochs[1]) < 0.2
 
 
 def test_flip_can_be_switched_off():

@@ -1,5 +1,6 @@
 """The command as its users run it: finished, killed, stopped, diverged, misused."""
 
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from processes import finish, two_ranks
 from safetensors.torch import load_file
 
@@ -306,6 +308,23 @@ def test_every_switch_at_once_trains(start, tmp_path):
     exported = load_file(tmp_path / "tiny" / "student" / "model.safetensors")
     assert {t.dtype for t in exported.values()} == {torch.bfloat16}
     assert all(torch.isfinite(torch.tensor(row)).all() for row in losses(tmp_path / "tiny"))
+
+
+@pytest.mark.parametrize("adapter", ["flash", "deformable"])
+def test_photographs_of_both_orientations_are_learned_from(adapter, start, photos, tmp_path):
+    """GroundingDINO's batches lie one way or the other: both shapes go through teacher, student and losses."""
+    for number, path in enumerate(sorted(photos.iterdir())):
+        image = Image.open(path)
+        (tmp_path / "both").mkdir(exist_ok=True)
+        (image.transpose(Image.Transpose.ROTATE_90) if number % 2 else image).save(tmp_path / "both" / path.name)
+    run = ["steps=4", f"source={tmp_path / 'both'}", f"student.adapter.cross_attention={adapter}"]
+    finish(start(*run))
+    finish(start(*run, "name=one", "teachers.gdino.data.aspect_ratio_grouping=false"))
+    grouped, one = (losses(tmp_path / name) for name in ("tiny", "one"))
+    assert all(map(math.isfinite, itertools.chain(*grouped)))
+    clip, gdino = slice(1, 4), slice(4, 7)
+    assert grouped[0][clip] == one[0][clip]
+    assert grouped[0][gdino] != one[0][gdino]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(start, tmp_path):
