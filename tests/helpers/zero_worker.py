@@ -1,6 +1,6 @@
 """Five steps on fixed batches under a launcher; rank 0 saves the gathered parameters. Run by test_zero.py.
 
-zero_worker.py CONFIG STAGE OUT [KEY=VALUE ...]
+zero_worker.py CONFIG STAGE OUT RUN... (KEY=VALUE,KEY=VALUE; what each leaves is in OUT under its own text)
 The `fixed_batches` and `STEPS` here are what the test's plain torch run uses too.
 """
 
@@ -31,21 +31,30 @@ def fixed_batches(cfg: Config, step: int, ranks: int, rank: int | None) -> dict[
     return batches
 
 
-def main(config: str, stage: str, out: str, *switches: str) -> None:
-    """Train and save."""
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
+def main(config: str, stage: str, out: str, *runs: str) -> None:
+    """Train each and save."""
     from kpu_fast.engine.distributed import init_distributed
-    from kpu_fast.engine.loop import build, train_step
 
+    world = init_distributed()
     zero: dict = {"stage": int(stage)}
     if zero["stage"] == 3:  # or parameters as small as these would never leave a rank
         zero |= {"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}
     # The same graphs as on a GPU, without waiting for a C++ compiler.
     torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager", fullgraph=zero["stage"] < 3)
-    cfg = load_config(config, ["deepspeed=" + json.dumps({"zero_optimization": zero}), *switches])
-    world = init_distributed()
+    found, common = {}, "deepspeed=" + json.dumps({"zero_optimization": zero})
+    for run in runs:
+        found[run] = train(load_config(config, [common, *filter(None, run.split(","))]), world)
+    if world.rank == 0:
+        torch.save(found, out)
+
+
+def train(cfg: Config, world) -> dict:
+    """What one run leaves: parameters, ZeRO stage, waits for the device, gradient norms."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    from kpu_fast.engine.loop import build, train_step
+
     parts = build(cfg, world, indexes={})  # its batches are made here
     waits, norms = [], []
     get_accelerator().synchronize = lambda *_: waits.append(step)  # of the host for the device
@@ -55,13 +64,12 @@ def main(config: str, stage: str, out: str, *switches: str) -> None:
             train_step(parts, fixed_batches(cfg, step, turns * world.size, turns * world.rank + turn))
         norms.append(parts.engine.get_global_grad_norm())
     module = parts.engine.module
-    if zero["stage"] == 3:
+    stage = parts.engine.zero_optimization_stage()
+    if stage == 3:
         assert all(p.numel() == 0 for p in module.parameters()), "ZeRO 3 shares no parameter: this would test nothing"
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
-        if world.rank == 0:
-            state = {name: p.detach().clone() for name, p in module.named_parameters()}
-            stage = parts.engine.zero_optimization_stage()
-            torch.save({"state": state, "stage": stage, "waits": waits, "norms": norms}, out)
+        state = {name: p.detach().clone() for name, p in module.named_parameters()}
+    return {"state": state, "stage": stage, "waits": waits, "norms": norms}
 
 
 if __name__ == "__main__":
