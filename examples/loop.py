@@ -41,7 +41,7 @@ def main(config: str = "configs/zoo.json", steps: str = "10", folder: str = "run
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        objective.after_step()
+        objective.after_step()  # after_step(k) where k backwards make a step
         print(step, {name: round(value.item(), 4) for name, value in objective.unweighed(terms).items()})
     objective.in_own_spaces().save_pretrained(Path(folder))
 

@@ -66,6 +66,10 @@ class DataConfig(_Strict):
     threads: int = Field(default=4, ge=1)  # decoding threads
     hw_decoder_load: Fraction = 0.65  # share of JPEGs for the GPU's hardware decoder
 
+    def turns(self) -> bool:
+        """Whether images that lie otherwise than `size` get batches of (W, H)."""
+        return self.fit == "pad" and self.aspect_ratio_grouping and self.size[0] != self.size[1]
+
     @model_validator(mode="after")
     def _scale_fits(self) -> DataConfig:
         low, high = self.crop_scale
@@ -271,6 +275,11 @@ class Config(_Strict):
                 f"(kind {' and '.join(map(json.dumps, sorted(kinds)))}), which trains nothing; set one above 0"
             )
         _check_deepspeed(self)
+        if patterns := sorted(set(self.output) & set("*?[")):
+            raise _impossible(
+                f"output: found {self.output!r}; DeepSpeed takes {' '.join(patterns)} in a checkpoint's path for a "
+                "pattern, choose another folder"
+            )
         return self
 
     def images_per_step(self) -> int:
@@ -390,6 +399,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         return Config.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error, tree))) from None
+
+
+def as_recorded(tree: dict[str, Any]) -> dict[str, Any]:
+    """The config that a run left, with what its version did where today's default of a newer key does otherwise."""
+    tree = json.loads(json.dumps(tree))
+    tree["objective"].setdefault("centre", False)
+    for teacher in tree["teachers"].values():
+        teacher["data"].setdefault("aspect_ratio_grouping", teacher["data"].get("fit") != "pad")
+    return tree
 
 
 def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -186,6 +186,7 @@ MISTAKES = [
     ("deepspeed.train_batchsize=8", "deepspeed.train_batchsize: unknown key; did you mean 'train_batch_size'?"),
     ("deepspeed.bf16=true", "deepspeed.bf16: found True; expected an object"),
     ("deepspeed.gradient_accumulation_steps=2", "deepspeed.gradient_accumulation_steps: found 2, but gradient_acc"),
+    ("output=runs[1]", "output: found 'runs[1]'; DeepSpeed takes [ in a checkpoint's path for a pattern"),
     ("gradient_accumulation_steps=0", "gradient_accumulation_steps: found 0"),
     ("deepspeed.gradient_clipping=5", "deepspeed.gradient_clipping: found 5"),
     ("optimizer", "--set optimizer: expected path.to.key=value"),

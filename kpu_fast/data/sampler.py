@@ -46,10 +46,7 @@ class Sampler:
         self._flip = flip
         self._rank = rank
         self._seed = seed
-        lies = np.sign(size[1] - size[0])  # 1: wider than high; 0: square, which no image lies otherwise than
-        turned = lies * (sizes[:, 0].astype(np.int64) - sizes[:, 1]) > 0
-        if not (group and fit == "pad"):
-            turned[:] = False
+        turned = lie_otherwise(sizes, size) & (group and fit == "pad")
         self._groups = [np.flatnonzero(~turned).astype(np.uint32), np.flatnonzero(turned).astype(np.uint32)]
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
@@ -104,6 +101,12 @@ class Sampler:
         steps = _DRAWS // _PHILOX_WORDS
         generator = np.random.Generator(np.random.Philox(key=self._seed, counter=first * steps))
         return generator.random((self._batch_size, _DRAWS))
+
+
+def lie_otherwise(sizes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(N,) bool: which of the (N, 2) heights and widths are upright where `size` (H, W) is wide, or the other way."""
+    lies = np.sign(size[1] - size[0])  # 1: wider than high; 0: square, which no image lies otherwise than
+    return lies * (sizes[:, 0].astype(np.int64) - sizes[:, 1]) > 0
 
 
 def _random_crop(sizes, uniform, scale):

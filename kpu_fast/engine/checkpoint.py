@@ -7,7 +7,6 @@ checkpoints/step-00000120/    state/ (DeepSpeed: model and optimiser), rank-<r>.
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from kpu_fast.engine.distributed import World, first_problem, from_rank0, shared
 from kpu_fast.engine.run_folder import differences
-from kpu_fast.engine.shards import STATE, load_merged, merge
+from kpu_fast.engine.shards import STATE, damage, load_merged, merge, weights_beside
 
 LATEST = "latest"
 META = "meta.json"
@@ -68,21 +67,28 @@ class Checkpoints:
             for name, (before, now) in differences({key: meta.get(key, value)}, {key: value}).items():
                 raise CheckpointError(f"{folder}: written with {name} = {before}, this run has {now}; set it back")
         same = meta["world_size"] == self.world.size
+        sharded = engine.zero_optimization_stage() > 0
+        self._see_whole(folder, meta["world_size"] if sharded else 0, changed)
         state = self._read_rank_state(folder, self.world.rank if same else 0, changed)
-        if same or engine.zero_optimization_stage() == 0:  # where every rank has all of it
+        if same or not sharded:
             self._agree_on_load(_problem(lambda: _load_engine(engine, folder)), folder, changed)
         else:
             self._load_of_other_ranks(engine, folder, changed)
         return state | {"step": meta["step"], "ranks": meta["world_size"]}
 
     def _load_of_other_ranks(self, engine, folder: Path, changed: Sequence[str]) -> None:
-        merged = self.folder / ".partial-merged"
+        merged, weights = self.folder / ".partial-merged", {}
+        stage, rank = engine.zero_optimization_stage(), self.world.rank
         try:
-            problem = _problem(lambda: merge(folder, merged)) if self.world.rank == 0 else None
+            problem = first_problem(self.world, _problem(lambda: merge(folder, merged)) if rank == 0 else None)
+            if problem is not None:
+                reason = f"the shards of {folder} could not be put together in {merged} ({problem})"
+                raise shared(CheckpointError(f"{reason}; make room there, or start as many ranks as wrote it"))
+            problem = _problem(lambda: weights.update(weights_beside(folder, stage, rank)))
             self._agree_on_load(problem, folder, changed)
-            self._agree_on_load(_problem(lambda: load_merged(engine, folder, merged)), folder, changed)
+            self._agree_on_load(_problem(lambda: load_merged(engine, merged, weights)), folder, changed)
         finally:
-            if self.world.rank == 0:
+            if rank == 0:
                 shutil.rmtree(merged, ignore_errors=True)
 
     def _constants(self, engine) -> dict[str, Any]:
@@ -100,12 +106,20 @@ class Checkpoints:
         self._agree_on_load(problem, folder, ())
         return from_rank0(self.world, meta)
 
+    def _see_whole(self, folder: Path, shards: int, changed: Sequence[str]) -> None:
+        """See that every file is whole, each rank some of them: DeepSpeed's loading needs all ranks to the end."""
+        files = sorted((folder / STATE).glob("*.pt"))
+        damaged = (damage(file) for file in files[self.world.rank :: self.world.size])
+        problem = next((problem for problem in damaged if problem is not None), None)
+        found = sum(file.name.endswith("optim_states.pt") for file in files)
+        if shards and found != shards:
+            problem = f"{shards} ranks wrote it, and {found} of their files *optim_states.pt are there"
+        self._agree_on_load(problem, folder, changed)
+
     def _read_rank_state(self, folder: Path, rank: int, changed: Sequence[str] = ()) -> dict[str, Any]:
-        """That rank's file, once every file is seen to be whole: DeepSpeed's loading needs all ranks to the end."""
+        """That rank's own file."""
         problem = state = None
-        cut = [file.name for file in sorted((folder / STATE).glob("*.pt")) if not zipfile.is_zipfile(file)]
         try:
-            problem = f"{cut[0]} is cut off" if cut else None
             state = torch.load(folder / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling can raise anything
             problem = in_one_line(error)

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from kpu_fast.config import Config, unknown_deepspeed_keys
 from kpu_fast.data.pipeline import Stream
+from kpu_fast.data.sampler import lie_otherwise
 from kpu_fast.data.scan import Index, load_or_scan, load_same
 from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints, is_finite, resolve_resume
 from kpu_fast.engine.distributed import World, first_problem, from_rank0, init_distributed, shared
@@ -199,6 +201,9 @@ def build_models(cfg: Config, device: torch.device) -> tuple[dict[str, Teacher],
         name: build_teacher(name, teacher, device=device, dtype=dtype, image_size=teacher.data.size)
         for name, teacher in cfg.teachers.items()
     }
+    for name, teacher in cfg.teachers.items():
+        if teacher.data.turns():
+            teachers[name].check_turned(teacher.data.size)
     specs = {name: teacher.spec for name, teacher in teachers.items()}
     torch.manual_seed(cfg.seed)  # all ranks start from the same weights
     student = Student.from_config(cfg.student, specs, activation_checkpointing=cfg.activation_checkpointing)
@@ -431,3 +436,6 @@ def _announce(cfg: Config, world: World, parts: Parts) -> None:
         print(f"{name}: {each} images of {data.size[0]}x{data.size[1]} per rank and step{all_ranks}{in_turns}")
         print(f"  {epochs:,.2f} epochs in {cfg.steps:,} steps, from {source}")
         print(f"  {index.summary()}")
+        turned = lie_otherwise(np.stack([index.height, index.width], axis=1), data.size).sum() if data.turns() else 0
+        if turned:
+            print(f"  {turned:,} of them lie the other way and come in batches of {data.size[1]}x{data.size[0]}")

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from kpu_fast.config import Config
+from kpu_fast.config import Config, as_recorded
 
 RESOLVED = "config.resolved.json"
 _CLAIM = ".claim"
@@ -123,10 +123,10 @@ def changed_settings(folder: Path, cfg: Config) -> list[str]:
 def _recorded(folder: Path) -> dict | None:
     """The config that the run in the folder was last started with; None if it tells nothing."""
     try:
-        found = json.loads((folder / RESOLVED).read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = as_recorded(json.loads((folder / RESOLVED).read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    try:  # settings that an older version had not have their defaults
+    try:  # other settings that an older version had not have their defaults
         return Config.model_validate_json(json.dumps(found)).model_dump(mode="json")
     except ValueError:
         return found if isinstance(found, dict) else None

@@ -9,6 +9,8 @@ import contextlib
 import io
 import shutil
 import sys
+import tempfile
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -37,16 +39,36 @@ def merge(folder: Path, target: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
     settings = {"keep_temp_folder": False, "strict": True, "inject_missing_state": True}
     workers = {"num_extract_workers": 1, "num_merge_workers": 1}  # more would be forked, beside a GPU's context
-    folders = {"input_folder": str(folder / STATE), "output_folder": str(target / STATE)}
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory() as links, quiet[0], quiet[1]:
+        # It looks for files by patterns that begin with these paths, and a run's may hold any character.
+        for name, path in (("from", folder), ("to", target)):
+            Path(links, name).symlink_to(path.resolve())
+        folders = {"input_folder": f"{links}/from/{STATE}", "output_folder": f"{links}/to/{STATE}"}
         ds_to_universal.main(Namespace(**folders, **workers, **settings))
 
 
-def load_merged(engine, folder: Path, merged: Path) -> None:
-    """A checkpoint's folder into the engine of any number of ranks, after `merge`. Raises as `module_state`."""
-    _load_module(engine, module_state(folder))
+def weights_beside(folder: Path, stage: int, rank: int) -> dict[str, Tensor]:
+    """What `load_merged` needs beside the merged shards on this rank. Raises as `module_state`.
+
+    The module's state; at ZeRO 3, where the optimiser brings what is trained, its buffers, and on rank 0 all of it.
+    """
+    if stage < 3 or rank == 0:
+        return module_state(folder)
+    of_rank0 = folder / STATE / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    state = torch.load(of_rank0, map_location="cpu", weights_only=False, mmap=True)
+    return {name: state["module"][name] for name in state["buffer_names"]}
+
+
+def load_merged(engine, merged: Path, weights: dict[str, Tensor]) -> None:
+    """What `merge` wrote and `weights_beside` found, into the engine of any number of ranks; all of them call it."""
+    if engine.zero_optimization_stage() < 3:
+        engine.module.load_state_dict(weights)
+    else:
+        _load_what_is_not_trained(engine.module, weights)
     engine._config.load_universal_checkpoint = True
     try:
         engine.load_checkpoint(str(merged), tag=STATE)
@@ -57,15 +79,21 @@ def load_merged(engine, folder: Path, merged: Path) -> None:
             state["step"] = state["step"].clone()
 
 
-def _load_module(engine, state: dict[str, Tensor]) -> None:
-    """At ZeRO 3 only what the optimiser does not bring: frozen parameters and buffers."""
-    if engine.zero_optimization_stage() < 3:
-        engine.module.load_state_dict(state)
-        return
+def _load_what_is_not_trained(module, weights: dict[str, Tensor]) -> None:
+    """At ZeRO 3 buffers, which every rank has whole, and frozen parameters, of which rank 0 hands out the shares."""
     import deepspeed
 
-    frozen = {name: p for name, p in engine.module.named_parameters() if not p.requires_grad}
-    kept = {name: buffer for name, buffer in engine.module.named_buffers() if name in state}
-    with torch.no_grad(), deepspeed.zero.GatheredParameters(list(frozen.values()), modifier_rank=0):
-        for name, tensor in (frozen | kept).items():
-            tensor.copy_(state[name])
+    frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
+    with torch.no_grad(), deepspeed.zero.GatheredParameters([p for _, p in frozen], modifier_rank=0):
+        for name, tensor in [*module.named_buffers(), *frozen]:
+            if name in weights:
+                tensor.copy_(weights[name])
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of torch.save, read from end to end; None where it is whole."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return None if file.testzip() is None else f"{path.name} is damaged"
+    except zipfile.BadZipFile:
+        return f"{path.name} is cut off"

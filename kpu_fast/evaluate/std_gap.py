@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from kpu_fast.config import ObjectiveConfig
+from kpu_fast.config import ObjectiveConfig, as_recorded
 from kpu_fast.engine.trained import TrainedError, find_checkpoint, load_state
 from kpu_fast.evaluate.result import EvaluateError
 from kpu_fast.kernels import Moments, moments
@@ -120,17 +120,16 @@ def _read_settings(run: Path) -> SimpleNamespace:
     """The blocks of config.resolved.json that rebuild a run's models and streams, as objects with attributes."""
     path = run / "config.resolved.json"
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))["config"]
+        tree = as_recorded(json.loads(path.read_text(encoding="utf-8"))["config"])
         # "auto": the run's attention kernel may not be had here, and the student itself is not run.
         vit = SimpleNamespace(**tree["student"]["vit"])
         student = SimpleNamespace(**{**tree["student"], "vit": vit, "attention": "auto"})
         teachers = {name: SimpleNamespace(**teacher) for name, teacher in tree["teachers"].items()}
         for teacher in teachers.values():
             teacher.data = SimpleNamespace(**{**teacher.data, "size": tuple(teacher.data["size"])})
-        # Runs from before `centre` have none.
-        objective = SimpleNamespace(**{**ObjectiveConfig(centre=False).model_dump(), **tree["objective"]})
+        objective = SimpleNamespace(**{**ObjectiveConfig().model_dump(), **tree["objective"]})
         return SimpleNamespace(student=student, teachers=teachers, objective=objective)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluateError(
             f"--run {run}: {path} cannot be used ({type(error).__name__}: {error}); name the folder of a run"
         ) from error

@@ -23,7 +23,7 @@ class Centre(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("seen", torch.zeros(dim), persistent=False)  # made anew in every step
+        self.register_buffer("seen", torch.zeros(dim), persistent=False)  # zero after every step
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():

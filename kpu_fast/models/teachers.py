@@ -116,10 +116,23 @@ class Teacher(nn.Module):
         h, w = (side // self.patch_size for side in pixels.shape[-2:])
         return tokens[:, self.first_patch :].unflatten(1, (h, w))  # (B, h, w, C)
 
-    def _probe(self, image_size: tuple[int, int]) -> FeatureSpec:
+    def check_turned(self, image_size: tuple[int, int]) -> None:
+        """Raises WeightsError unless images of (W, H) give the grids that those of `image_size` (H, W) give, turned.
+
+        Some networks of transformers read a map by the image size in their config: they mix the cells of any other.
+        """
+        grids = [[m.shape[1:3] for m in self._look(size)[1]] for size in (image_size, image_size[::-1])]
+        if [grid[::-1] for grid in grids[1]] != grids[0]:
+            raise WeightsError(
+                f"teachers.{self.name}: does not take portraits: images of {image_size[1]}×{image_size[0]} give maps "
+                f"of {', '.join(f'{h}×{w}' for h, w in grids[1])} cells; set "
+                f"teachers.{self.name}.data.aspect_ratio_grouping to false"
+            )
+
+    def _look(self, image_size: tuple[int, int]) -> Features:
         height, width = image_size
         try:
-            x, maps = self(torch.zeros(1, 3, height, width, device=self.mean.device))
+            return self(torch.zeros(1, 3, height, width, device=self.mean.device))
         except Exception as error:  # each network of transformers has its own way of refusing a size
             if is_out_of_memory(error):
                 raise
@@ -127,6 +140,9 @@ class Teacher(nn.Module):
                 f"teachers.{self.name}: does not take images of {height}×{width}: "
                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             ) from error
+
+    def _probe(self, image_size: tuple[int, int]) -> FeatureSpec:
+        x, maps = self._look(image_size)
         for m in maps:
             if m.ndim != 4:
                 raise WeightsError(

@@ -1,11 +1,14 @@
 """What a rank keeps beside DeepSpeed's state: it loads where no GPU of that number is."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from kpu_fast.engine import checkpoint
-from kpu_fast.engine.checkpoint import Checkpoints
+from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints
 from kpu_fast.engine.distributed import World
+from kpu_fast.engine.shards import damage
 from kpu_fast.objectives.balance import FAMO
 
 
@@ -25,6 +28,36 @@ def test_tensors_of_a_gpu_arrive_on_the_cpu_and_famo_goes_on_from_them(monkeypat
     assert torch.equal(second.w, first.w)
     assert first.w.abs().max() > 0.01
     assert torch.equal(second.adam.state[second.w]["exp_avg"], first.adam.state[first.w]["exp_avg"])
+
+
+def test_damage_is_seen_before_deepspeed_loads(tmp_path):
+    path = tmp_path / "state.pt"
+    torch.save({"weight": torch.ones(1000)}, path)
+    whole = path.read_bytes()
+    assert damage(path) is None
+    at = whole.index(torch.ones(16).numpy().tobytes())
+    path.write_bytes(whole[:at] + b"\x01" + whole[at + 1 :])
+    assert damage(path) == "state.pt is damaged"
+    path.write_bytes(whole[:-100])
+    assert damage(path) == "state.pt is cut off"
+
+
+def test_shards_that_are_not_there_and_shards_without_room(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, "first_problem", lambda world, problem: problem)
+    checkpoints = Checkpoints(tmp_path / "run", 1, World(0, 1, torch.device("cpu"), 0, None))
+    (tmp_path / "state").mkdir()
+    torch.save({}, tmp_path / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    checkpoints._see_whole(tmp_path, 1, ())
+    with pytest.raises(CheckpointError, match=r"2 ranks wrote it, and 1 of their files \*optim_states.pt are there"):
+        checkpoints._see_whole(tmp_path, 2, ())
+
+    def full(folder, target):
+        raise RuntimeError("iostream error")
+
+    monkeypatch.setattr(checkpoint, "merge", full)
+    engine = SimpleNamespace(zero_optimization_stage=lambda: 1)
+    with pytest.raises(CheckpointError, match=r"could not be put together in .*/run/\.partial-merged .*iostream.*room"):
+        checkpoints._load_of_other_ranks(engine, tmp_path, ())
 
 
 def test_a_checkpoint_that_lacks_a_rank_is_not_published(tmp_path):

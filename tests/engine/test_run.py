@@ -200,15 +200,16 @@ def test_a_run_goes_on_with_another_number_of_ranks(stage, precision, start, tmp
     finish(start(*common, launcher=two_ranks("torchrun"), output=tmp_path / "two"))
     from_two = tmp_path / "two" / "tiny" / "checkpoints" / "step-00000002"
     one = [*common, "gradient_accumulation_steps=2"]
-    out, _ = finish(start(*one, output=tmp_path / "one", resume=str(from_two)))
+    one_there = tmp_path / "one (2) c++"  # DeepSpeed's converter would take it for a pattern
+    out, _ = finish(start(*one, output=one_there, resume=str(from_two)))
     assert "from step 2 of " in out
     assert "step-00000002, which 2 ranks wrote\n" in out
-    from_one = tmp_path / "one" / "tiny" / "checkpoints" / "step-00000006"
+    from_one = one_there / "tiny" / "checkpoints" / "step-00000006"
     assert not list(from_one.parent.glob(".*"))
     out, _ = finish(start(*common, launcher=two_ranks("torchrun"), output=tmp_path / "back", resume=str(from_one)))
     assert "step-00000006, which 1 rank wrote\n" in out
     whole = losses(tmp_path / "two" / "tiny")
-    for name, first in (("one", 2), ("back", 6)):
+    for name, first in ((one_there.name, 2), ("back", 6)):
         found = losses(tmp_path / name / "tiny")
         assert len(found) == 8 - first
         for row, expected in zip(found, whole[first:], strict=True):
@@ -216,6 +217,24 @@ def test_a_run_goes_on_with_another_number_of_ranks(stage, precision, start, tmp
     ours, theirs = (load_file(tmp_path / name / "tiny/student/model.safetensors") for name in ("back", "two"))
     far = max(float((ours[key].float() - theirs[key].float()).abs().max()) for key in theirs)
     assert far < (1e-5 if precision == "fp32" else 2e-3)
+
+
+def test_frozen_weights_are_the_checkpoints_at_zero_3_with_other_ranks(start, tmp_path):
+    """Not those that the config makes anew."""
+    stage3 = ["deepspeed.zero_optimization.stage=3", "steps=3", "checkpoint.every=2"]
+    finish(start(*stage3, launcher=two_ranks("torchrun"), output=tmp_path / "two"))
+    checkpoint = tmp_path / "two" / "tiny" / "checkpoints" / "step-00000002"
+    for file in checkpoint.glob("state/*model_states.pt"):
+        state = torch.load(file, weights_only=False)
+        for fragment in state["frozen_param_fragments"].values():
+            fragment.add_(1.0)
+        torch.save(state, file)
+    finish(start(*stage3, output=tmp_path / "one", resume=str(checkpoint)))
+    before, after = (load_file(tmp_path / name / "tiny/student/model.safetensors") for name in ("two", "one"))
+    frozen = [name for name in before if name.startswith("vit.blocks.")]
+    assert len(frozen) > 20
+    for name in frozen:
+        torch.testing.assert_close(after[name], before[name] + 1.0)
 
 
 def test_sigterm_writes_a_checkpoint_and_exits_0(whole, start, tmp_path):

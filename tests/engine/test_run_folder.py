@@ -87,6 +87,21 @@ def test_what_an_older_version_had_no_setting_for_has_not_changed(tiny, tmp_path
     assert not list(tmp_path.glob("config.until-*"))
 
 
+def test_what_an_older_version_did_otherwise_is_a_change(tiny, tmp_path):
+    cfg = load_config(tiny)
+    run_folder.record_run(tmp_path, cfg)
+    record = tmp_path / run_folder.RESOLVED
+    tree = json.loads(record.read_text())
+    del tree["config"]["objective"]["centre"]
+    for teacher in tree["config"]["teachers"].values():
+        del teacher["data"]["aspect_ratio_grouping"]
+    record.write_text(json.dumps(tree))
+    assert run_folder.changed_settings(tmp_path, cfg) == ["objective.centre"]
+    assert run_folder.record_run(tmp_path, cfg, tmp_path, 4) == [
+        "objective.centre false → true", "teachers.gdino.data.aspect_ratio_grouping false → true",
+    ]  # fmt: skip
+
+
 def test_what_cannot_be_recorded_leaves_what_was_there(tiny, tmp_path, monkeypatch):
     run_folder.record_run(tmp_path, load_config(tiny))
     before = (tmp_path / run_folder.RESOLVED).read_bytes()
