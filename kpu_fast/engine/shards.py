@@ -97,3 +97,5 @@ def damage(path: Path) -> str | None:
             return None if file.testzip() is None else f"{path.name} is damaged"
     except zipfile.BadZipFile:
         return f"{path.name} is cut off"
+    except Exception as error:  # of what is in it zipfile has errors of every kind
+        return f"{path.name} cannot be read ({type(error).__name__}: {error})"

@@ -40,6 +40,7 @@ def test_damage_is_seen_before_deepspeed_loads(tmp_path):
     assert damage(path) == "state.pt is damaged"
     path.write_bytes(whole[:-100])
     assert damage(path) == "state.pt is cut off"
+    assert damage(tmp_path).startswith(f"{tmp_path.name} cannot be read (IsADirectoryError")
 
 
 def test_shards_that_are_not_there_and_shards_without_room(monkeypatch, tmp_path):
