@@ -97,3 +97,15 @@ def start(tiny, environment, tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, 9)
             process.wait()
+
+
+@pytest.fixture(scope="session")
+def whole(tiny, environment, tmp_path_factory) -> Path:
+    """A run of 8 steps that nobody disturbed."""
+    output = tmp_path_factory.mktemp("whole")
+    command = [sys.executable, str(TRAIN), "--config", str(tiny), "--set", f"output={output}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (output / "stdout").write_text(done.stdout)
+    (output / "stderr").write_text(done.stderr)
+    return output / "tiny"
