@@ -172,11 +172,11 @@ def test_zero_3_under_torchrun_trains_and_exports(start, tmp_path):
     assert all(row["data_wait_rank"] in (0, 1) for row in rows)
 
 
-@pytest.mark.parametrize(("stage", "turns"), [(1, 1), (1, 2), (2, 2)])
-def test_gradients_accumulated_in_fp32_are_every_teachers(stage, turns, start, tmp_path):
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_accumulated_in_fp32_are_every_teachers(stage, start, tmp_path):
     """DeepSpeed's BF16_Optimizer, which stage 1 gets with fp32, by itself keeps those of one forward."""
     rows = {}
-    common = ["precision=bf16", "steps=2", f"gradient_accumulation_steps={turns}"]
+    common = ["precision=bf16", "steps=2", "gradient_accumulation_steps=2"]
     common += [f"deepspeed.zero_optimization.stage={stage}"]
     for name, dtype in (("bf16", "bf16"), ("fp32", "fp32")):
         finish(start(*common, f"name={name}", f"deepspeed.data_types.grad_accum_dtype={dtype}"))
@@ -196,15 +196,15 @@ def test_every_switch_at_once_trains(start, tmp_path):
     assert all(torch.isfinite(torch.tensor(row)).all() for row in losses(tmp_path / "tiny"))
 
 
-@pytest.mark.parametrize("adapter", ["flash", "deformable"])
-def test_photographs_of_both_orientations_are_learned_from(adapter, start, photos, tmp_path):
+def test_photographs_of_both_orientations_are_learned_from(start, photos, tmp_path):
     """GroundingDINO's batches lie one way or the other: both shapes go through teacher, student and losses."""
     for number, path in enumerate(sorted(photos.iterdir())):
         image = Image.open(path)
         (tmp_path / "both").mkdir(exist_ok=True)
         (image.transpose(Image.Transpose.ROTATE_90) if number % 2 else image).save(tmp_path / "both" / path.name)
-    run = ["steps=4", f"source={tmp_path / 'both'}", f"student.adapter.cross_attention={adapter}"]
-    finish(start(*run))
+    run = ["steps=4", f"source={tmp_path / 'both'}", "student.adapter.cross_attention=deformable"]
+    out, _ = finish(start(*run))
+    assert "  6 of them lie the other way and come in batches of 96x64\n" in out
     finish(start(*run, "name=one", "teachers.gdino.data.aspect_ratio_grouping=false"))
     grouped, one = (losses(tmp_path / name) for name in ("tiny", "one"))
     assert all(map(math.isfinite, itertools.chain(*grouped)))
