@@ -401,15 +401,6 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error, tree))) from None
 
 
-def as_recorded(tree: dict[str, Any]) -> dict[str, Any]:
-    """The config that a run left, with what its version did where today's default of a newer key does otherwise."""
-    tree = json.loads(json.dumps(tree))
-    tree["objective"].setdefault("centre", False)
-    for teacher in tree["teachers"].values():
-        teacher["data"].setdefault("aspect_ratio_grouping", teacher["data"].get("fit") != "pad")
-    return tree
-
-
 def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends: the files extend each other in a circle")

@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from kpu_fast.config import Config, as_recorded
+from kpu_fast.config import Config
 
 RESOLVED = "config.resolved.json"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a record that is none raises
 _CLAIM = ".claim"
 _SHAPING = ("student", "teachers", "objective")  # what the trained weights, and so a checkpoint, depend on
 _DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
@@ -120,11 +121,23 @@ def changed_settings(folder: Path, cfg: Config) -> list[str]:
     return sorted(key for key in changes if not re.match(r"teachers\.[^.]+\.data\.", key))
 
 
+def read_recorded(folder: Path) -> dict:
+    """The config that the run in the folder was last started with, as its version took it. Raises one of UNREADABLE.
+
+    Where a newer key's default does otherwise than that version did, what it did is filled in.
+    """
+    tree = json.loads((folder / RESOLVED).read_text(encoding="utf-8"))["config"]
+    tree["objective"].setdefault("centre", False)
+    for teacher in tree["teachers"].values():
+        teacher["data"].setdefault("aspect_ratio_grouping", teacher["data"].get("fit") != "pad")
+    return tree
+
+
 def _recorded(folder: Path) -> dict | None:
     """The config that the run in the folder was last started with; None if it tells nothing."""
     try:
-        found = as_recorded(json.loads((folder / RESOLVED).read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        found = read_recorded(folder)
+    except UNREADABLE:
         return None
     try:  # other settings that an older version had not have their defaults
         return Config.model_validate_json(json.dumps(found)).model_dump(mode="json")

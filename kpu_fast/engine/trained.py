@@ -5,11 +5,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kpu_fast.config import Config, as_recorded
+from kpu_fast.config import Config
 from kpu_fast.engine.checkpoint import META, in_one_line, whole_checkpoints
 from kpu_fast.engine.monitor import METRICS, read_metrics
 from kpu_fast.engine.result import student_card
-from kpu_fast.engine.run_folder import RESOLVED
+from kpu_fast.engine.run_folder import UNREADABLE, read_recorded
 from kpu_fast.engine.shards import module_state
 from kpu_fast.models.student import Student
 from kpu_fast.objectives.kpu import KPU
@@ -27,11 +27,10 @@ def load_student(run: Path, checkpoint: str | None = None) -> tuple[Student, str
     folder = find_checkpoint(run, checkpoint)
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        recorded = json.loads((run / RESOLVED).read_text(encoding="utf-8"))
-        cfg = Config.model_validate_json(json.dumps(as_recorded(recorded["config"])))
+        cfg = Config.model_validate_json(json.dumps(read_recorded(run)))
         student = Student(**meta["networks"]["student"], heads=meta["heads"])
         module = KPU(student, student.head_specs, cfg.objective)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         _see_pruned(folder)
         raise TrainedError(
             f"{folder}: this version of kpu_fast cannot read it ({in_one_line(error)}). The one that wrote it ends the "

@@ -8,14 +8,14 @@ h_t2s of them (standardised first where the run does that), on the student's gri
 """
 
 import argparse
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
-from kpu_fast.config import ObjectiveConfig, as_recorded
+from kpu_fast.config import ObjectiveConfig
+from kpu_fast.engine.run_folder import RESOLVED, UNREADABLE, read_recorded
 from kpu_fast.engine.trained import TrainedError, find_checkpoint, load_state
 from kpu_fast.evaluate.result import EvaluateError
 from kpu_fast.kernels import Moments, moments
@@ -118,9 +118,8 @@ def _gap(sums: dict[str, list[Moments]]) -> dict:
 
 def _read_settings(run: Path) -> SimpleNamespace:
     """The blocks of config.resolved.json that rebuild a run's models and streams, as objects with attributes."""
-    path = run / "config.resolved.json"
     try:
-        tree = as_recorded(json.loads(path.read_text(encoding="utf-8"))["config"])
+        tree = read_recorded(run)
         # "auto": the run's attention kernel may not be had here, and the student itself is not run.
         vit = SimpleNamespace(**tree["student"]["vit"])
         student = SimpleNamespace(**{**tree["student"], "vit": vit, "attention": "auto"})
@@ -129,9 +128,9 @@ def _read_settings(run: Path) -> SimpleNamespace:
             teacher.data = SimpleNamespace(**{**teacher.data, "size": tuple(teacher.data["size"])})
         objective = SimpleNamespace(**{**ObjectiveConfig().model_dump(), **tree["objective"]})
         return SimpleNamespace(student=student, teachers=teachers, objective=objective)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise EvaluateError(
-            f"--run {run}: {path} cannot be used ({type(error).__name__}: {error}); name the folder of a run"
+            f"--run {run}: {run / RESOLVED} cannot be used ({type(error).__name__}: {error}); name the folder of a run"
         ) from error
 
 

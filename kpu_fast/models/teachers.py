@@ -117,15 +117,16 @@ class Teacher(nn.Module):
         return tokens[:, self.first_patch :].unflatten(1, (h, w))  # (B, h, w, C)
 
     def check_turned(self, image_size: tuple[int, int]) -> None:
-        """Raises WeightsError unless images of (W, H) give the grids that those of `image_size` (H, W) give, turned.
+        """Raises WeightsError unless images of (W, H) give the grids of its `image_size` (H, W), turned.
 
         Some networks of transformers read a map by the image size in their config: they mix the cells of any other.
         """
-        grids = [[m.shape[1:3] for m in self._look(size)[1]] for size in (image_size, image_size[::-1])]
-        if [grid[::-1] for grid in grids[1]] != grids[0]:
+        width, height = image_size
+        grids = [tuple(m.shape[1:3]) for m in self._look((height, width)).maps]
+        if [(w, h) for h, w in grids] != self.grids:
             raise WeightsError(
-                f"teachers.{self.name}: does not take portraits: images of {image_size[1]}×{image_size[0]} give maps "
-                f"of {', '.join(f'{h}×{w}' for h, w in grids[1])} cells; set "
+                f"teachers.{self.name}: does not take portraits: images of {height}×{width} give maps of "
+                f"{', '.join(f'{h}×{w}' for h, w in grids)} cells; set "
                 f"teachers.{self.name}.data.aspect_ratio_grouping to false"
             )
 
@@ -148,6 +149,7 @@ class Teacher(nn.Module):
                 raise WeightsError(
                     f"teachers.{self.name}: a feature map of shape {tuple(m.shape)}, expected (B, h, w, C)"
                 )
+        self.grids = [tuple(m.shape[1:3]) for m in maps]
         strides = tuple(_stride(image_size, m.shape[1:3], self.patch_size) for m in maps)
         return FeatureSpec(None if x is None else x.shape[1], tuple(m.shape[3] for m in maps), strides)
 
