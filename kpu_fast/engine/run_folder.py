@@ -142,7 +142,7 @@ def _recorded(folder: Path) -> dict | None:
     try:  # other settings that an older version had not have their defaults
         return Config.model_validate_json(json.dumps(found)).model_dump(mode="json")
     except ValueError:
-        return found if isinstance(found, dict) else None
+        return found
 
 
 def differences(before: Mapping, now: Mapping) -> dict[str, tuple[object, object]]:
