@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
-ROOT = Path(__file__).parents[2]
-TRAIN = ROOT / "kpu_fast" / "train.py"
+from processes import HELPERS, TRAIN, Run
 
 
 @pytest.fixture(scope="session")
@@ -77,26 +75,46 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def start(tiny, environment, tmp_path):
-    """start(*overrides, launcher=[...], resume=None, skip=0) runs kpu_fast/train.py; output goes below tmp_path."""
+    """start(*overrides, ranks=1, launcher=[...], resume=None, skip=0, output=tmp_path) runs kpu_fast/train.py.
+
+    With a launcher by that command, as its users do; else in processes that need not import everything anew.
+    """
     started = []
 
-    def run(*overrides: str, launcher=None, resume: str | None = None, skip: int = 0, output: Path | None = None):
-        command = [*(launcher or [sys.executable]), str(TRAIN), "--config", str(tiny)]
-        command += ["--set", f"output={output or tmp_path}", *overrides]
-        command += ["--resume", resume] if resume else []
-        command += ["--skip", str(skip)] if skip else []
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(
-            command, env=environment, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, start_new_session=True
-        )
+    def run(*overrides: str, ranks=1, launcher=None, resume: str | None = None, skip=0, output: Path | None = None):
+        arguments = ["--config", str(tiny), "--set", f"output={output or tmp_path}", *overrides]
+        arguments += ["--resume", resume] if resume else []
+        arguments += ["--skip", str(skip)] if skip else []
+        if launcher is None:
+            process = Run(TRAIN, arguments, environment, tmp_path, ranks)
+        else:
+            process = subprocess.Popen(
+                [*launcher, str(TRAIN), *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                text=True, cwd=tmp_path, start_new_session=True,
+            )  # fmt: skip
         started.append(process)
         return process
 
     yield run
     for process in started:
         if process.poll() is None:
-            os.killpg(process.pid, 9)
+            process.kill() if isinstance(process, Run) else os.killpg(process.pid, 9)
             process.wait()
+
+
+@pytest.fixture
+def start_helper(tiny, environment, tmp_path):
+    """start_helper("x_worker.py", *arguments, ranks=1) runs a script of tests/helpers on the tiny config."""
+    started = []
+
+    def run(name: str, *arguments: str, ranks=1):
+        started.append(Run(HELPERS / name, [str(tiny), *arguments], environment, tmp_path, ranks))
+        return started[-1]
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
 
 
 @pytest.fixture(scope="session")

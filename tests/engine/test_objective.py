@@ -2,15 +2,13 @@
 
 import itertools
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from processes import two_ranks
+from processes import HELPERS, Run, finish
 from safetensors.torch import load_file
 
-WORKER = Path(__file__).parents[1] / "helpers" / "resume_worker.py"
 COMMON = "steps=4,checkpoint.keep=9,optimizer.lr=1e-2,optimizer.warmup_steps=1"
 RUNS = {  # balance, standardize, ZeRO stage, precision, backwards per step
     "famo, phi_s, ZeRO 3, fp32": ("famo", "phi_s", 3, "fp32", 1),
@@ -42,9 +40,7 @@ def runs(tiny, environment, tmp_path_factory) -> Path:
         "deepspeed.zero_optimization.enable_sanity_checks=true"  # an export that wrote to gathered weights would end it
         for balance, standardize, stage, precision, turns in RUNS.values()
     ]
-    command = [*two_ranks("torchrun"), str(WORKER), str(tiny), str(folder), *switches]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    finish(Run(HELPERS / "resume_worker.py", [str(tiny), str(folder), *switches], environment, folder, ranks=2))
     return folder
 
 

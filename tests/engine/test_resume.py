@@ -35,7 +35,7 @@ def test_killed_and_resumed_equals_never_killed(moment, whole, start, tmp_path):
 
 def test_two_ranks_killed_and_resumed_equal_never_killed(whole, start, tmp_path):
     stage2 = "deepspeed.zero_optimization.stage=2"
-    finish(start(stage2, launcher=two_ranks("deepspeed"), output=tmp_path / "whole"))
+    finish(start(stage2, ranks=2, output=tmp_path / "whole"))
     killed = start(stage2, launcher=two_ranks("deepspeed"), output=tmp_path / "cut")
     wait_for(lambda: steps_done(tmp_path / "cut" / "tiny") >= 3, killed)
     os.killpg(killed.pid, signal.SIGKILL)
@@ -52,7 +52,7 @@ def test_two_ranks_killed_and_resumed_equal_never_killed(whole, start, tmp_path)
 
 def test_one_rank_in_two_backwards_sees_what_two_ranks_see(start, tmp_path):
     """And goes on from the step, not from a half of it."""
-    finish(start("steps=4", launcher=two_ranks("torchrun"), output=tmp_path / "two"))
+    finish(start("steps=4", ranks=2, output=tmp_path / "two"))
     twice = ["gradient_accumulation_steps=2", "steps=4"]
     out, _ = finish(start(*twice))
     assert "clip: 8 images of 64x64 per rank and step, 4 at once\n  2.67 epochs in 4 steps" in out
@@ -70,7 +70,7 @@ def test_one_rank_in_two_backwards_sees_what_two_ranks_see(start, tmp_path):
 def test_a_run_goes_on_with_another_number_of_ranks(stage, precision, start, tmp_path):
     """Two ranks, one in two backwards, two: but for rounding what two do all the way, weights and optimiser."""
     common = [f"deepspeed.zero_optimization.stage={stage}", f"precision={precision}", "checkpoint.keep=9"]
-    finish(start(*common, launcher=two_ranks("torchrun"), output=tmp_path / "two"))
+    finish(start(*common, ranks=2, output=tmp_path / "two"))
     from_two = tmp_path / "two" / "tiny" / "checkpoints" / "step-00000002"
     one = [*common, "gradient_accumulation_steps=2"]
     one_there = tmp_path / "one (2) c++"  # DeepSpeed's converter would take it for a pattern
@@ -79,7 +79,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(stage, precision, start, tmp
     assert "step-00000002, which 2 ranks wrote\n" in out
     from_one = one_there / "tiny" / "checkpoints" / "step-00000006"
     assert not list(from_one.parent.glob(".*"))
-    out, _ = finish(start(*common, launcher=two_ranks("torchrun"), output=tmp_path / "back", resume=str(from_one)))
+    out, _ = finish(start(*common, ranks=2, output=tmp_path / "back", resume=str(from_one)))
     assert "step-00000006, which 1 rank wrote\n" in out
     whole = losses(tmp_path / "two" / "tiny")
     for name, first in ((one_there.name, 2), ("back", 6)):
@@ -95,7 +95,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(stage, precision, start, tmp
 def test_frozen_weights_are_the_checkpoints_at_zero_3_with_other_ranks(start, tmp_path):
     """Not those that the config makes anew."""
     stage3 = ["deepspeed.zero_optimization.stage=3", "steps=3", "checkpoint.every=2"]
-    finish(start(*stage3, launcher=two_ranks("torchrun"), output=tmp_path / "two"))
+    finish(start(*stage3, ranks=2, output=tmp_path / "two"))
     checkpoint = tmp_path / "two" / "tiny" / "checkpoints" / "step-00000002"
     for file in checkpoint.glob("state/*model_states.pt"):
         state = torch.load(file, weights_only=False)

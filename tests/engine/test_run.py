@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from processes import finish, losses, steps_done, two_ranks, wait_for, weights
+from processes import HELPERS, TRAIN, Run, finish, free_port, losses, steps_done, two_ranks, wait_for, weights
 from safetensors.torch import load_file
 
 from kpu_fast.export import main as export
@@ -83,20 +83,12 @@ def test_a_checkpoint_that_cannot_be_exported_is_one_line(damage, arguments, mes
 
 def test_nodes_that_share_no_folder_do_not_start(tiny, environment, tmp_path):
     """Each rank in a folder of its own, as on two nodes where `output` is on their own disks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    train = Path(__file__).parents[2] / "kpu_fast" / "train.py"
+    meet = {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     nodes = []
     for rank in ("0", "1"):
-        place = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         (tmp_path / rank).mkdir()
-        nodes.append(
-            subprocess.Popen(
-                [sys.executable, str(train), "--config", str(tiny), "--set", "output=runs"], cwd=tmp_path / rank,
-                env=environment | place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-        )  # fmt: skip
+        arguments = ["--config", str(tiny), "--set", "output=runs"]
+        nodes.append(Run(TRAIN, arguments, environment | meet | {"RANK": rank}, tmp_path / rank))
     _, err = finish(nodes[0], code=2)
     finish(nodes[1], code=2)
     assert "is not the folder that rank 0 sees under this name" in err
@@ -121,8 +113,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_0(whole, start, tmp_path):
 
 def test_a_second_ctrl_c_seconds_later_stops_at_once(tiny, environment, tmp_path):
     """In the middle of a step that does not end: nothing more is written."""
-    worker = Path(__file__).parents[1] / "helpers" / "endless_step_worker.py"
-    command = [sys.executable, str(worker), str(tiny), str(tmp_path)]
+    command = [sys.executable, str(HELPERS / "endless_step_worker.py"), str(tiny), str(tmp_path)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert any(line == "in step 3\n" for line in process.stdout)
     process.send_signal(signal.SIGINT)
@@ -138,7 +129,8 @@ def test_a_second_ctrl_c_seconds_later_stops_at_once(tiny, environment, tmp_path
 def test_a_terminal_that_is_gone_ends_no_run(stop, start, tmp_path):
     """`2>&1 | tee log`: Ctrl-C ends tee too, and whatever the run says from then on has no reader."""
     run = tmp_path / "tiny"
-    process = start("checkpoint.every=1000", "steps=100000" if stop else "steps=8")
+    command = [sys.executable]
+    process = start("checkpoint.every=1000", "steps=100000" if stop else "steps=8", launcher=command)
     wait_for(lambda: steps_done(run) >= 3, process)
     process.stdout.close()
     process.stderr.close()
@@ -328,15 +320,10 @@ def test_a_second_run_at_once_is_refused_and_a_lost_image_is_named(start, photos
     assert "The last good checkpoint is" in last
 
 
-def test_a_rank_that_cannot_write_stops_all_ranks(tiny, environment, tmp_path):
+def test_a_rank_that_cannot_write_stops_all_ranks(start_helper, tmp_path):
     """Disk full on rank 1 only, in DeepSpeed's file and in ours: every rank raises, none waits for another."""
-    worker = Path(__file__).parents[1] / "helpers" / "full_disk_worker.py"
-    launcher = two_ranks("torchrun")
-    done = subprocess.run(
-        [*launcher, str(worker), str(tiny), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    out, _ = finish(start_helper("full_disk_worker.py", str(tmp_path), ranks=2))
+    said = sorted(line for line in out.splitlines() if line.startswith("rank"))
     assert len(said) == 4
     assert all("No space left on device (rank 1)" in line for line in said)
     assert not list((tmp_path / "checkpoints").iterdir())
@@ -361,33 +348,22 @@ NO_NORM = ['deepspeed={"zero_optimization": {"stage": 1, "compute_grad_norm": fa
     ],
     ids=["fp32", "fp32, no norm", "fp32, ZeRO 1", "bf16, ZeRO 1", "bf16, ZeRO 1, no norm"],
 )
-def test_a_gradient_that_is_not_finite_stops_the_run(switches, waits, message, tiny, environment, tmp_path):
+def test_a_gradient_that_is_not_finite_stops_the_run(switches, waits, message, start_helper, tmp_path):
     """Whether the step is taken or left out, and with a checkpoint due at every step: none is written of it."""
-    worker = Path(__file__).parents[1] / "helpers" / "nan_gradient_worker.py"
-    done = subprocess.run(
-        [sys.executable, str(worker), str(tiny), str(tmp_path), "checkpoint.every=1", *switches],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert f"stopped: step 3: {message}" in done.stdout, done.stderr
+    out, _ = finish(start_helper("nan_gradient_worker.py", str(tmp_path), "checkpoint.every=1", *switches))
+    assert f"stopped: step 3: {message}" in out
     checkpoints = tmp_path / "tiny" / "checkpoints"
-    assert f"last good checkpoint is {checkpoints / 'step-00000002'}" in done.stdout
+    assert f"last good checkpoint is {checkpoints / 'step-00000002'}" in out
     assert not (checkpoints / "step-00000003").exists()
-    assert ("read: 0" not in done.stdout) == waits, done.stdout
+    assert ("read: 0" not in out) == waits, out
 
 
-def test_a_picture_that_cannot_be_made_is_a_warning(tiny, environment, photos, tmp_path):
+def test_a_picture_that_cannot_be_made_is_a_warning(start_helper, photos, tmp_path):
     """The photographs are damaged after the last step: the student is there, and so is the reason."""
     shutil.copytree(photos, tmp_path / "photos")
-    worker = Path(__file__).parents[1] / "helpers" / "damaged_images_worker.py"
-    done = subprocess.run(
-        [sys.executable, str(worker), str(tiny), str(tmp_path), str(tmp_path / "photos")],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert [line for line in done.stderr.splitlines() if line.startswith("features.png could not be made: source ")]
-    assert f"student  {tmp_path / 'tiny' / 'student'}" in done.stdout
-    assert f"curve    {tmp_path / 'tiny' / 'losses.png'}" in done.stdout
-    assert "features.png" not in done.stdout
+    out, err = finish(start_helper("damaged_images_worker.py", str(tmp_path), str(tmp_path / "photos")))
+    assert [line for line in err.splitlines() if line.startswith("features.png could not be made: source ")]
+    assert f"student  {tmp_path / 'tiny' / 'student'}" in out
+    assert f"curve    {tmp_path / 'tiny' / 'losses.png'}" in out
+    assert "features.png" not in out
     assert not (tmp_path / "tiny" / "features.png").exists()

@@ -1,13 +1,11 @@
-"""Two ranks under the deepspeed launcher, ZeRO 0-3, against one process of plain torch on the same global batch."""
+"""Two ranks, ZeRO 0-3, against one process of plain torch on the same global batch."""
 
 import json
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import two_ranks
+from processes import finish
 from torch import nn
 from zero_worker import STEPS, fixed_batches
 
@@ -20,7 +18,6 @@ from kpu_fast.objectives.kpu import KPU
 
 # Each rank's images in two backwards.
 HALVES = "gradient_accumulation_steps=2,teachers.clip.data.batch_size=2,teachers.gdino.data.batch_size=1"
-WORKER = Path(__file__).parents[1] / "helpers" / "zero_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +64,9 @@ def plain(tiny) -> tuple[dict, dict, list]:
     [*[(stage, ["", HALVES]) for stage in range(4)], (1, ["compile=true"]), (3, ["activation_checkpointing=true"])],
     ids=str,
 )
-def test_two_ranks_equal_plain_torch(stage, runs, plain, tiny, environment, tmp_path):
+def test_two_ranks_equal_plain_torch(stage, runs, plain, start_helper, tmp_path):
     out = tmp_path / "after.pt"
-    done = subprocess.run(
-        [*two_ranks("deepspeed"), str(WORKER), str(tiny), str(stage), str(out), *runs],
-        env=environment, capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    finish(start_helper("zero_worker.py", str(stage), str(out), *runs, ranks=2))
     results, (before, after, norms) = torch.load(out), plain
     assert list(results) == runs
     for run, found in results.items():

@@ -1,4 +1,4 @@
-"""Five steps on fixed batches under a launcher; rank 0 saves the gathered parameters. Run by test_zero.py.
+"""Five steps on fixed batches; rank 0 saves the gathered parameters. Run by test_zero.py.
 
 zero_worker.py CONFIG STAGE OUT RUN... (KEY=VALUE,KEY=VALUE; what each leaves is in OUT under its own text)
 The `fixed_batches` and `STEPS` here are what the test's plain torch run uses too.
