@@ -1,9 +1,7 @@
 """Runs of the command as child processes, and what they left."""
 
 import json
-import multiprocessing
 import os
-import runpy
 import signal
 import socket
 import subprocess
@@ -11,30 +9,11 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from unittest import mock
-
-import torch
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "kpu_fast" / "train.py"
 HELPERS = Path(__file__).parent
 LOSSES = [f"{t}/{k}" for t in ("clip", "gdino") for k in ("s2t", "t2s", "rec")]
-
-
-# What a run imports, 5 of the 8 seconds that one of a few tiny steps takes.
-IMPORTED = [
-    "kpu_fast.engine.loop",
-    "deepspeed.ops.op_builder.all_ops",
-    "deepspeed.runtime.zero.stage3",
-    "deepspeed.runtime.zero.stage_1_and_2",
-    "matplotlib.pyplot",
-    "nvidia.dali.fn",
-    "sklearn.decomposition",
-    "torch._inductor.compile_fx",
-    "torch.utils.tensorboard",
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.swin.modeling_swin",
-]
 
 
 class Run:
@@ -44,33 +23,29 @@ class Run:
     that fails leaves the others waiting. What they print lands in files of `folder`, which they run in.
     """
 
+    server: subprocess.Popen | None = None
+
     def __init__(
         self, script: Path, arguments: list[str], environment: Mapping[str, str], folder: Path, ranks: int = 1
     ):
-        context = multiprocessing.get_context("forkserver")
-        if not torch.cuda.is_available():  # a CUDA context would not outlive a fork
-            context.set_forkserver_preload(IMPORTED)
         places = [{}]
         if ranks > 1:
             meet = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
             places = [meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-        number = len(list(folder.glob("printed-*")))
-        self.printed = folder / f"printed-{number}"
+        self.printed = folder / f"printed-{len(list(folder.glob('printed-*')))}"
         self.printed.mkdir()
-        command = [str(script), *arguments]
-        self.processes = [
-            context.Process(target=_run, args=(command, {**environment, **place}, folder, self.printed))
-            for place in places
-        ]
-        # The server keeps what it was started with; what it imports reads some of it then.
-        with mock.patch.dict(os.environ, environment):
-            for process in self.processes:
-                process.start()
-        self.pid = self.processes[0].pid
+        if Run.server is None:  # what it imports reads some of its environment then: threads, the hub
+            Run.server = subprocess.Popen(
+                [sys.executable, str(HELPERS / "fork_server.py")], env=environment, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        request = {"command": [str(script), *arguments], "folder": str(folder), "printed": str(self.printed)}
+        self.pids = [self._ask(request | {"environment": {**environment, **place}}) for place in places]
+        self.pid = self.pids[0]
 
     def poll(self) -> int | None:
         """The exit code, the first other than 0, once all ranks have ended."""
-        codes = [process.exitcode for process in self.processes]
+        codes = [self._ask(pid) for pid in self.pids]
         return None if None in codes else next(filter(None, codes), 0)
 
     returncode = property(poll)
@@ -78,11 +53,11 @@ class Run:
     def wait(self, timeout: float = 240) -> int:
         """Until all ranks have ended, or subprocess.TimeoutExpired."""
         end = time.monotonic() + timeout
-        for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
-        if self.returncode is None:
-            raise subprocess.TimeoutExpired(str(self.printed), timeout)
-        return self.returncode
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(str(self.printed), timeout)
+            time.sleep(0.02)
+        return code
 
     def communicate(self, timeout: float = 240) -> tuple[str, str]:
         """Wait; stdout and stderr of all ranks."""
@@ -91,26 +66,19 @@ class Run:
 
     def send_signal(self, number: int) -> None:
         """To every rank that is still there."""
-        for process in self.processes:
-            if process.exitcode is None:
-                os.kill(process.pid, number)
+        for pid in self.pids:
+            if self._ask(pid) is None:
+                os.kill(pid, number)
 
     def kill(self) -> None:
         """All ranks."""
         self.send_signal(signal.SIGKILL)
         self.wait()
 
-
-def _run(command: list[str], environment: dict[str, str], folder: Path, printed: Path) -> None:
-    """Be the process that `python command` is."""
-    os.setsid()
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(printed / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
+    @staticmethod
+    def _ask(request: dict | int) -> int | None:
+        print(json.dumps(request), file=Run.server.stdin, flush=True)
+        return json.loads(Run.server.stdout.readline())
 
 
 def free_port() -> str:
