@@ -1,13 +1,15 @@
 """A process in which everything is imported that a run imports; each run that it is asked for is a fork of it.
 
 Reads JSON, one request per line: {"command": [SCRIPT, ...], "environment": {}, "folder": DIR, "printed": DIR} is
-answered with the number of the new process, a number with its exit code, or null while it runs. Ends with its input.
+answered with the number of the new process, a number with its exit code, or null while it runs. Ends with its input,
+and whatever still runs with it.
 """
 
 import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -48,20 +50,23 @@ def main() -> None:
     if not torch.cuda.is_available():  # a CUDA context would not outlive a fork
         for name in IMPORTED:
             importlib.import_module(name)
-    ended: dict[int, int] = {}
+    codes: dict[int, int | None] = {}
     for line in sys.stdin:
         request = json.loads(line)
         if isinstance(request, dict):
             answer = os.fork()
             if answer == 0:
                 return become(**request)
+            codes[answer] = None
         else:
-            if request not in ended:
+            if codes[request] is None:
                 pid, status = os.waitpid(request, os.WNOHANG)
-                if pid:
-                    ended[pid] = os.waitstatus_to_exitcode(status)
-            answer = ended.get(request)
+                codes[request] = os.waitstatus_to_exitcode(status) if pid else None
+            answer = codes[request]
         print(json.dumps(answer), file=answers, flush=True)
+    for pid, code in codes.items():
+        if code is None:
+            os.kill(pid, signal.SIGKILL)
     return None
 
 
