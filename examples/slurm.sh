@@ -12,10 +12,14 @@
 #SBATCH --requeue
 set -euo pipefail
 
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110  # seconds for the checkpoint; torch 2.11 knows no such thing and leaves 30
+# Where nodes cannot reach each other by their host names ("Gloo connectFullMesh failed"): the interface that leads to
+# the others, on every node.
+# export GLOO_SOCKET_IFNAME=eth0
+
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 exec srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 torchrun \
     --nnodes="$SLURM_NNODES" \
     --nproc-per-node="${SLURM_GPUS_ON_NODE:-8}" \
-    --shutdown-timeout=110 \
     --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$head:29500" \
     kpu_fast/train.py --resume auto "$@"

@@ -290,6 +290,11 @@ class Config(_Strict):
         """Images of all teachers in one backward of one rank."""
         return sum(teacher.data.batch_size for teacher in self.teachers.values())
 
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimiser's state and step are the host's, not the device's."""
+        block = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer")
+        return isinstance(block, dict) and block.get("device", "none") != "none"
+
     def deepspeed_config(self) -> dict[str, Any]:
         """The `deepspeed` block as given, plus the keys DeepSpeed requires and the block leaves to this config."""
         ours = {
@@ -299,6 +304,7 @@ class Config(_Strict):
             "steps_per_print": self.steps + 1,  # our own monitor reports
             # It would wait for the GPU before every forward and after every step.
             "timers": {"throughput": {"enabled": False}},
+            "zero_force_ds_cpu_optimizer": False,  # an offloaded optimiser may be torch's, which needs no compiler
         }
         if self.optimizer.impl == "apex":
             ours["zero_allow_untested_optimizer"] = True

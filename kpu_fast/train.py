@@ -3,7 +3,8 @@
     deepspeed kpu_fast/train.py --config configs/random.json [--set path.to.key=value ...] [--resume auto|DIR]
 
 The same file runs under `deepspeed`, `torchrun` and plain `python`, on GPUs and on a CPU.
-Exit codes: 0 finished, or stopped by SIGTERM/SIGINT after writing a checkpoint; 2 a config, data, model or output that
+Exit codes: 0 finished, or stopped by SIGTERM/SIGINT after writing a checkpoint; 1 another rank has ended, or a mistake
+in the program; 2 a config, data, model or output that
 cannot be used, or too little memory; 3 a loss or weight is no longer finite; 4 a checkpoint or another file could not
 be written; 130 second Ctrl-C.
 """
@@ -13,6 +14,8 @@ import contextlib
 import importlib.util
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -84,6 +87,9 @@ def main(argv: list[str] | None = None) -> int:
         code = 2 if isinstance(error, RunError) else 3 if isinstance(error, Diverged) else 4
         return _fail(error, code, alone=not hasattr(error, "shared"))
     except (MemoryError, RuntimeError) as error:
+        # gloo's words, wherever this rank waits for the others.
+        if any(text in str(error) for text in ("Connection closed by peer", "Connection reset by peer")):
+            return _fail("another rank has ended; what it said is the reason", 1, alone=True)
         if not is_out_of_memory(error):
             raise
         hint = "smaller batch_size, activation_checkpointing=true or ZeRO 2 need less; what is saved is whole"
@@ -99,6 +105,8 @@ def _fail(error: Exception | str, code: int, alone: bool = False) -> int:
         with contextlib.suppress(OSError):  # a reader that has gone
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
+    else:
+        time.sleep(1)  # a launcher ends all ranks when one has gone, and rank 0 is to print first
     return code
 
 
@@ -111,4 +119,10 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    leave(main())
+    try:
+        code = main()
+    except Exception:
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+        code = 1
+    leave(code)

@@ -85,6 +85,9 @@ class Checkpoints:
                 reason = f"the shards of {folder} could not be put together in {merged} ({problem})"
                 raise shared(CheckpointError(f"{reason}; make room there, or start as many ranks as wrote it"))
             problem = _problem(lambda: weights.update(weights_beside(folder, stage, rank)))
+            files = sorted(str(file.relative_to(merged)) for file in merged.rglob("*.pt"))
+            if files != from_rank0(self.world, files):
+                problem = f"not the files that rank 0 has put together are in {merged}"
             self._agree_on_load(problem, folder, changed)
             self._agree_on_load(_problem(lambda: load_merged(engine, merged, weights)), folder, changed)
         finally:

@@ -129,7 +129,8 @@ def build(cfg: Config, world: World, indexes: dict[str, Index] | None = None) ->
     indexes = _find_images(cfg, world) if indexes is None else indexes
     with _together(world):
         teachers, module = build_models(cfg, world.device)
-        optimizer = build_optimizer(cfg.optimizer, module, world.device)
+        where = torch.device("cpu") if cfg.offloads_optimizer() else world.device
+        optimizer = build_optimizer(cfg.optimizer, module, where)
         scheduler = build_scheduler(cfg.optimizer, optimizer, cfg.steps)
     if cfg.compile:
         # torch stops compiling a module after 8 graphs, without an error. A teacher's images may lie in two ways, and
@@ -146,7 +147,7 @@ def build(cfg: Config, world: World, indexes: dict[str, Index] | None = None) ->
             model=module, optimizer=optimizer, lr_scheduler=scheduler, config=cfg.deepspeed_config()
         )
     except Exception as error:  # DeepSpeed has no error of its own for a block it cannot use
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, dist.DistError):  # the ranks meet here for the first time
             raise
         reason = " ".join(str(error).split())[:300]
         problem = f"deepspeed: DeepSpeed cannot use this block ({type(error).__name__}: {reason})"

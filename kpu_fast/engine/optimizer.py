@@ -14,6 +14,7 @@ def build_optimizer(cfg, module: nn.Module, device: torch.device) -> torch.optim
     """AdamW on what requires grad; weight decay on the weights of linear layers and convolutions only.
 
     cfg: `Config.optimizer`. impl "auto" and "torch" are torch's fused AdamW, which needs nothing compiled.
+    device: where it steps; of a module on a GPU whose optimiser is offloaded that is the CPU.
     Raises OptimizerError when an implementation is not installed.
     """
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -78,5 +79,5 @@ def _apex_adam(groups, options, device):
             'package of that name) cannot be imported. Set it to "torch"'
         ) from error
     if device.type != "cuda":
-        raise OptimizerError('optimizer.impl: found "apex" on a machine without CUDA. Set it to "torch"')
+        raise OptimizerError('optimizer.impl: found "apex", which steps on CUDA only. Set it to "torch"')
     return FusedAdam(groups, adam_w_mode=True, **options)

@@ -74,9 +74,11 @@ def load_merged(engine, merged: Path, weights: dict[str, Tensor]) -> None:
         engine.load_checkpoint(str(merged), tag=STATE)
     finally:
         engine._config.load_universal_checkpoint = False
-    for state in engine.optimizer.optimizer.state.values():
-        if torch.is_tensor(state.get("step")):  # at ZeRO 3 one tensor for all, which every one would count up
-            state["step"] = state["step"].clone()
+    for parameter, state in engine.optimizer.optimizer.state.items():
+        # As read: on the CPU, where no fused optimiser of a GPU takes it, and at ZeRO 3 one tensor for all parameters,
+        # which every one of them would count up.
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].to(parameter.device, copy=True)
 
 
 def _load_what_is_not_trained(module, weights: dict[str, Tensor]) -> None:

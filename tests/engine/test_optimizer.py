@@ -1,12 +1,13 @@
 """Parameter groups, the schedule, and the implementations that may be missing."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from kpu_fast.config import OptimizerConfig
+from kpu_fast.config import OptimizerConfig, load_config
 from kpu_fast.engine.optimizer import OptimizerError, build_optimizer, build_scheduler
 
 
@@ -45,3 +46,18 @@ def test_missing_apex_is_an_error_that_says_what_to_do():
         pass
     with pytest.raises(OptimizerError, match='Set it to "torch"'):
         build_optimizer(OptimizerConfig(impl="apex"), nn.Linear(2, 2), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        ({"device": "cpu"}, True),
+        ({"device": "nvme", "nvme_path": "/x"}, True),
+        ({"device": "none"}, False),
+        (None, False),
+    ],
+    ids=str,
+)
+def test_an_offloaded_optimizer_is_known_as_one(block, expected, tiny):
+    zero = {"stage": 2} | ({} if block is None else {"offload_optimizer": block})
+    assert load_config(tiny, ["deepspeed=" + json.dumps({"zero_optimization": zero})]).offloads_optimizer() == expected

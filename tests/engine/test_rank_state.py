@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from kpu_fast.engine import checkpoint
 from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints
 from kpu_fast.engine.distributed import World
-from kpu_fast.engine.shards import damage
+from kpu_fast.engine.shards import damage, load_merged
 from kpu_fast.objectives.balance import FAMO
 
 
@@ -70,3 +71,24 @@ def test_a_checkpoint_that_lacks_a_rank_is_not_published(tmp_path):
     with pytest.raises(OSError, match="nothing of rank 1 is in"):
         checkpoints._publish(partial, final, {})
     assert not final.exists()
+
+
+def test_merged_steps_go_where_the_optimizer_steps():
+    """A GPU's fused AdamW takes no step counter of the CPU; "meta" stands for the GPU."""
+    engine = SimpleNamespace(
+        zero_optimization_stage=lambda: 1,
+        module=nn.Linear(2, 2),
+        _config=SimpleNamespace(load_universal_checkpoint=False),
+        load_checkpoint=lambda *_, tag: None,
+        optimizer=SimpleNamespace(optimizer=SimpleNamespace(state={})),
+    )
+    # DeepSpeed leaves one tensor for all.
+    step, state = torch.tensor(3.0), engine.optimizer.optimizer.state
+    for device in ("meta", "cpu", "cpu"):
+        state[nn.Parameter(torch.empty(2, device=device))] = {"step": step}
+    load_merged(engine, "nowhere", engine.module.state_dict())
+    found = [some["step"] for some in state.values()]
+    assert [tensor.device.type for tensor in found] == ["meta", "cpu", "cpu"]
+    assert found[1] == found[2] == 3
+    assert len({id(tensor) for tensor in [step, *found]}) == 4
+    assert len({tensor.data_ptr() for tensor in [step, *found[1:]]}) == 3

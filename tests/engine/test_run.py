@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import socket
@@ -179,6 +180,15 @@ def test_gradients_accumulated_in_fp32_are_every_teachers(stage, start, tmp_path
     assert second[0]["loss"] == pytest.approx(second[1]["loss"], rel=2e-3)
 
 
+def test_a_rank_that_is_gone_is_told_in_one_line(start, tmp_path):
+    run = start("steps=100000", ranks=2)
+    wait_for(lambda: steps_done(tmp_path / "tiny") >= 2, run)
+    os.kill(run.pids[1], signal.SIGKILL)
+    _, err = finish(run, code=1)
+    assert err.splitlines()[-1] == "error: another rank has ended; what it said is the reason"
+    assert "Traceback" not in err
+
+
 def test_every_switch_at_once_trains(start, tmp_path):
     """bf16, activation checkpointing, the deformable adapter and ZeRO 2."""
     switches = ["precision=bf16", "activation_checkpointing=true", "deepspeed.zero_optimization.stage=2", "steps=3"]
@@ -186,6 +196,13 @@ def test_every_switch_at_once_trains(start, tmp_path):
     exported = load_file(tmp_path / "tiny" / "student" / "model.safetensors")
     assert {t.dtype for t in exported.values()} == {torch.bfloat16}
     assert all(torch.isfinite(torch.tensor(row)).all() for row in losses(tmp_path / "tiny"))
+
+
+def test_an_offloaded_optimizer_takes_the_same_steps(whole, start, tmp_path):
+    """torch's, without a compiler."""
+    finish(start('deepspeed.zero_optimization.offload_optimizer={"device": "cpu"}'))
+    for found, expected in zip(losses(tmp_path / "tiny"), losses(whole), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_photographs_of_both_orientations_are_learned_from(start, photos, tmp_path):
