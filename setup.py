@@ -51,8 +51,9 @@ setup(
     extras_require={
         "train": [*TRAIN, "nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
         "train-cu12": [*TRAIN, "nvidia-dali-cuda120>=2.0; sys_platform == 'linux'"],  # beside a torch of CUDA 12
-        # Pre-release, Hopper and Blackwell only; FlashAttention 2 has no wheel and is built by hand (see README).
-        "flash": ["flash-attn-4[cu13]>=4.0.0b1; sys_platform == 'linux'"],
+        # Pre-release, Hopper and Blackwell only; later ones return more than torch 2.13 takes.
+        # FlashAttention 2 has no wheel and is built by hand (see README).
+        "flash": ["flash-attn-4[cu13]>=4.0.0b17,<4.0.0b19; sys_platform == 'linux'"],
         "export": EXPORT,  # ONNX; a .pt2 needs nothing beyond torch
         "dev": [
             *EXPORT,

@@ -21,8 +21,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that the memory of the machine or of a device did not suffice."""
     import torch
 
-    # What torch has no class of its own for: a CPU's memory, and CUDA's and cuBLAS's own allocations.
-    texts = "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    # What torch has no class of its own for: a CPU's memory, and the allocations of CUDA, cuBLAS and DALI themselves.
+    texts = "an't allocate ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation"
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 

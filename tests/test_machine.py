@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kpu_fast.machine import device_name, missing, usable_device
+from kpu_fast.machine import device_name, is_out_of_memory, missing, usable_device
 
 
 def test_what_is_missing_is_named():
@@ -20,3 +20,17 @@ def test_a_device_and_its_name():
     assert usable_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     threads = torch.get_num_threads()
     assert device_name(torch.device("cpu")).endswith(f"{threads} thread{'s' * (threads > 1)} (CPU)")
+
+
+def test_what_is_out_of_memory():
+    with pytest.raises(RuntimeError) as of_the_cpu:
+        torch.empty(2**60)
+    on_a_gpu = "CUDA allocation failed\nCan't allocate 1073741824 bytes on device 0."  # DALI's
+    for error in (
+        of_the_cpu.value,
+        MemoryError(),
+        RuntimeError(on_a_gpu),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ):
+        assert is_out_of_memory(error)
+    assert not is_out_of_memory(RuntimeError("Cannot bitcast data-type of size 1 to data-type of size 8"))

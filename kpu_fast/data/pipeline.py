@@ -19,6 +19,7 @@ from kpu_fast.data.dali import import_dali
 from kpu_fast.data.index import Index
 from kpu_fast.data.sampler import Sampler
 from kpu_fast.data.sources import SourceError
+from kpu_fast.machine import is_out_of_memory
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in [0, 1]: what padding is filled with
 READERS = 8  # threads that read files; they hide latency, not work: a read keeps no core busy
@@ -89,6 +90,8 @@ class Stream:
         except OSError:  # a read failed; the message names the file
             raise
         except Exception as error:  # DALI raises RuntimeError, ValueError, IndexError, … on data it cannot use
+            if is_out_of_memory(error):
+                raise
             raise RuntimeError(
                 f"source {self._source!r}: DALI could not make a batch. If a file changed since the scan, run "
                 f"`python -m kpu_fast.data.scan` on it again. DALI said: {error}"

@@ -352,6 +352,8 @@ def _next_batch(name: str, stream: Stream):
     try:
         return next(stream)
     except (OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise RunError(f"teachers.{name}.data: {error}") from error
 
 

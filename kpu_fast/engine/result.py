@@ -39,7 +39,8 @@ def write_result(cfg: Config, folder: Path, world: World, objective: KPU, teache
     exported = Student.from_pretrained(folder / "student").to(world.device).eval()
     print(f"student  {folder / 'student'}")
     try:
-        panels = [_panel(cfg, name, net, exported, indexes[name], world.device) for name, net in teachers.items()]
+        with torch.compiler.set_stance("force_eager"):  # compiled teachers would be compiled anew for the few images
+            panels = [_panel(cfg, name, net, exported, indexes[name], world.device) for name, net in teachers.items()]
     except (OSError, RuntimeError) as error:  # images that went away or were damaged since the last step
         _LOG.warning("features.png could not be made: %s", " ".join(str(error).split())[:300])
     else:

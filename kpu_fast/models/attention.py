@@ -21,7 +21,7 @@ BACKENDS = ("auto", "sdpa", "cudnn", "fa2", "fa3", "fa4")
 # name: (module that torch loads the kernels from, compute capability majors they run on, how to get them)
 _FLASH = {
     "fa3": ("flash_attn_interface", (9,), "build the hopper/ folder of Dao-AILab/flash-attention"),
-    "fa4": ("flash_attn.cute.interface", (9, 10), "pip install --pre 'flash-attn-4[cu13]'"),
+    "fa4": ("flash_attn.cute.interface", (9, 10), "pip install --pre 'flash-attn-4[cu13]<4.0.0b19'"),
 }
 
 
@@ -33,6 +33,7 @@ class BackendError(RuntimeError):
 # ours are. From here on torch 2.11 prefers cuDNN by itself on compute capability 9.0 and 10.0.
 _CUDNN = 91501
 _HALF = (torch.float16, torch.bfloat16)
+_flash_attn_func = None  # flash-attn's, once "fa2" is activated: torch.compile cannot look for it itself
 _SCORES = 2**24  # elements of q·kᵀ that `_products` may keep for backward: 32 MiB in bf16
 
 
@@ -79,9 +80,13 @@ def activate_backend(name: str) -> None:
     """Check `name` and get it ready; models call it once when they are built.
 
     "fa3" and "fa4" replace the flash kernel behind F.scaled_dot_product_attention for the whole process, so only one of
-    the two can be in use: asking for the other raises BackendError. Otherwise raises as `check_backend` does.
+    the two can be in use: asking for the other raises BackendError, and so does one that fails when it is tried out.
+    Otherwise raises as `check_backend` does.
     """
     check_backend(name)
+    if name == "fa2":
+        global _flash_attn_func
+        _flash_attn_func = _flash_attn_2()
     if name in _FLASH:
         active = current_flash_attention_impl()
         if active not in (None, name.upper()):
@@ -91,6 +96,24 @@ def activate_backend(name: str) -> None:
             )
         if active is None:
             activate_flash_attention_impl(name.upper())
+            _try_out(name, "cuda")
+
+
+def _try_out(name: str, device: str) -> None:
+    """torch calls another package's functions, which change: flash-attn-4 4.0.0b19 returns more than torch 2.13 takes.
+
+    Raises BackendError.
+    """
+    q = torch.zeros(1, 1, 128, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+    try:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            F.scaled_dot_product_attention(q, q, q).sum().backward()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BackendError(
+            f"attention backend {name!r} fails here ({type(error).__name__}: {reason}): its package and torch "
+            f"{torch.__version__} may not fit; to get one that does: {_FLASH[name][2]}."
+        ) from error
 
 
 def describe(name: str) -> str:
@@ -134,7 +157,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
             "run the model in bf16 or use 'auto'."
         )
     if backend == "fa2":
-        out = _flash_attn_2()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, N, heads, d)
+        out = _flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, N, heads, d)
         return out.transpose(1, 2)
     # Held to one kernel: torch raises where it cannot take the input, instead of running another.
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if backend == "cudnn" else SDPBackend.FLASH_ATTENTION):
@@ -165,7 +188,6 @@ def _importable(module: str) -> bool:
     return False
 
 
-@functools.cache
 def _flash_attn_2():
     # flash-attn-4 installs under the same package name without this function, hence the look inside.
     how = "it has no wheel on PyPI: pip install flash-attn --no-build-isolation builds it with nvcc"

@@ -14,5 +14,7 @@ def valid_cells(valid: Tensor | None, size: tuple[int, int]) -> Tensor | None:
     """(B, H, W) pixel mask to (B, h, w): a cell counts if the pixel at its centre does."""
     if valid is None:
         return None
-    # A bool is a byte of 0 or 1: seen as one it can be picked, and nothing has to be converted.
-    return F.interpolate(valid[:, None].view(torch.uint8), size=size, mode="nearest-exact")[:, 0].view(torch.bool)
+    # A bool is a byte of 0 or 1: seen as one it can be picked, and nothing has to be converted. In what inductor writes
+    # for a GPU it is one bit, which cannot be seen as a byte, and there conversion costs nothing.
+    see = torch.Tensor.to if torch.compiler.is_compiling() else torch.Tensor.view
+    return see(F.interpolate(see(valid[:, None], torch.uint8), size=size, mode="nearest-exact")[:, 0], torch.bool)

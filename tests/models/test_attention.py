@@ -14,7 +14,7 @@ from kpu_fast.models.attention import BACKENDS, BackendError, activate_backend, 
 def _forget_what_was_activated():
     yield
     module.activate_backend.cache_clear()
-    module._flash_attn_2.cache_clear()
+    module._flash_attn_func = None
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_without_a_gpu_nothing_else_is_taken_instead(backend, monkeypatch):
         ("fa3", (10, 0), ("flash_attn_interface",), r"compute capability 9.x; found 10.0"),
         ("fa3", (9, 0), (), "needs the module flash_attn_interface"),
         ("fa4", (8, 9), ("flash_attn.cute.interface",), r"compute capability 9.x or 10.x; found 8.9"),
-        ("fa4", (9, 0), ("flash_attn_interface",), r"pip install --pre 'flash-attn-4\[cu13\]'"),
+        ("fa4", (9, 0), ("flash_attn_interface",), r"pip install --pre 'flash-attn-4\[cu13\]<4"),
     ],
 )
 def test_the_error_says_what_is_missing(machine, backend, capability, packages, message):
@@ -155,16 +155,33 @@ def test_fa3_and_fa4_are_activated_once_and_never_both(machine, monkeypatch):
     activated = []
     monkeypatch.setattr(module, "activate_flash_attention_impl", activated.append)
     monkeypatch.setattr(module, "current_flash_attention_impl", lambda: activated[-1] if activated else None)
+    tried = []
+    monkeypatch.setattr(module, "_try_out", lambda *what: tried.append(what))
     check_backend("fa4")
     assert activated == []  # a check changes nothing
     activate_backend("fa4")
     module.activate_backend.cache_clear()
     activate_backend("fa4")
     assert activated == ["FA4"]
+    assert tried == [("fa4", "cuda")]
     with pytest.raises(BackendError, match="FA4 is already active"):
         activate_backend("fa3")
     assert "FlashAttention 4" in describe("fa4")
     assert "with FA4 as its flash kernel" in describe("auto")
+
+
+def test_a_package_that_does_not_fit_torch_is_told(monkeypatch):
+    with torch.no_grad():
+        module._try_out("fa4", "cpu")
+    returned = (1, 2, 3, 4, 5)  # as newer ones do
+
+    def call(*_):
+        out, lse = returned
+        return out, lse
+
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", call)
+    with pytest.raises(BackendError, match=r"'fa4' fails here \(ValueError: too many values.*\[cu13\]<4\.0\.0b19'"):
+        module._try_out("fa4", "cpu")
 
 
 def test_fa2_gets_its_own_layout_and_gives_ours_back(machine, monkeypatch):
@@ -183,6 +200,9 @@ def test_fa2_gets_its_own_layout_and_gives_ours_back(machine, monkeypatch):
     package.flash_attn_func = flash_attn_func
     q, k, v = qkv(torch.bfloat16)
     out = attention(q, k, v, backend="fa2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # torch.compile would go and look
+    call = torch.compile(functools.partial(attention, backend="fa2"), backend="eager", fullgraph=True)
+    assert torch.equal(call(q, k, v), out)
     torch.testing.assert_close(out.double(), softmax_attention(q, k, v), rtol=2e-2, atol=2e-2)
     with pytest.raises(ValueError, match=r"float16 or bfloat16, got torch\.float32"):
         attention(*qkv(torch.float32), backend="fa2")
