@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+import torch
+
 from kpu_fast.config import Config
 
 RESOLVED = "config.resolved.json"
@@ -164,7 +166,8 @@ def circumstances() -> dict[str, object]:
     versions = {}
     for library in LIBRARIES:
         try:
-            versions[library] = importlib.metadata.version(library)
+            # torch's own word says which CUDA it is of.
+            versions[library] = torch.__version__ if library == "torch" else importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
             versions[library] = None
     return {

@@ -25,4 +25,5 @@ def test_a_loop_of_ones_own_learns_what_train_py_learns(tmp_path):
     assert [list(row.values()) for row in own] == [[round(r[name], 4) for name in own[0]] for r in rows]
     weights = [Student.from_pretrained(tmp_path / folder).state_dict() for folder in ("own", "run/student")]
     for name, weight in weights[0].items():
-        torch.testing.assert_close(weight, weights[1][name], rtol=1e-4, atol=1e-6)
+        # Adam makes much of the rounding of a gradient near 0; a step moves weights by up to 5e-3.
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-4, atol=2e-5)

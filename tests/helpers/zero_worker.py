@@ -6,7 +6,7 @@ The `fixed_batches` and `STEPS` here are what the test's plain torch run uses to
 
 import json
 import sys
-from functools import partialmethod
+from functools import partial
 
 import torch
 
@@ -40,7 +40,7 @@ def main(config: str, stage: str, out: str, *runs: str) -> None:
     if zero["stage"] == 3:  # or parameters as small as these would never leave a rank
         zero |= {"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}
     # The same graphs as on a GPU, without waiting for a C++ compiler.
-    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager", fullgraph=zero["stage"] < 3)
+    torch.compile = partial(torch.compile, backend="aot_eager", fullgraph=zero["stage"] < 3)
     found, common = {}, "deepspeed=" + json.dumps({"zero_optimization": zero})
     for run in runs:
         found[run] = train(load_config(config, [common, *filter(None, run.split(","))]), world)
