@@ -203,9 +203,13 @@ def same_grid(one: Sequence[int], other: Sequence[int]) -> bool:
 
 
 def is_empty(shape: Sequence[int]) -> bool:
-    """Whether a side is 0; in `torch.export` one that is to stay open is not asked."""
+    """Whether a side is 0; in `torch.export` one that is to stay open is not asked, nor one that values decide."""
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         return any(type(side) is int and side == 0 for side in shape)
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # brings sympy, for half a second
+
+        return any(guard_or_false(side == 0) for side in shape)
     return 0 in shape
 
 
