@@ -1,6 +1,8 @@
 """What the commands ask about the machine they run on. Imports torch only where it is needed."""
 
 import importlib.util
+import logging
+import os
 from pathlib import Path
 
 
@@ -22,8 +24,29 @@ def is_out_of_memory(error: BaseException) -> bool:
     import torch
 
     # What torch has no class of its own for: a CPU's memory, and the allocations of CUDA, cuBLAS and DALI themselves.
-    texts = "an't allocate ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation"
+    texts = (
+        "an't allocate ", "CUDA error: out of memory", "CUDA allocation failed", "cudaErrorMemoryAllocation",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    )  # fmt: skip
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
+def memory_advice(error: BaseException, advice: str) -> str:
+    """What to tell the user of an error that `is_out_of_memory`, in one line that ends with what to do."""
+    return f"out of memory: {(str(error) or type(error).__name__).splitlines()[0].rstrip('.')}. {advice}"
+
+
+def unusable_gpu() -> str | None:
+    """What to tell the user where there is an NVIDIA GPU and torch cannot use it, else None."""
+    import torch
+
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if torch.cuda.is_available() or hidden or not torch.version.cuda or not Path("/dev/nvidiactl").exists():
+        return None
+    return (
+        f"there is an NVIDIA GPU here that torch {torch.__version__} cannot use, so this runs on the CPU. CUDA "
+        f"{torch.version.cuda} needs a newer driver, or another torch (README.md, Install)"
+    )
 
 
 def usable_device(name: str):
@@ -31,6 +54,8 @@ def usable_device(name: str):
     import torch
 
     if name == "auto":
+        if problem := unusable_gpu():
+            logging.getLogger(__name__).warning(problem)
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     here, used = (Path(file).resolve().parent for file in (__file__, kpu_fast.__file__))
     if here != used and os.environ.get("RANK", "0") == "0":
         print(f"warning: this is {here}'s train.py, but the installed kpu_fast, which runs, is {used}", file=sys.stderr)
-    from kpu_fast.machine import is_out_of_memory, missing
+    from kpu_fast.machine import is_out_of_memory, memory_advice, missing
 
     if problem := missing(NEEDED):
         return _fail(problem, 2)
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         hint = "smaller batch_size, activation_checkpointing=true or ZeRO 2 need less; what is saved is whole"
-        return _fail(f"out of memory: {(str(error) or type(error).__name__).splitlines()[0]}. {hint}", 2, alone=True)
+        return _fail(memory_advice(error, hint), 2, alone=True)
     except KeyboardInterrupt:
         return _fail("interrupted; what is saved is whole: go on with --resume auto", 130)
     return 0

@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 
-from kpu_fast.machine import device_name, is_out_of_memory, missing, usable_device
+from kpu_fast.machine import device_name, is_out_of_memory, memory_advice, missing, usable_device
 
 
 def test_what_is_missing_is_named():
@@ -33,4 +35,19 @@ def test_what_is_out_of_memory():
         torch.OutOfMemoryError("CUDA out of memory"),
     ):
         assert is_out_of_memory(error)
+        assert memory_advice(error, "Buy more.").startswith("out of memory: ")
+        assert memory_advice(error, "Buy more.").endswith(" Buy more.")
+        assert "\n" not in memory_advice(error, "")
     assert not is_out_of_memory(RuntimeError("Cannot bitcast data-type of size 1 to data-type of size 8"))
+
+
+def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidiactl")
+    assert usable_device("auto").type == "cpu"
+    assert "there is an NVIDIA GPU here that torch" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # not wanted
+    usable_device("auto")
+    assert caplog.text == ""

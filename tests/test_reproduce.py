@@ -309,6 +309,15 @@ def test_what_ends_the_command_ends_the_training(number, code, tmp_path):
     assert (tmp_path / "saved").exists()
 
 
+def test_memory_that_does_not_suffice_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(command, "make_mosaics", full)
+    assert command.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: out of memory: CUDA out of memory. With a")
+
+
 @pytest.mark.timeout(600)
 def test_from_images_to_the_table(tmp_path, monkeypatch):
     """In another folder than the repository's, with relative paths; then again, which does nothing anew."""

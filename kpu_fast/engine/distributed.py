@@ -5,11 +5,12 @@ import os
 import socket
 import warnings
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from kpu_fast.machine import unusable_gpu
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -30,11 +31,8 @@ def init_distributed() -> World:
     """Join the process group, or make one of a single process when no launcher set RANK."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if torch.version.cuda and Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-            _LOG.warning(
-                "there is an NVIDIA GPU here that torch %s cannot use, so this runs on the CPU. CUDA %s needs a newer "
-                "driver, or another torch (README.md, Install)", torch.__version__, torch.version.cuda,
-            )  # fmt: skip
+        if problem := unusable_gpu():
+            _LOG.warning(problem)
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     if "RANK" not in os.environ:
         os.environ.update(alone)

@@ -35,13 +35,14 @@ def write_result(cfg: Config, folder: Path, world: World, objective: KPU, teache
             objective.in_own_spaces().save_pretrained(folder / "student", card=student_card(cfg, rows, cfg.steps))
     if world.rank != 0:
         return
-    # From the export, not from memory: what is pictured is what the user gets.
-    exported = Student.from_pretrained(folder / "student").to(world.device).eval()
     print(f"student  {folder / 'student'}")
+    torch.cuda.empty_cache()  # decoding takes memory of its own
     try:
+        # From the export, not from memory: what is pictured is what the user gets.
+        exported = Student.from_pretrained(folder / "student").to(world.device).eval()
         with torch.compiler.set_stance("force_eager"):  # compiled teachers would be compiled anew for the few images
             panels = [_panel(cfg, name, net, exported, indexes[name], world.device) for name, net in teachers.items()]
-    except (OSError, RuntimeError) as error:  # images that went away or were damaged since the last step
+    except (OSError, RuntimeError, MemoryError) as error:  # images that went away or were damaged; a full GPU
         _LOG.warning("features.png could not be made: %s", " ".join(str(error).split())[:300])
     else:
         save_feature_picture(folder / "features.png", panels, title=f"{cfg.name}: features after {cfg.steps} steps")

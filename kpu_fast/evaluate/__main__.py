@@ -11,7 +11,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from kpu_fast.machine import missing, usable_device
+from kpu_fast.machine import is_out_of_memory, memory_advice, missing, usable_device
 
 NEEDED = "torch transformers pydantic safetensors tqdm PIL sklearn matplotlib torchmetrics pycocotools"
 
@@ -43,6 +43,10 @@ def _evaluate(argv: list[str] | None) -> int:
         write_result(with_circumstances(args.task, scores, settings, args.device), args.json)
     except EvaluateError as error:
         return _fail(" ".join(str(error).split()))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail(memory_advice(error, "A smaller --batch-size or --size, --dtype bf16 or --device cpu need less"))
     return 0
 
 

@@ -19,6 +19,7 @@ from kpu_fast.engine.run_folder import RESOLVED, UNREADABLE, read_recorded
 from kpu_fast.engine.trained import TrainedError, find_checkpoint, load_state
 from kpu_fast.evaluate.result import EvaluateError
 from kpu_fast.kernels import Moments, moments
+from kpu_fast.machine import is_out_of_memory
 from kpu_fast.models.hub import WeightsError
 from kpu_fast.models.student import Student
 from kpu_fast.models.teachers import build_teacher
@@ -65,12 +66,15 @@ def std_gap(
     module.to(device).eval()
     module.h_t2s.to(dtype)
     own, common = {}, {}
-    for name, cfg in settings.teachers.items():
-        stream = _open(name, cfg.data, images, device, seed)
+    # All of them live until the numbers are read: a GPU may be at a batch of one that the host is done with.
+    streams = {name: _open(name, cfg.data, images, device, seed) for name, cfg in settings.teachers.items()}
+    for name, stream in streams.items():
         for _ in tqdm(range(batches), desc=f"std-gap: {name}", unit="batch", dynamic_ncols=True, delay=0.5):
             try:
                 batch = next(stream)
             except (OSError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise
                 raise EvaluateError(f"teachers.{name}.data: {error}") from error
             features = teachers[name](batch.images)
             _add(own, name, features.maps, batch.valid)

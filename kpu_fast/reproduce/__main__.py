@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kpu_fast.evaluate.__main__ import NEEDED as EVALUATION
 from kpu_fast.evaluate.result import EvaluateError
-from kpu_fast.machine import missing
+from kpu_fast.machine import is_out_of_memory, memory_advice, missing
 from kpu_fast.reproduce import ablation, report, scores
 from kpu_fast.reproduce.settings import check, settle
 from kpu_fast.reproduce.train import TrainingFailed, config_of, make_mosaics, train
@@ -58,6 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     except TrainingFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: {memory_advice(error, 'With a device that is free the same command goes on')}", file=sys.stderr)
+        return 2
     except (KeyboardInterrupt, _Terminated) as stop:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else 143

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from kpu_fast.evaluate.result import EvaluateError
 from kpu_fast.reproduce.ablation import CANVAS, RUNS
 
@@ -89,6 +91,7 @@ def train(run: str, seed: int, args: argparse.Namespace) -> Path:
         return folder
     print(f"--- {folder.name}", flush=True)
     command = [sys.executable, str(TRAIN), "--config", str(args.config), "--resume", "auto"]
+    torch.cuda.empty_cache()  # what evaluating held on a GPU is the training's
     child = subprocess.Popen([*command, "--set", *_overrides(run, seed, args)])
     try:
         code = child.wait()

@@ -11,7 +11,7 @@ import math
 import sys
 from pathlib import Path
 
-from kpu_fast.machine import missing, usable_device
+from kpu_fast.machine import is_out_of_memory, memory_advice, missing, usable_device
 
 NEEDED = "torch transformers tokenizers safetensors PIL tqdm"
 NEEDED_BY_GDINO = "scipy torchmetrics pycocotools"
@@ -67,6 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error)
     except OSError as error:  # a full disk, an image that is gone
         return _fail(f"{args.out} is not finished ({error}); when that is put right, the same command goes on")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail(memory_advice(error, "With a device that is free, or --device cpu, the same command goes on"))
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

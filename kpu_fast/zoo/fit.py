@@ -55,8 +55,8 @@ def fit(
 
     loss_of_step(network, step) → {"loss": to minimise, others: to record}, all its randomness from (seed, step) or from
     torch's generator, which is seeded before each step. folder holds checkpoint.pt and metrics.jsonl; a checkpoint in
-    it is gone on from, to the same bits as without the break. facts: what it must agree with for that. minutes:
-    replaces recipe.steps by what fits, measured over 20 steps. Raises ZooError when the loss is not finite.
+    it is gone on from, on a CPU to the same bits as without the break. facts: what it must agree with for that.
+    minutes: replaces recipe.steps by what fits, measured over 20 steps. Raises ZooError when the loss is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     net.to(device).train()
@@ -95,11 +95,13 @@ def fit(
     with metrics, bar:
         while state["steps"] is None or state["step"] < state["steps"]:
             step = state["step"]
-            if state["steps"] is None and step >= _TIMED[0]:
+            last = timed_from and timed_from[0] + _TIMED[1] - _TIMED[0]
+            if state["steps"] is None and step >= (last or _TIMED[0]):
                 if seen:
                     seen[-1]["loss"].item()  # waits for a GPU, which the clock below does not
-                timed_from = timed_from or (step, time.monotonic())
-                if step - timed_from[0] >= _TIMED[1] - _TIMED[0]:
+                if timed_from is None:
+                    timed_from = step, time.monotonic()
+                else:
                     per_step = (time.monotonic() - timed_from[1]) / (step - timed_from[0])
                     bar.total = state["steps"] = max(step + 1, int(minutes * 60 / per_step))
             # Until the clock has decided, the rate is that of the beginning, so the schedule does not depend on it.

@@ -281,6 +281,15 @@ def test_wrong_questions_get_one_line_and_exit_code_2(zoo, student, coloured, co
     )
 
 
+def test_memory_that_does_not_suffice_is_one_line(student, coloured, refused, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee")
+
+    monkeypatch.setattr("kpu_fast.evaluate.knn.run", full)
+    line = refused("knn", "--model", student, "--train-images", coloured, "--test-images", coloured)
+    assert line.startswith("out of memory: CUDA out of memory. Tried to allocate 2 GiB. A smaller --batch-size")
+
+
 def test_options_that_would_do_nothing_are_refused(zoo, coloured, tmp_path, refused):
     detect = ["detect", "--model", zoo["gdino"]]
     mosaics, annotated = [*detect, "--images", coloured], [*detect, *coco(tmp_path, coloured)]

@@ -337,15 +337,23 @@ def test_names_that_a_text_tower_cannot_tell_apart_are_refused_before_any_work(n
         assert build._check(*sources, names, ("dinov2",)) == tuple(name.strip() for name in names)
 
 
-def test_a_full_disk_is_one_line(shapes, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "OUT/zoo is not finished ([Errno 28] No space left on device)"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory: CUDA out of memory. Tried. With"),
+    ],
+    ids=["disk", "memory"],
+)
+def test_what_is_full_is_one_line(error, message, shapes, tmp_path, capsys, monkeypatch):
     def full(*arguments):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(build, "write_samples", full)
     sources = ["--images", str(shapes / "train"), "--test-images", str(shapes / "test"), "--only", "clip"]
     assert main([*sources, "--out", str(tmp_path / "zoo")]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"error: {tmp_path}/zoo is not finished ([Errno 28] No space left on device)")
+    assert last.startswith("error: " + message.replace("OUT", str(tmp_path)))
 
 
 def test_bad_input_is_named_and_exits_with_2(shapes, tmp_path, capsys):
