@@ -25,6 +25,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "pretended GPU")
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92000)  # a CUDA build would look at every GPU
         monkeypatch.setattr(module, "_importable", lambda name: name in packages)
 
     return pretend
