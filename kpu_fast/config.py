@@ -292,8 +292,9 @@ class Config(_Strict):
 
     def offloads_optimizer(self) -> bool:
         """Whether the optimiser's state and step are the host's, not the device's."""
-        block = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer")
-        return isinstance(block, dict) and block.get("device", "none") != "none"
+        zero = self.deepspeed.get("zero_optimization", {})
+        block = zero.get("offload_optimizer")
+        return zero.get("stage", 0) > 0 and isinstance(block, dict) and block.get("device", "none") != "none"
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The `deepspeed` block as given, plus the keys DeepSpeed requires and the block leaves to this config."""
@@ -366,6 +367,8 @@ def _check_deepspeed(cfg: Config) -> None:
     zero = block.get("zero_optimization", {})
     if not isinstance(zero, dict) or isinstance(zero.get("stage"), bool) or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise _impossible(f"deepspeed.zero_optimization: found {zero}; expected an object with stage 0, 1, 2 or 3")
+    if "cpu_offload" in zero:
+        raise _impossible('deepspeed.zero_optimization.cpu_offload: set "offload_optimizer": {"device": "cpu"} instead')
     if zero.get("compute_grad_norm", True) is not True and cfg.optimizer.clip_grad_norm is not None:
         raise _impossible(
             "deepspeed.zero_optimization.compute_grad_norm: not true, but clipping needs the norm; "

@@ -40,7 +40,7 @@ def unusable_gpu() -> str | None:
     """What to tell the user where there is an NVIDIA GPU and torch cannot use it, else None."""
     import torch
 
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if torch.cuda.is_available() or hidden or not torch.version.cuda or not Path("/dev/nvidiactl").exists():
         return None
     return (

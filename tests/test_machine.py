@@ -48,6 +48,7 @@ def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch, caplog):
     assert usable_device("auto").type == "cpu"
     assert "there is an NVIDIA GPU here that torch" in caplog.text
     caplog.clear()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # not wanted
-    usable_device("auto")
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        usable_device("auto")
     assert caplog.text == ""

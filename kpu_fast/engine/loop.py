@@ -138,7 +138,7 @@ def build(cfg: Config, world: World, indexes: dict[str, Index] | None = None) ->
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, 4 * len(teachers))
         for compiled in (module, *teachers.values()):
-            # One graph for each shape, no symbols; and none of DeepSpeed's hooks, which torch 2.11 cannot trace.
+            # One graph for each shape, no symbols; and not DeepSpeed's hook around it, which torch 2.11 cannot trace.
             compiled.forward = torch.compile(compiled.forward, dynamic=False)
     # In bf16 at stage 0 DeepSpeed takes a step with gradient 0 to allocate the optimiser's state: it must move nothing.
     for group in optimizer.param_groups:

@@ -46,7 +46,7 @@ def _evaluate(argv: list[str] | None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return _fail(memory_advice(error, "A smaller --batch-size or --size, --dtype bf16 or --device cpu need less"))
+        return _fail(memory_advice(error, "--dtype bf16, smaller batches or images, or --device cpu need less"))
     return 0
 
 

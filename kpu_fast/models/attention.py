@@ -13,6 +13,7 @@ from torch.nn.attention import (
     activate_flash_attention_impl,
     current_flash_attention_impl,
     list_flash_attention_impls,
+    restore_flash_attention_impl,
     sdpa_kernel,
 )
 
@@ -96,7 +97,11 @@ def activate_backend(name: str) -> None:
             )
         if active is None:
             activate_flash_attention_impl(name.upper())
-            _try_out(name, "cuda")
+            try:
+                _try_out(name, "cuda")
+            except BackendError:
+                restore_flash_attention_impl()  # or "auto" would take it, and a second call would find it in use
+                raise
 
 
 def _try_out(name: str, device: str) -> None:
@@ -104,9 +109,9 @@ def _try_out(name: str, device: str) -> None:
 
     Raises BackendError.
     """
-    q = torch.zeros(1, 1, 128, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
     try:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            q = torch.zeros(1, 1, 128, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
             F.scaled_dot_product_attention(q, q, q).sum().backward()
     except Exception as error:
         reason = " ".join(str(error).split())[:300]

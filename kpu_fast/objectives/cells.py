@@ -16,5 +16,10 @@ def valid_cells(valid: Tensor | None, size: tuple[int, int]) -> Tensor | None:
         return None
     # A bool is a byte of 0 or 1: seen as one it can be picked, and nothing has to be converted. In what inductor writes
     # for a GPU it is one bit, which cannot be seen as a byte, and there conversion costs nothing.
-    see = torch.Tensor.to if torch.compiler.is_compiling() else torch.Tensor.view
-    return see(F.interpolate(see(valid[:, None], torch.uint8), size=size, mode="nearest-exact")[:, 0], torch.bool)
+    if torch.compiler.is_compiling():
+        return _pick(valid.to(torch.uint8), size).to(torch.bool)
+    return _pick(valid.view(torch.uint8), size).view(torch.bool)
+
+
+def _pick(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(pixels[:, None], size=size, mode="nearest-exact")[:, 0]

@@ -74,7 +74,7 @@ def fit(
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # after loading, which renews them
     metrics = _open_metrics(folder / "metrics.jsonl", state["step"])
     began = time.monotonic() - state["seconds"]
-    last_save, timed_from, seen = time.monotonic(), None, []
+    last_save, timed_from, look_at, seen = time.monotonic(), None, _TIMED[0], []  # look_at the clock
 
     def save():
         state["seconds"] = time.monotonic() - began
@@ -95,12 +95,11 @@ def fit(
     with metrics, bar:
         while state["steps"] is None or state["step"] < state["steps"]:
             step = state["step"]
-            last = timed_from and timed_from[0] + _TIMED[1] - _TIMED[0]
-            if state["steps"] is None and step >= (last or _TIMED[0]):
+            if state["steps"] is None and step >= look_at:
                 if seen:
                     seen[-1]["loss"].item()  # waits for a GPU, which the clock below does not
                 if timed_from is None:
-                    timed_from = step, time.monotonic()
+                    timed_from, look_at = (step, time.monotonic()), step + _TIMED[1] - _TIMED[0]
                 else:
                     per_step = (time.monotonic() - timed_from[1]) / (step - timed_from[0])
                     bar.total = state["steps"] = max(step + 1, int(minutes * 60 / per_step))

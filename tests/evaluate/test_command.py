@@ -287,7 +287,7 @@ def test_memory_that_does_not_suffice_is_one_line(student, coloured, refused, mo
 
     monkeypatch.setattr("kpu_fast.evaluate.knn.run", full)
     line = refused("knn", "--model", student, "--train-images", coloured, "--test-images", coloured)
-    assert line.startswith("out of memory: CUDA out of memory. Tried to allocate 2 GiB. A smaller --batch-size")
+    assert line.startswith("out of memory: CUDA out of memory. Tried to allocate 2 GiB. --dtype bf16, smaller")
 
 
 def test_options_that_would_do_nothing_are_refused(zoo, coloured, tmp_path, refused):

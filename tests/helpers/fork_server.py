@@ -5,6 +5,7 @@ answered with the number of the new process, a number with its exit code, or nul
 and whatever still runs with it.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy
 import torch
 
 IMPORTED = [
@@ -36,6 +38,7 @@ def become(command: list[str], environment: dict[str, str], folder: str, printed
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    numpy.random.seed()  # as a process of its own would; only hashes of strings stay the server's
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(printed, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -66,7 +69,8 @@ def main() -> None:
         print(json.dumps(answer), file=answers, flush=True)
     for pid, code in codes.items():
         if code is None:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # killed before it had a group of its own
+                os.killpg(pid, signal.SIGKILL)
     return None
 
 

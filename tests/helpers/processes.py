@@ -35,8 +35,9 @@ class Run:
         self.printed = folder / f"printed-{len(list(folder.glob('printed-*')))}"
         self.printed.mkdir()
         if Run.server is None:  # what it imports reads some of its environment then: threads, the hub
+            quiet = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # asking whether there is a GPU must not begin to use it
             Run.server = subprocess.Popen(
-                [sys.executable, str(HELPERS / "fork_server.py")], env=environment, start_new_session=True,
+                [sys.executable, str(HELPERS / "fork_server.py")], env={**environment, **quiet}, start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
         request = {"command": [str(script), *arguments], "folder": str(folder), "printed": str(self.printed)}
@@ -51,11 +52,13 @@ class Run:
     returncode = property(poll)
 
     def wait(self, timeout: float = 240) -> int:
-        """Until all ranks have ended, or subprocess.TimeoutExpired."""
+        """Until all ranks have ended; kills them and fails, showing what they said, where they take too long."""
         end = time.monotonic() + timeout
         while (code := self.poll()) is None:
             if time.monotonic() > end:
-                raise subprocess.TimeoutExpired(str(self.printed), timeout)
+                said = (self.printed / "stderr").read_text()[-4000:]
+                self.kill()
+                raise AssertionError(f"not ended after {timeout} s\n{said}")
             time.sleep(0.02)
         return code
 
@@ -71,14 +74,18 @@ class Run:
                 os.kill(pid, number)
 
     def kill(self) -> None:
-        """All ranks."""
-        self.send_signal(signal.SIGKILL)
+        """All ranks, and what they have started."""
+        for pid in self.pids:
+            if self._ask(pid) is None:
+                os.killpg(pid, signal.SIGKILL)
         self.wait()
 
     @staticmethod
     def _ask(request: dict | int) -> int | None:
         print(json.dumps(request), file=Run.server.stdin, flush=True)
-        return json.loads(Run.server.stdout.readline())
+        answer = Run.server.stdout.readline()
+        assert answer, f"the fork server has ended with exit code {Run.server.wait()}"
+        return json.loads(answer)
 
 
 def free_port() -> str:

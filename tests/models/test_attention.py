@@ -172,8 +172,9 @@ def test_fa3_and_fa4_are_activated_once_and_never_both(machine, monkeypatch):
 
 
 def test_a_package_that_does_not_fit_torch_is_told(monkeypatch):
-    with torch.no_grad():
-        module._try_out("fa4", "cpu")
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            module._try_out("fa4", "cpu")
     returned = (1, 2, 3, 4, 5)  # as newer ones do
 
     def call(*_):
@@ -183,6 +184,20 @@ def test_a_package_that_does_not_fit_torch_is_told(monkeypatch):
     monkeypatch.setattr(module.F, "scaled_dot_product_attention", call)
     with pytest.raises(BackendError, match=r"'fa4' fails here \(ValueError: too many values.*\[cu13\]<4\.0\.0b19'"):
         module._try_out("fa4", "cpu")
+
+
+def test_a_package_that_does_not_fit_is_refused_each_time(machine, monkeypatch):
+    machine((9, 0), ("flash_attn.cute.interface",))
+    active = []
+    monkeypatch.setattr(module, "activate_flash_attention_impl", active.append)
+    monkeypatch.setattr(module, "restore_flash_attention_impl", active.clear)
+    monkeypatch.setattr(module, "current_flash_attention_impl", lambda: active[-1] if active else None)
+    for _ in range(2):  # there is no GPU to try it on
+        with monkeypatch.context() as patch:
+            patch.setattr(module.F, "scaled_dot_product_attention", lambda *_: 1 / 0)
+            with pytest.raises(BackendError, match="'fa4' fails here"):
+                activate_backend("fa4")
+        assert active == []
 
 
 def test_fa2_gets_its_own_layout_and_gives_ours_back(machine, monkeypatch):
