@@ -61,6 +61,14 @@ def test_shards_that_are_not_there_and_shards_without_room(monkeypatch, tmp_path
     with pytest.raises(CheckpointError, match=r"could not be put together in .*/run/\.partial-merged .*iostream.*room"):
         checkpoints._load_of_other_ranks(engine, tmp_path, ())
 
+    # What rank 0 has put together, another node does not see yet: nobody begins to load.
+    monkeypatch.setattr(checkpoint, "merge", lambda folder, target: target.mkdir(parents=True))
+    monkeypatch.setattr(checkpoint, "weights_beside", lambda *_: {})
+    monkeypatch.setattr(checkpoint, "load_merged", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(checkpoint, "from_rank0", lambda world, files: [*files, "state/zero/x/fp32.pt"])
+    with pytest.raises(CheckpointError, match=r"not the files that rank 0 has put together are in .*\.partial-merged"):
+        checkpoints._load_of_other_ranks(engine, tmp_path, ())
+
 
 def test_a_checkpoint_that_lacks_a_rank_is_not_published(tmp_path):
     """As where the ranks of another node write to another folder of that name."""

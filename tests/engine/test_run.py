@@ -18,12 +18,16 @@ from PIL import Image
 from processes import HELPERS, TRAIN, Run, finish, free_port, losses, steps_done, two_ranks, wait_for, weights
 from safetensors.torch import load_file
 
+from kpu_fast.config import load_config
+from kpu_fast.engine import result
+from kpu_fast.engine.distributed import World
 from kpu_fast.export import main as export
+from kpu_fast.models import Student
+from kpu_fast.models.features import FeatureSpec
+from kpu_fast.objectives.kpu import KPU
 
 
 def test_a_run_leaves_what_its_owner_expects(whole):
-    from kpu_fast.models import Student
-
     resolved = json.loads((whole / "config.resolved.json").read_text())
     assert resolved["config"]["teachers"]["clip"]["data"]["crop_scale"] == [0.2, 1.0]  # defaults are written out
     assert resolved["versions"]["torch"] == torch.__version__
@@ -373,6 +377,25 @@ def test_a_gradient_that_is_not_finite_stops_the_run(switches, waits, message, s
     assert f"last good checkpoint is {checkpoints / 'step-00000002'}" in out
     assert not (checkpoints / "step-00000003").exists()
     assert ("read: 0" not in out) == waits, out
+
+
+def test_a_picture_without_memory_is_a_warning(monkeypatch, tiny, tmp_path, caplog, capsys):
+    """The student is written, and the run that has made it does not fail."""
+
+    def full(*_):
+        raise MemoryError("CUDA allocation failed")
+
+    monkeypatch.setattr(result, "_panel", full)
+    (tmp_path / "metrics.jsonl").touch()
+    cfg = load_config(tiny)
+    specs = {"clip": FeatureSpec(24, (32,), (16.0,))}
+    student = Student.from_config(cfg.student, specs)
+    alone = World(0, 1, torch.device("cpu"), 0, None)
+    objective = KPU(student, specs, cfg.objective)
+    result.write_result(cfg, tmp_path, alone, objective, {"clip": None}, {"clip": None})
+    assert "features.png could not be made: CUDA allocation failed" in caplog.text
+    assert f"student  {tmp_path / 'student'}" in capsys.readouterr().out
+    assert (tmp_path / "student" / "model.safetensors").exists()
 
 
 def test_a_picture_that_cannot_be_made_is_a_warning(start_helper, photos, tmp_path):

@@ -1,11 +1,15 @@
 """Which images the teachers' streams read."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from kpu_fast.config import load_config
+from kpu_fast.data.pipeline import Stream
 from kpu_fast.data.scan import load_or_scan
 from kpu_fast.engine.distributed import World
-from kpu_fast.engine.loop import CALIBRATION_SEED, build_models, open_streams
+from kpu_fast.engine.loop import CALIBRATION_SEED, RunError, _next_batch, build_models, open_streams
 
 
 def test_no_two_streams_of_one_source_read_the_same(tiny, monkeypatch, tmp_path):
@@ -23,6 +27,25 @@ def test_no_two_streams_of_one_source_read_the_same(tiny, monkeypatch, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     seen = [*first, *statistics]
     assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_memory_is_not_taken_for_damaged_images(tiny, monkeypatch, tmp_path):
+    """Neither by the stream, which blames the images for what DALI says, nor by the loop."""
+    monkeypatch.setenv("KPU_FAST_CACHE", str(tmp_path))
+    data = load_config(tiny).teachers["clip"].data
+    stream = Stream(data, load_or_scan(data.source), rank=0, world_size=1, device=torch.device("cpu"), seed=0)
+    for said, expected in (
+        (RuntimeError("CUDA allocation failed"), RuntimeError),
+        (RuntimeError("bad file"), RunError),
+    ):
+
+        def run(said=said):
+            raise said
+
+        stream._pipe = SimpleNamespace(run=run)
+        with pytest.raises(expected, match=str(said)) as told:
+            _next_batch("clip", stream)
+        assert (told.value is said) == (expected is RuntimeError)
 
 
 def test_a_teachers_weight_reaches_its_terms(tiny):
