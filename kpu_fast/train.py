@@ -4,9 +4,8 @@
 
 The same file runs under `deepspeed`, `torchrun` and plain `python`, on GPUs and on a CPU.
 Exit codes: 0 finished, or stopped by SIGTERM/SIGINT after writing a checkpoint; 1 another rank has ended, or a mistake
-in the program; 2 a config, data, model or output that
-cannot be used, or too little memory; 3 a loss or weight is no longer finite; 4 a checkpoint or another file could not
-be written; 130 second Ctrl-C.
+in the program; 2 a config, data, model or output that cannot be used, or too little memory; 3 a loss or weight is no
+longer finite; 4 a checkpoint or another file could not be written; 130 second Ctrl-C.
 """
 
 import argparse

@@ -96,10 +96,7 @@ def start(tiny, environment, tmp_path):
         return process
 
     yield run
-    for process in started:
-        if process.poll() is None:
-            process.kill() if isinstance(process, Run) else os.killpg(process.pid, 9)
-            process.wait()
+    _end(started)
 
 
 @pytest.fixture
@@ -112,9 +109,15 @@ def start_helper(tiny, environment, tmp_path):
         return started[-1]
 
     yield run
+    _end(started)
+
+
+def _end(started: list[Run | subprocess.Popen]) -> None:
+    """Kill what a test has left running, with all that it has started."""
     for process in started:
         if process.poll() is None:
-            process.kill()
+            process.kill() if isinstance(process, Run) else os.killpg(process.pid, 9)
+            process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,8 @@ def main() -> None:
         if isinstance(request, dict):
             answer = os.fork()
             if answer == 0:
-                return become(**request)
+                become(**request)
+                return
             codes[answer] = None
         else:
             if codes[request] is None:
@@ -71,7 +72,6 @@ def main() -> None:
         if code is None:
             with contextlib.suppress(ProcessLookupError):  # killed before it had a group of its own
                 os.killpg(pid, signal.SIGKILL)
-    return None
 
 
 if __name__ == "__main__":
