@@ -2,19 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
-
-PACKAGES = [
-    "kpu_fast",
-    "kpu_fast.kernels",
-    "kpu_fast.models",
-    "kpu_fast.objectives",
-    "kpu_fast.data",
-    "kpu_fast.engine",
-    "kpu_fast.evaluate",
-    "kpu_fast.reproduce",
-    "kpu_fast.zoo",
-]
+from setuptools import find_packages, setup
 
 TRAIN = [
     "deepspeed>=0.19",
@@ -45,7 +33,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.10",
-    packages=PACKAGES,
+    packages=["kpu_fast.kernels", *find_packages(include=["kpu_fast", "kpu_fast.*"])],
     package_dir={"kpu_fast": "kpu_fast", "kpu_fast.kernels": "kernels"},
     install_requires=["torch>=2.11", "numpy", "safetensors>=0.5", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={

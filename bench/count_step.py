@@ -155,7 +155,7 @@ def _as_on_a_gpu(upstream_of_one: bool):
 
         for room in {sys.modules[f.__module__] for f in vars(kpu_fast.kernels).values() if isinstance(f, Callable)}:
             if hasattr(room, "choose_impl"):
-                put(room, "choose_impl", lambda impl, *tensors, supported=True: "triton" if supported else "torch")
+                put(room, "choose_impl", lambda impl, *tensors, supported: "triton" if supported() else "torch")
         if upstream_of_one:  # leaves the losses' kept gradients as they are
             put(sys.modules["kpu_fast.kernels.align_group"], "scaled", lambda grad, factor: grad)
         put(torch.nn.functional, "scaled_dot_product_attention", _fused_attention)

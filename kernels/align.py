@@ -27,10 +27,10 @@ from .launch import (
     MAX_CHANNELS,
     MAX_SIDE,
     MAX_TOKENS,
+    check_filled,
     check_float,
     check_tensor,
     choose_impl,
-    is_empty,
     is_transformed,
     same_grid,
 )
@@ -254,8 +254,7 @@ def check_tensors(source, target, resize, mean, std, valid) -> None:
         check_float(name, x)
         if x.dim() not in (2, 3, 4):
             raise ValueError(f"{name}: expected (B, H, W, C), (B, N, C) or (B, C), found shape {tuple(x.shape)}")
-        if is_empty(x.shape):
-            raise ValueError(f"{name}: expected at least one sample, token and channel, found shape {tuple(x.shape)}")
+        check_filled(name, x)
     both = f"source {tuple(source.shape)} and target {tuple(target.shape)}"
     if source.dim() != target.dim() or source.shape[0] != target.shape[0]:
         raise ValueError(f"source, target: expected equal rank and batch, found {both}")

@@ -116,17 +116,11 @@ def _run_recompute(
     else:
         run = align_torch.backward
     run(per_token, source, target, mean, std, valid, share, stats, *weights, beta, resize, corners, *grads)
-    if resize == "source" and need_s:
-        grads = (
-            run_resize_backward(grads[0], None, *source.shape[1:3], channels_last(source), corners, triton),
-            grads[1],
-        )
-    if resize == "target" and need_t:
-        grads = (
-            grads[0],
-            run_resize_backward(grads[1], None, *target.shape[1:3], channels_last(target), corners, triton),
-        )
-    return grads
+    moved = resize == "source" and need_s, resize == "target" and need_t
+    return tuple(
+        run_resize_backward(grad, None, *x.shape[1:3], channels_last(x), corners, triton) if back else grad
+        for x, grad, back in zip((source, target), grads, moved, strict=True)
+    )
 
 
 _recompute = torch.library.custom_op(
@@ -144,9 +138,9 @@ def _(
 ):
     grad_source, grad_target = _allocate_gradients(source, target, resize, need_s, need_t)
     if resize == "source" and need_s:
-        grad_source = empty_map(source, *source.shape[1:3])
+        grad_source = empty_map(source, *source.shape[1:3], channels_last(source))
     if resize == "target" and need_t:
-        grad_target = empty_map(target, *target.shape[1:3])
+        grad_target = empty_map(target, *target.shape[1:3], channels_last(target))
     return grad_source, grad_target
 
 

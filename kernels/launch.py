@@ -214,8 +214,8 @@ def is_empty(shape: Sequence[int]) -> bool:
 
 
 def check_filled(name: str, x: Tensor) -> None:
-    """Raise ValueError for what is empty, where a compiled call only sees it: when it runs."""
-    if 0 in x.shape:
+    """Raise ValueError for what is empty; the operators ask again, as a compiled call sees it only when it runs."""
+    if is_empty(x.shape):
         raise ValueError(f"{name}: expected at least one sample, token and channel, found shape {tuple(x.shape)}")
 
 

@@ -141,10 +141,10 @@ def channels_last(x: Tensor) -> bool:
     return x.stride(3) == 1
 
 
-def empty_map(like: Tensor, height: int, width: int) -> Tensor:
-    """Uninitialised (B, height, width, C) in `like`'s dtype, channels adjacent exactly when `like`'s are."""
+def empty_map(like: Tensor, height: int, width: int, adjacent: bool) -> Tensor:
+    """Uninitialised (B, height, width, C) in `like`'s dtype; adjacent: its channels in memory, else its tokens."""
     batch, _, _, channels = like.shape
-    if channels_last(like):
+    if adjacent:
         return like.new_empty((batch, height, width, channels))
     return like.new_empty((batch, channels, height, width)).permute(0, 2, 3, 1)
 
@@ -152,7 +152,7 @@ def empty_map(like: Tensor, height: int, width: int) -> Tensor:
 def _run_resize(x, h, w, corners):
     from .resize_triton import launch_resize
 
-    return launch_resize(x, empty_map(x, h, w), corners)
+    return launch_resize(x, empty_map(x, h, w, channels_last(x)), corners)
 
 
 _resize = torch.library.custom_op(
@@ -165,7 +165,7 @@ _resize = torch.library.custom_op(
 
 @_resize.register_fake
 def _(x, h, w, corners):
-    return empty_map(x, h, w)
+    return empty_map(x, h, w, channels_last(x))
 
 
 def run_resize_backward(grad, scale, h, w, adjacent, corners, triton):
@@ -173,12 +173,12 @@ def run_resize_backward(grad, scale, h, w, adjacent, corners, triton):
 
     `adjacent`: lay the channels of the result next to each other in memory.
     """
-    out = _empty_gradient(grad, h, w, adjacent)
+    out = empty_map(grad, h, w, adjacent)
     if triton:
         from .resize_triton import launch_resize_backward
 
         if channels_last(grad) and not adjacent:  # threads lie along one or the other: dense first, then turned
-            return out.copy_(launch_resize_backward(grad, scale, _empty_gradient(grad, h, w, True), corners))
+            return out.copy_(launch_resize_backward(grad, scale, empty_map(grad, h, w, True), corners))
         return launch_resize_backward(grad, scale, out, corners)
     compute = torch.promote_types(grad.dtype, torch.float32)
     batch, height, width, channels = grad.shape
@@ -199,7 +199,7 @@ resize_backward = torch.library.custom_op(
 
 @resize_backward.register_fake
 def _(grad, scale, h, w, adjacent, corners, triton):
-    return _empty_gradient(grad, h, w, adjacent)
+    return empty_map(grad, h, w, adjacent)
 
 
 def _save_grid(ctx, inputs, output):
@@ -219,22 +219,17 @@ resize_backward.register_autograd(_backward_of_backward, setup_context=_save_gri
 batch_by_loop(resize_backward)
 
 
-def _empty_gradient(grad: Tensor, height: int, width: int, adjacent: bool) -> Tensor:
-    batch, _, _, channels = grad.shape
-    if adjacent:
-        return grad.new_empty((batch, height, width, channels))
-    return grad.new_empty((batch, channels, height, width)).permute(0, 2, 3, 1)
-
-
 def _save_shape(ctx, inputs, output):
     x = inputs[0]
     ctx.height, ctx.width, ctx.adjacent, ctx.corners = x.shape[1], x.shape[2], channels_last(x), inputs[3]
 
 
-def _backward(ctx, grad):
+def _backward(ctx, grad, direct=False):
     if is_differentiated():
         raise RuntimeError(_NO_DERIVATIVE)
-    return resize_backward(grad, None, ctx.height, ctx.width, ctx.adjacent, ctx.corners, True), None, None, None
+    plain = direct and not torch.is_grad_enabled() and is_plain(grad)
+    gather = run_resize_backward if plain else resize_backward
+    return gather(grad, None, ctx.height, ctx.width, ctx.adjacent, ctx.corners, True), None, None, None
 
 
 _resize.register_autograd(_backward, setup_context=_save_shape)
@@ -250,6 +245,4 @@ class _ResizeBilinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled() or is_differentiated() or not is_plain(grad):
-            return _backward(ctx, grad)
-        return run_resize_backward(grad, None, ctx.height, ctx.width, ctx.adjacent, ctx.corners, True), None, None, None
+        return _backward(ctx, grad, direct=True)

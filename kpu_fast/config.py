@@ -6,15 +6,16 @@ wrong types and impossible combinations raise `ConfigError`, one line per mistak
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
-import types
-import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
+
+from kpu_fast.config_errors import explain, kind_of
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$")]
 Source = str | list[str]  # folder, shards, glob, package:NAME/path, or a list of these
@@ -401,13 +402,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         _apply_override(tree, override)
     _settle_teachers(tree)
     try:
-        json.dumps(tree, ensure_ascii=False).encode()
+        text = json.dumps(tree, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"{path}: {error.object[error.start : error.end]!r} is no character of any text") from None
     try:
-        return Config.model_validate_json(json.dumps(tree))
+        return Config.model_validate_json(text)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error, tree))) from None
+        raise ConfigError("\n".join(f"{path}: {line}" for line in explain(error, Config))) from None
 
 
 def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -422,12 +423,12 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or nested without end
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: found {_kind_of(tree)} at the top; expected an object")
+        raise ConfigError(f"{path}: found {kind_of(tree)} at the top; expected an object")
     base = tree.pop("extends", None)
     if base is None:
         return tree
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: extends: found {_kind_of(base)}; expected the name of another config file")
+        raise ConfigError(f"{path}: extends: found {kind_of(base)}; expected the name of another config file")
     return _merge(_read_tree(path.parent / base, (*seen, path.resolve())), tree)
 
 
@@ -477,7 +478,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: {'.'.join(keys[: i + 1])} is not an object with keys below it")
     for target in targets:
         for key in _keys(target) if keys[-1] == "*" else [keys[-1]]:
-            target[key] = value
+            target[key] = copy.deepcopy(value)  # several targets, and a later override may be of one of them
 
 
 def _children(target: dict[str, Any], key: str) -> list[Any]:
@@ -490,67 +491,3 @@ def _children(target: dict[str, Any], key: str) -> list[Any]:
 
 def _keys(target: dict[str, Any]) -> list[str]:
     return [key for key, value in target.items() if value is not None]  # a teacher that is left out stays left out
-
-
-def _explain(error: ValidationError, tree: dict[str, Any]) -> list[str]:
-    """One line per mistake: the key, what was found, what would do."""
-    lines = []
-    for item in error.errors(include_url=False):
-        loc = [part for part in item["loc"] if not _is_union_tag(part, item["loc"])]
-        key, found = ".".join(str(part) for part in loc), _kind_of(item.get("input"))
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key{_suggest(loc)}")
-        elif item["type"] == "missing" and isinstance(loc[-1], int):  # the second of two numbers
-            lines.append(f"{key.rpartition('.')[0]}: found {found}; it should be a list of two numbers")
-        elif item["type"] in ("tuple_type", "too_long"):
-            lines.append(f"{key}: found {found}; it should be a list of two numbers")
-        elif item["type"] == "missing":
-            lines.append(f"{key}: missing; it has no default")
-        elif item["type"] == "string_pattern_mismatch":  # Name is the only one with a pattern
-            lines.append(f"{key}: found {found}; it should be letters, digits, _ and -, the first a letter or digit")
-        elif item["type"] == "impossible":
-            lines.append(f"{key}.{item['msg']}" if key else item["msg"])
-        else:
-            what = _lower_first(item["msg"].replace("Input should", "it should"))
-            if lines and lines[-1].startswith(f"{key}: found"):  # the next branch of a union
-                lines[-1] += f" or {what.removeprefix('it should be ')}"
-            else:
-                lines.append(f"{key}: found {found}; {what}")
-    return lines
-
-
-def _is_union_tag(part: Any, loc: tuple[Any, ...]) -> bool:
-    # pydantic names the branch of a union (`str`, `list[str]`) as if it were a key.
-    return isinstance(part, str) and (part in ("str", "list[str]") or part == "[key]") and part != loc[0]
-
-
-def _suggest(loc: list[Any]) -> str:
-    fields = _fields_at(Config, loc[:-1])
-    close = difflib.get_close_matches(str(loc[-1]), fields, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(fields)}"
-
-
-def _fields_at(model: type[BaseModel], loc: list[Any]) -> list[str]:
-    for part in loc:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        for nested in _models_in(annotation):
-            model = nested
-    return list(model.model_fields)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if isinstance(annotation, types.UnionType | types.GenericAlias) or typing.get_origin(annotation):
-        return [model for arg in typing.get_args(annotation) for model in _models_in(arg)]
-    return []
-
-
-def _kind_of(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    kind = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "an integer", float: "a number"}
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind.get(type(value), 'null')})"
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]

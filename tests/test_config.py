@@ -75,6 +75,19 @@ def test_overrides_reach_nested_keys_and_wildcards():
     assert cfg.deepspeed_config()["train_micro_batch_size_per_gpu"] == 9
 
 
+def test_what_a_wildcard_gave_to_all_can_be_changed_for_one():
+    overrides = ['teachers.*.data={"batch_size": 4, "size": [128, 128]}', "teachers.gdino.data.batch_size=2"]
+    cfg = load_config(ROOT / "configs" / "random.json", overrides)
+    assert {key: t.data.batch_size for key, t in cfg.teachers.items()} == {"clip": 4, "gdino": 2, "dinov2": 4}
+
+
+def test_a_teacher_may_have_the_name_of_a_type():
+    with pytest.raises(ConfigError, match=r"teachers\.str\.weights: missing"):
+        load_config(ROOT / "configs" / "random.json", ['teachers.str={"kind": "clip"}'])
+    with pytest.raises(ConfigError, match=r" source: found 7"):
+        load_config(ROOT / "configs" / "random.json", ["source=7"])
+
+
 def test_a_wildcard_passes_over_what_is_left_out():
     for name, left in (("clip_only", "clip"), ("gdino_only", "gdino")):
         cfg = load_config(ROOT / "configs" / f"{name}.json", ["teachers.*.data.batch_size=8"])

@@ -22,6 +22,7 @@ from kpu_fast.data.sources import (
     list_files,
     open_regular,
     read_shard,
+    split_member,
     tar_members,
 )
 
@@ -125,7 +126,7 @@ class LabelledImages(Dataset):
             labels = _shard_labels(file)
             for image in shard.images:
                 member = image.name.split("::", 1)[1]
-                label = labels.get(_sample(member))
+                label = labels.get(split_member(member)[0])
                 if label is None:
                     raise SourceError(f"{image.name}: has no .cls beside it, so no class")
                 if self.classes and label >= len(self.classes):
@@ -186,12 +187,6 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     return names
 
 
-def _sample(member: str) -> str:
-    """What the members of one WebDataset sample have in common: the name up to its first dot."""
-    folder, base = os.path.split(member)
-    return f"{folder}/{base.split('.')[0]}"
-
-
 def _shard_labels(file: SourceFile) -> dict[str, int]:
     labels = {}
     with open(file.path, "rb") as shard:
@@ -204,7 +199,7 @@ def _shard_labels(file: SourceFile) -> dict[str, int]:
             text = shard.read(min(member.size, 32))
             if not text.strip().isdigit():
                 raise SourceError(f"{file.path}::{name}: is {text!r}, expected a class number (0, 1, 2 …)")
-            labels[_sample(name)] = int(text)
+            labels[split_member(name)[0]] = int(text)
     return labels
 
 

@@ -125,7 +125,7 @@ def read_shard(number: int, file: SourceFile) -> Shard:
     rejected = []
     samples: dict[str, str] = {}
     for name, member in members.items():
-        key, suffixes = _split_member(name)
+        key, suffixes = split_member(name)
         if not _is_image(name):
             ignored += 1
         elif member is None:
@@ -134,7 +134,7 @@ def read_shard(number: int, file: SourceFile) -> Shard:
             rejected.append((f"{file.path}::{name}", "stored sparse: pack it without --sparse"))
         elif key not in samples:
             samples[key] = name
-        elif len(suffixes) < len(_split_member(samples[key])[1]):
+        elif len(suffixes) < len(split_member(samples[key])[1]):
             further.append(samples[key])
             samples[key] = name
         else:
@@ -199,10 +199,11 @@ def _follow(found: dict[str, tarfile.TarInfo | str | None], target: tarfile.TarI
 
 
 def _is_image(member: str) -> bool:
-    return os.path.splitext(member)[1].lower() in IMAGE_SUFFIXES and _split_member(member)[0] != ""
+    return os.path.splitext(member)[1].lower() in IMAGE_SUFFIXES and split_member(member)[0] != ""
 
 
-def _split_member(name: str) -> tuple[str, list[str]]:
+def split_member(name: str) -> tuple[str, list[str]]:
+    """What the members of one WebDataset sample have in common, and the suffixes of this one."""
     folder, base = os.path.split(name)
     stem, *suffixes = base.split(".")
     return (f"{folder}/{stem}" if stem else ""), suffixes  # a leading dot: no sample, as in WebDataset

@@ -7,8 +7,7 @@ checkpoints/step-00000120/    state/ (DeepSpeed: model and optimiser), rank-<r>.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +42,12 @@ class Checkpoints:
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-{final.name}"
         try:
-            self._agree(self._on_rank0(lambda: _fresh_folder(partial)), step)
-            problems = _save_engine(engine, partial)
-            with _collected(problems):
-                torch.save(rank_state, partial / f"rank-{self.world.rank}.pt")
-            self._agree(problems[0] if problems else None, step)
+            self._agree(_unwritten(lambda: _fresh_folder(partial)) if self.world.rank == 0 else None, step)
+            own = partial / f"rank-{self.world.rank}.pt"
+            self._agree(_save_engine(engine, partial) or _unwritten(lambda: torch.save(rank_state, own)), step)
             meta = {"step": step, "world_size": self.world.size, **self._constants(engine), **self.notes}
             meta |= {"torch": torch.__version__}
-            self._agree(self._on_rank0(lambda: self._publish(partial, final, meta)), step)
+            self._agree(_unwritten(lambda: self._publish(partial, final, meta)) if self.world.rank == 0 else None, step)
         except CheckpointError:
             if self.world.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -165,14 +162,6 @@ class Checkpoints:
             os.replace(old, gone)
             shutil.rmtree(gone, ignore_errors=True)
 
-    def _on_rank0(self, work: Callable[[], None]) -> str | None:
-        """Do `work` on rank 0 only; what went wrong there, or None."""
-        problems: list[str] = []
-        if self.world.rank == 0:
-            with _collected(problems):
-                work()
-        return problems[0] if problems else None
-
     def _agree(self, problem: str | None, step: int) -> None:
         """Raise CheckpointError on every rank if any rank has a problem."""
         problem = first_problem(self.world, problem)
@@ -264,33 +253,31 @@ def _flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-@contextmanager
-def _collected(problems: list[str]) -> Iterator[None]:
-    """Put a failure to write into `problems` instead of raising it: a rank that left would leave others waiting."""
+def _unwritten(work: Callable[[], None]) -> str | None:
+    """Do `work`; why it could not write, in place of raising: a rank that left would leave others waiting."""
     try:
-        yield
+        work()
     except (OSError, RuntimeError) as error:
-        problems.append((str(error) or type(error).__name__).splitlines()[0])
+        return (str(error) or type(error).__name__).splitlines()[0]
+    return None
 
 
-def _save_engine(engine, folder: Path) -> list[str]:
+def _save_engine(engine, folder: Path) -> str | None:
     """DeepSpeed's part of a checkpoint; returns what failed. Its save has barriers that every rank must reach."""
-    problems: list[str] = []
+    problems: list[str | None] = []
     writer = engine.checkpoint_engine
     write = writer.save
 
     def guarded(*args, **kwargs):
-        with _collected(problems):
-            write(*args, **kwargs)
+        problems.append(_unwritten(lambda: write(*args, **kwargs)))
 
     writer.save = guarded
     engine._copy_recovery_script = lambda folder: None  # copies two scripts that nobody needs here, and can fail too
     try:
-        with _collected(problems):
-            engine.save_checkpoint(str(folder), tag=STATE, save_latest=False)
+        problems.append(_unwritten(lambda: engine.save_checkpoint(str(folder), tag=STATE, save_latest=False)))
     finally:
         del writer.save, engine._copy_recovery_script
-    return problems
+    return next(filter(None, problems), None)
 
 
 def is_finite(engine) -> bool:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -161,10 +161,10 @@ def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
         yield from _leaves(value, f"{path}.{key}" if path else key)
 
 
-def circumstances() -> dict[str, object]:
-    """Commit, versions and machine: what a result has to carry to mean anything."""
+def circumstances(further: Iterable[str] = ()) -> dict[str, object]:
+    """Commit, versions, of `further` libraries too, and machine: what a result has to carry to mean anything."""
     versions = {}
-    for library in LIBRARIES:
+    for library in (*LIBRARIES, *further):
         try:
             # torch's own word says which CUDA it is of.
             versions[library] = torch.__version__ if library == "torch" else importlib.metadata.version(library)

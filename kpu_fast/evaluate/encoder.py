@@ -44,11 +44,6 @@ class Encoder(nn.Module):
         features = self.net(images.to(self.device))
         return features if space is None else self.net.project(features, space)
 
-    def heads(self) -> dict[str, tuple[int | None, tuple[int, ...]]]:
-        """Teacher name → (channels of x or None, channels of each map) of a student; empty for everything else."""
-        specs = self.net.head_specs if isinstance(self.net, Student) else {}
-        return {name: (spec.x_dim, spec.map_dims) for name, spec in specs.items()}
-
     def space(self, name: str | None, *, x_dim: int | None = None, map_dims: Sequence[int] | None = None) -> str | None:
         """The teacher whose head gives x of `x_dim` channels, or maps of `map_dims`: `name`, or the only one that fits.
 
@@ -59,17 +54,19 @@ class Encoder(nn.Module):
             if name is not None:
                 raise EvaluateError(f"--teacher-name {name}: {self.name} is no student and has no heads; leave it out")
             return None
-        heads = self.heads()
-        fits = [head for head, (x, maps) in heads.items() if x_dim in (None, x) and map_dims in (None, maps)]
+        heads = self.net.head_specs
+        fits = [
+            head for head, spec in heads.items() if x_dim in (None, spec.x_dim) and map_dims in (None, spec.map_dims)
+        ]
         if name is not None and name not in heads:
             raise EvaluateError(f"--teacher-name {name}: {self.name} has heads for {_names(heads)}")
         if name is not None and name not in fits:
             raise EvaluateError(f"--teacher-name {name}: that head of {self.name} gives no {wanted}")
-        if name is None and len(fits) != 1:
-            found = (
-                f"several heads give {wanted}: {_names(fits)}; choose" if fits else f"no head gives {wanted}; it has"
-            )
-            raise EvaluateError(f"{self.name}: {found} {'one with --teacher-name' if fits else _names(heads)}")
+        if not fits:
+            raise EvaluateError(f"{self.name}: no head gives {wanted}; it has {_names(heads)}")
+        if name is None and len(fits) > 1:
+            several = f"several heads give {wanted}: {_names(fits)}"
+            raise EvaluateError(f"{self.name}: {several}; choose one with --teacher-name")
         return name or fits[0]
 
     def vectors(self, images: Tensor, features: str = "x", space: str | None = None) -> Tensor:

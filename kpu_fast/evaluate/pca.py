@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kpu_fast.data.decode import UNREADABLE, to_rgb
 from kpu_fast.data.labelled import to_batch
-from kpu_fast.data.sources import IMAGE_SUFFIXES
+from kpu_fast.data.sources import IMAGE_SUFFIXES, SourceError
 from kpu_fast.engine.picture import Panel, fit_colours, save_feature_picture
 from kpu_fast.evaluate.encoder import Encoder, load_encoder
 from kpu_fast.evaluate.images import read_images
@@ -150,7 +150,10 @@ def _read(sources: Sequence[str], count: int, seed: int) -> list[np.ndarray]:
     for source in sources:
         if not _is_file(source):
             drawn = read_images("--images", source, count, seed)
-            images += [drawn[i][0] for i in range(len(drawn))]
+            try:
+                images += [drawn[i][0] for i in range(len(drawn))]
+            except SourceError as error:
+                raise EvaluateError(f"--images: {error}") from error
             continue
         try:
             images.append(to_rgb(Image.open(source)))

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import errno
-import importlib.metadata
 import json
 import os
 from collections.abc import Iterator
@@ -25,12 +24,7 @@ def with_circumstances(task: str, scores: dict, settings: dict, device: torch.de
     """`scores`, followed by the settings, the date, the device, the commit and the versions they belong to."""
     from kpu_fast.engine.run_folder import circumstances
 
-    facts = circumstances()
-    for library in _LIBRARIES:
-        try:
-            facts["versions"][library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            facts["versions"][library] = None
+    facts = circumstances(_LIBRARIES)
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"task": task, **scores, "settings": settings, "device": device_name(device), "date": when, **facts}
 

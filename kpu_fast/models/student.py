@@ -24,9 +24,6 @@ _LOG = logging.getLogger(__name__)
 _FORMAT = "kpu_fast.student"
 _VERSION = 1
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
-_ADAPTER_KEYS = (
-    "cross_attention", "interactions", "heads", "points", "inner_ratio", "ffn_ratio", "inplanes", "x_injector"
-)  # fmt: skip
 
 
 class Student(nn.Module):
@@ -143,7 +140,7 @@ class Student(nn.Module):
         """A student to train, from the `student` block of a config; its ViT's weights are loaded or random.
 
         cfg: has vit.weights ("random", a hub id or a folder), vit.arch (keyword arguments of `ViT`, used when random),
-        freeze_vit, adapter (None, a dict, or an object with `Adapter`'s settings), attention, head_hidden.
+        freeze_vit, adapter (None, or what makes a dict of `Adapter`'s settings), attention, head_hidden.
         specs: teacher name → FeatureSpec; one head each. Raises as `ViT.from_hf` does.
         """
         try:
@@ -269,9 +266,7 @@ def _as_spec(name: str, spec: FeatureSpec | Mapping) -> FeatureSpec:
 def _adapter_settings(adapter) -> dict | None:
     if adapter is None:
         return None
-    if not isinstance(adapter, Mapping):
-        adapter = {key: getattr(adapter, key, None) for key in _ADAPTER_KEYS}
-    return {key: value for key, value in adapter.items() if value is not None}  # None: Adapter's own default
+    return {key: value for key, value in dict(adapter).items() if value is not None}  # None: Adapter's own default
 
 
 def _read_config(path: Path) -> dict:

@@ -247,9 +247,7 @@ class ViT(nn.Module):
         return tokens[:, 0], tokens[:, self.prefix :].unflatten(1, grid)
 
     @classmethod
-    def from_hf(
-        cls, weights: str | Path | nn.Module, *, attention: str = "auto", activation_checkpointing: bool = False
-    ) -> "ViT":
+    def from_hf(cls, weights: str | Path | nn.Module) -> "ViT":
         """A ViT with the weights of transformers' Dinov2Model or Dinov2WithRegistersModel.
 
         weights: a hub id (facebook/dinov2-base, facebook/dinov2-with-registers-base, …), a local folder, or the model,
@@ -259,10 +257,9 @@ class ViT(nn.Module):
         """
         model = weights if isinstance(weights, nn.Module) else _load_hf(weights)
         arch = _hf_arch(model.config)
-        activate_backend(attention)
         model = getattr(model, model.config.model_type, model)  # a classifier holds the ViT inside
         try:
-            vit = cls(**arch, attention=attention, activation_checkpointing=activation_checkpointing)
+            vit = cls(**arch)
         except (TypeError, ValueError) as error:
             raise WeightsError(f"{_KEY}: the config of {_source(model.config)} describes no ViT: {error}") from error
         try:

@@ -67,6 +67,16 @@ def test_a_step_uses_the_kernels_of_a_gpu_and_nothing_else_changes(tool, cross_a
     assert parts[("backward",)].flop > sum(c.flop for (p,), c in parts.items() if p.endswith("student and losses"))
 
 
+@pytest.mark.parametrize(("channels", "ours"), [(256, True), (257, False)])
+def test_what_the_kernels_do_not_take_is_counted_as_torch_does_it(tool, channels, ours):
+    value = torch.empty(1, 16, 2, channels, device="meta")
+    locations, weights = torch.empty(1, 5, 2, 1, 4, 2, device="meta"), torch.empty(1, 5, 2, 1, 4, device="meta")
+    counting = tool.Counting(bandwidth=1e9, rate=1e12)
+    with tool._as_on_a_gpu(upstream_of_one=True), counting:
+        tool.kpu_fast.kernels.deform_attn(value, [(4, 4)], locations, weights)
+    assert (("this project's kernels",) in counting.by(1)) == ours
+
+
 def test_what_a_balance_adds(tool):
     plain, famo = (
         tool.count_step(tool.load_config(ROOT / "configs/random.json", [f"objective.balance={b}"]), 3e12, 790e12)

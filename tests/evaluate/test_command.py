@@ -364,6 +364,8 @@ def test_an_image_that_does_not_decode_is_named_by_whichever_process_reads_it(st
     for workers in (0, 1):
         line = refused("knn", "--model", student, *sides, "--workers", workers, "--size", 32)
         assert line.startswith(f"{tmp_path / 'images' / 'b' / '2.png'}: not an image")
+    line = refused("pca", "--model", student, "--images", tmp_path / "images", "--count", 3, "--size", 32)
+    assert line.startswith(f"--images: {tmp_path / 'images' / 'b' / '2.png'}: not an image")
 
 
 def test_many_batches_from_workers_do_not_pile_up_open_files(zoo, student, coloured, copied, tmp_path, evaluate):

@@ -224,7 +224,7 @@ def test_what_is_no_batch_of_rgb_images_is_named(adapter, shape):
 
 
 def config(**changes):
-    adapter = SimpleNamespace(**ADAPTER, heads=None)
+    adapter = {**ADAPTER, "heads": None}
     vit = SimpleNamespace(weights="random", arch=VIT)
     return SimpleNamespace(
         **{"vit": vit, "freeze_vit": True, "adapter": adapter, "attention": "auto", "head_hidden": 24, **changes}
