@@ -5,8 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAIN = [
-    "deepspeed>=0.19",
-    "transformers>=5.0",
+    "deepspeed>=0.19.7",
+    "transformers>=5.19",
     "pydantic>=2.7",
     "tqdm",
     "tensorboard",
@@ -37,8 +37,8 @@ setup(
     package_dir={"kpu_fast": "kpu_fast", "kpu_fast.kernels": "kernels"},
     install_requires=["torch>=2.11", "numpy", "safetensors>=0.5", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={
-        "train": [*TRAIN, "nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
-        "train-cu12": [*TRAIN, "nvidia-dali-cuda120>=2.0; sys_platform == 'linux'"],  # beside a torch of CUDA 12
+        "train": [*TRAIN, "nvidia-dali-cuda130>=2.2; sys_platform == 'linux'"],
+        "train-cu12": [*TRAIN, "nvidia-dali-cuda120>=2.2; sys_platform == 'linux'"],  # beside a torch of CUDA 12
         # Pre-release, Hopper and Blackwell only; later ones return more than torch 2.13 takes.
         # FlashAttention 2 has no wheel and is built by hand (see README).
         "flash": ["flash-attn-4[cu13]>=4.0.0b17,<4.0.0b19; sys_platform == 'linux'"],

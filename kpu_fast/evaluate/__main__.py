@@ -83,7 +83,9 @@ def _parser(tasks: dict) -> argparse.ArgumentParser:
         if name in ("zero-shot", "knn", "linear", "detect"):
             from kpu_fast.evaluate.images import default_workers
 
-            add("--batch-size", type=int, default=8 if name == "detect" else 64, help="images (default %(default)s)")
+            usual = "8 mosaics, 1 with --annotations" if name == "detect" else "64"
+            batch = None if name == "detect" else 64
+            add("--batch-size", type=int, default=batch, help=f"images (default: {usual})")
             add("--workers", type=int, default=default_workers(), help="that read images (default %(default)s)")
             add("--limit", type=int, metavar="N", help="use N images of each source, drawn by --seed")
         add("--seed", type=int, default=0, help="of what is drawn (default %(default)s)")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from kpu_fast.evaluate.boxes import CocoImages, Mosaics, Truth, average_precision
-from kpu_fast.evaluate.detector import STRIDE, Prompt, detect_boxes, make_prompt, with_student_backbone
+from kpu_fast.evaluate.detector import STRIDE, Prompt, cast_backbone, detect_boxes, make_prompt, with_student_backbone
 from kpu_fast.evaluate.encoder import Encoder, load_encoder
 from kpu_fast.evaluate.images import progress, read_images
 from kpu_fast.evaluate.result import EvaluateError, replaced
@@ -19,13 +19,17 @@ from kpu_fast.evaluate.zero_shot import class_names, load_tokenizer, repeated
 from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_net, read_json
 from kpu_fast.models.teachers import read_mean_std
 
+_CLASSES = {  # of transformers, by what config.json calls itself
+    "grounding-dino": "GroundingDinoForObjectDetection",
+    "mm-grounding-dino": "MMGroundingDinoForObjectDetection",
+}
 SHORTEST, LONGEST, CANVAS, COUNT, SHOWN_ABOVE = 800, 1333, 192, 500, 0.3
 
 
 class Detector:
     """A GroundingDINO with its tokenizer and normalisation.
 
-    net: GroundingDinoForObjectDetection. mean, std: three numbers each, for images in [0, 1]. head: the teacher whose
+    net: one of `_CLASSES`. mean, std: three numbers each, for images in [0, 1]. head: the teacher whose
     head of a student it sees through, or None.
     """
 
@@ -44,14 +48,22 @@ class Detector:
 def load_detector(
     weights: str | Path, *, device="cpu", dtype: torch.dtype = torch.float32, key="--detector"
 ) -> Detector:
-    """GroundingDINO from a folder or hub id, whole. Raises EvaluateError, naming `key`, where it is none."""
+    """GroundingDINO or MM Grounding DINO from a folder or hub id, whole.
+
+    dtype: of its image backbone. The rest stays in fp32: boxes are refined in coordinates from 0 to 1, of which bf16
+    tells only 256 apart between 0.5 and 1.
+    Raises EvaluateError, naming `key`, where it is none.
+    """
     try:
         hf = import_transformers(key)
         folder = find_folder(key, weights, processor=True)
         found = read_json(key, folder / "config.json").get("model_type")
-        if found != "grounding-dino":
-            raise EvaluateError(f"{key}: {folder} holds a model of type {found!r}, expected 'grounding-dino'")
-        net = load_net(key, hf.GroundingDinoForObjectDetection, folder, dtype=dtype).to(device).eval()
+        if found not in _CLASSES:
+            expected = " or ".join(map(repr, _CLASSES))
+            raise EvaluateError(f"{key}: {folder} holds a model of type {found!r}, expected {expected}")
+        net = load_net(key, getattr(hf, _CLASSES[found]), folder, dtype=torch.float32).to(device).eval()
+        if dtype != torch.float32:
+            cast_backbone(net, dtype)
         mean, std = read_mean_std(key, "grounding_dino", folder)
     except WeightsError as error:
         raise EvaluateError(str(error)) from error
@@ -94,8 +106,7 @@ def detect(
     collate = partial(_collate, size=size, longest=longest, mean=detector.mean, std=detector.std)
     with torch.inference_mode():
         for pixels, originals, mask, sizes, found in progress(images, batch_size, workers, "detect", collate):
-            dtype = next(detector.net.parameters()).dtype
-            new = detect_boxes(detector.net, pixels.to(device, dtype), mask.to(device), prompt, sizes)
+            new = detect_boxes(detector.net, pixels.to(device), mask.to(device), prompt, sizes)
             for i, boxes in enumerate(new):
                 if not (torch.isfinite(boxes["boxes"]).all() and torch.isfinite(boxes["scores"]).all()):
                     raise EvaluateError(f"NaN or Inf in the boxes of image {len(truths) + i}")
@@ -206,7 +217,7 @@ def run(args: argparse.Namespace) -> dict:
         detector = load_detector(args.model, **place, key="--model (a student needs --detector beside it)")
     else:
         encoder = load_encoder(args.model, **place)
-        detector = see_through(load_detector(args.detector, **place), encoder, args.teacher_name)
+        detector = see_through(load_detector(args.detector, device=args.device), encoder, args.teacher_name)
     if args.annotations is not None:
         images, canvas = CocoImages(args.annotations, Path(args.images), args.limit, args.seed), None
     else:
@@ -214,9 +225,12 @@ def run(args: argparse.Namespace) -> dict:
         canvas = _or(args.canvas, CANVAS)
         images = Mosaics(labelled, _or(args.mosaics, COUNT), canvas, args.seed)
     size = args.size or (SHORTEST if args.annotations is not None else None)
-    common = dict(size=size, longest=_or(args.longest, LONGEST), batch_size=args.batch_size, workers=args.workers)
+    # Images of several sizes pad each other in a batch, which costs AP; mosaics are all of one.
+    batch_size = _or(args.batch_size, 8 if args.annotations is None else 1)
+    common = dict(size=size, longest=_or(args.longest, LONGEST), batch_size=batch_size, workers=args.workers)
     classes = _classes(args, images, detector)
-    return {**detect(detector, images, classes, picture=args.picture, **common), "canvas": canvas}
+    found = detect(detector, images, classes, picture=args.picture, **common)
+    return {**found, "canvas": canvas, "batch_size": batch_size}
 
 
 def _or(value: int | None, default: int) -> int:

@@ -52,7 +52,7 @@ def with_student_backbone(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> nn.Module:
-    """`detector`, a GroundingDinoForObjectDetection or GroundingDinoModel, made to see through `student`, in place.
+    """`detector`, transformers' (MM) GroundingDino, whole or its Model, made to see through `student`, in place.
 
     Everything behind the backbone stays: neck, text tower, encoder, decoder. Inputs stay what the processor gives;
     sides that are no multiples of 32 are padded, with `pixel_mask` saying so, as batches of several sizes are. The
@@ -79,6 +79,15 @@ def with_student_backbone(
 
     model.register_forward_pre_hook(pad, with_kwargs=True)
     return detector
+
+
+def cast_backbone(detector: nn.Module, dtype: torch.dtype) -> None:
+    """Have a detector's own image backbone compute in `dtype`, in place; what reads its maps stays as it was."""
+    encoder = detector.model.backbone.conv_encoder
+    reader = next(detector.model.input_proj_vision.parameters()).dtype
+    encoder.to(dtype)
+    encoder.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
+    encoder.register_forward_hook(lambda _, args, maps: [(m.to(reader), mask) for m, mask in maps])
 
 
 def _padded(inputs: dict) -> dict:

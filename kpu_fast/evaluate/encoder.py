@@ -18,7 +18,8 @@ from kpu_fast.models.vit import ViT
 
 _STUDENT = "kpu_fast.student"
 _SENTINELS = ("dinov2", "dinov2_with_registers")
-_TEACHERS = {"clip": "clip", "clip_vision_model": "clip", "grounding-dino": "grounding_dino"}
+_TEACHERS = {"clip": "clip", "clip_vision_model": "clip"}
+_TEACHERS |= {model_type: "grounding_dino" for model_type in ("grounding-dino", "mm-grounding-dino")}
 _TEACHERS |= {model_type: "dinov2" for model_type in _SENTINELS}
 _LARGEST = 224  # pixels; what classification is usually evaluated at, where a model does not ask for less
 

@@ -1,6 +1,7 @@
 """Zero-shot classification: the class whose text CLIP's text tower puts closest to the image's x (arXiv 2103.00020)."""
 
 import argparse
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -126,8 +127,9 @@ def load_tokenizer(key: str, weights: str | Path):
 def class_names(images: Dataset, path: Path | None) -> tuple[str, ...]:
     """The classes' names by number: the lines of `path`, else what the images bring, with spaces for underscores.
 
-    Raises EvaluateError where there are none, fewer than class numbers, or empty ones, and where `path` has the images'
-    own names in another order. Two may be equal (`repeated`).
+    Raises EvaluateError where there are none, fewer than class numbers, or empty ones, where the images bring WordNet's
+    numbers, as ImageNet's folders do, and where `path` has the images' own names in another order. Two may be equal
+    (`repeated`).
     """
     names = images.classes
     if path is not None:
@@ -144,6 +146,11 @@ def class_names(images: Dataset, path: Path | None) -> tuple[str, ...]:
             )
     if not names:
         raise EvaluateError("--images: the classes have no names; give --classes FILE with one name per line")
+    if path is None and (numbered := [name for name in names if re.fullmatch(r"n\d{8}", name)]):
+        raise EvaluateError(
+            f"--images: a class is called {numbered[0]!r}, WordNet's number of it, which tells a text tower nothing; "
+            "give --classes FILE with one name per line, in the order of the images' classes"
+        )
     if max(images.labels) >= len(names):
         raise EvaluateError(f"--classes: {len(names)} names, but an image is of class {max(images.labels)}")
     return tuple(name.replace("_", " ") for name in names)

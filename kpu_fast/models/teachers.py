@@ -35,7 +35,7 @@ CLIP_MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.
 # What config.json may call itself; None: every model type transformers has a backbone class for.
 _MODEL_TYPES = {
     "clip": ("clip", "clip_vision_model"),
-    "grounding_dino": ("grounding-dino",),
+    "grounding_dino": ("grounding-dino", "mm-grounding-dino"),
     "dinov2": ("dinov2", "dinov2_with_registers"),
     "backbone": None,
 }
@@ -316,7 +316,8 @@ def _load_net(name: str, cfg, folder: Path, dtype: torch.dtype) -> nn.Module:
         # Only the image backbone is kept: text tower, neck, encoder and decoder are freed here.
         # The published checkpoints are older than the Swin's last norm in transformers, which no feature map passes.
         norm = (_DINO_BACKBONE + "model.swin.layernorm.",)
-        net = load_net(key, hf.GroundingDinoModel, folder, dtype=dtype, part=_DINO_BACKBONE, optional=norm)
+        net_class = hf.GroundingDinoModel if model_type == "grounding-dino" else hf.MMGroundingDinoModel
+        net = load_net(key, net_class, folder, dtype=dtype, part=_DINO_BACKBONE, optional=norm)
         return net.backbone.conv_encoder.model
     if cfg.kind == "clip":
         return load_net(key, hf.CLIPVisionModelWithProjection, folder, dtype=dtype)

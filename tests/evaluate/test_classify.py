@@ -169,6 +169,16 @@ def test_the_images_own_names_in_another_order_are_refused(images, tmp_path):
     assert class_names(other, path) == ("green", "sky blue", "Red")
 
 
+def test_wordnets_numbers_are_no_names(images, tmp_path):
+    numbers = ("n01440764", "n01443537", "n02102040")
+    folders = Relabelled(images, images.labels, classes=numbers)
+    with pytest.raises(EvaluateError, match=r"^--images: a class is called 'n01440764', WordNet's number of it"):
+        class_names(folders, None)
+    path = tmp_path / "names.txt"
+    path.write_text("tench\ngoldfish\nspringer\n")
+    assert class_names(folders, path) == ("tench", "goldfish", "springer")
+
+
 def test_one_class_alone_is_nothing_to_choose_from(images, monkeypatch):
     monkeypatch.setattr(Colour, "forward", None)
     with pytest.raises(EvaluateError, match=r"^--images, --classes: the name of one class only"):

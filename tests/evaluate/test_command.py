@@ -171,7 +171,7 @@ def test_detect_through_the_student_and_by_the_detector_itself(zoo, student, col
     for model, more in ((student, ["--detector", zoo["gdino"]]), (zoo["gdino"], [])):
         picture = tmp_path / f"{len(more)}.png"
         found = evaluate("detect", "--model", model, *more, *where, "--picture", picture, "--size", 64, *COMMON)
-        assert (found["images"], found["boxes"]) == (2, 2)
+        assert (found["images"], found["boxes"], found["batch_size"]) == (2, 2, 1)
         images = CocoImages(where[3], coloured)
         detector = load_detector(zoo["gdino"])
         detector = see_through(detector, load_encoder(student)) if more else detector
@@ -194,7 +194,7 @@ def test_detect_on_mosaics(zoo, student, coloured, tmp_path, evaluate):
     found = evaluate("detect", "--model", student, "--detector", zoo["gdino"], *options, *COMMON)
     assert found["images"] == 3
     assert found["boxes"] >= 3
-    assert (found["shortest"], found["longest"], found["canvas"]) == (None, None, 128)
+    assert (found["shortest"], found["longest"], found["canvas"], found["batch_size"]) == (None, None, 128, 8)
 
 
 def test_pca_of_files_and_of_labelled_images(student, zoo, coloured, tmp_path, evaluate):

@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -160,11 +161,58 @@ def test_a_head_that_does_not_fit_the_detector_is_an_error(zoo, student):
     detector = load_detector(zoo["gdino"])
     with pytest.raises(EvaluateError, match="is a sentinel; --detector takes a student"):
         see_through(detector, load_encoder(zoo["dinov2"]))
-    with pytest.raises(EvaluateError, match="holds a model of type 'clip', expected 'grounding-dino'"):
+    with pytest.raises(EvaluateError, match="holds a model of type 'clip', expected 'grounding-dino' or 'mm-ground"):
         load_detector(zoo["clip"])
     other = Student(vit=own.config["vit"], adapter=None, heads={"a": FeatureSpec(None, (8,), (8.0,))})
     with pytest.raises(EvaluateError, match=r"no head gives maps of \(16, 32, 64\) channels; it has \"a\""):
         see_through(detector, Encoder("other", "student", other, 64))
+
+
+@pytest.fixture
+def mm(zoo, tmp_path):
+    """The folder of an MM Grounding DINO of the same sizes, its layers new."""
+    settings = json.loads((zoo["gdino"] / "config.json").read_text())
+    settings = {key: value for key, value in settings.items() if key not in ("model_type", "architectures")}
+    torch.manual_seed(3)
+    net = transformers.MMGroundingDinoForObjectDetection(transformers.MMGroundingDinoConfig(**settings)).eval()
+    shutil.copytree(zoo["gdino"], tmp_path / "mm")
+    net.save_pretrained(tmp_path / "mm")
+    return tmp_path / "mm"
+
+
+def test_mm_grounding_dino_is_a_teacher_and_a_detector_too(zoo, mm, student, coco):
+    assert json.loads((mm / "config.json").read_text())["model_type"] == "mm-grounding-dino"
+    given = inputs(zoo)
+    detector = load_detector(mm)
+    own = detector.net.model.backbone.conv_encoder
+    assert load_encoder(mm).kind == "grounding_dino"
+    expected = detector.net(**given)
+    for m, (e, _) in zip(
+        Impostor(mm)(given["pixel_values"] * STD + MEAN).maps, own(*list(given.values())[:2]), strict=True
+    ):
+        torch.testing.assert_close(m.permute(0, 3, 1, 2), e, atol=1e-4, rtol=1e-4)
+    found = with_student_backbone(detector.net, Impostor(mm), "gdino")(**given)
+    torch.testing.assert_close(found.pred_boxes, expected.pred_boxes, atol=1e-4, rtol=1e-4)
+    images = CocoImages(coco / "annotations.json", coco)
+    scores = detect(see_through(load_detector(mm), load_encoder(student)), images, images.classes)
+    assert (scores["head"], 0 <= scores["ap"] <= 1) == ("gdino", True)
+
+
+def test_in_bf16_only_the_backbone_computes_so(zoo, student):
+    given = inputs(zoo)
+    exact, half = load_detector(zoo["gdino"]).net, load_detector(zoo["gdino"], dtype=torch.bfloat16).net
+    encoder = half.model.backbone.conv_encoder
+    assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
+    assert {p.dtype for name, p in half.named_parameters() if "conv_encoder" not in name} == {torch.float32}
+    images = given["pixel_values"], given["pixel_mask"]
+    for (m, mask), (e, expected) in zip(encoder(*images), exact.model.backbone.conv_encoder(*images), strict=True):
+        assert m.dtype == torch.float32
+        assert 0 < (m - e).norm() < 0.02 * e.norm()
+        assert torch.equal(mask, expected)
+    assert half(**given).pred_boxes.dtype == torch.float32
+    through = see_through(load_detector(zoo["gdino"]), load_encoder(student, dtype=torch.bfloat16)).net
+    assert through(**given).pred_boxes.dtype == torch.float32
+    assert {p.dtype for p in through.model.backbone.parameters()} >= {torch.bfloat16}
 
 
 # ---- boxes out of it ----
