@@ -1,4 +1,4 @@
-# make demo     train a small student from the zoo's teachers on a CPU and evaluate both: minutes, no downloads
+# make demo     train a small student from the zoo's teachers on a CPU and evaluate both: minutes; weights and images are here
 # make reproduce  the paper's ablation with the zoo's teachers: hours on a CPU; IMAGES and TEST_IMAGES for more than the sample
 # make test     every test
 # make lint     ruff

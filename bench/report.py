@@ -1,7 +1,7 @@
 """Tables and a picture from what was measured:  python bench/report.py [JSON …] [--readme README.md]
 
 Reads pytest-benchmark's JSON of this folder's benchmarks, step.py's, and gpu_visit.py's, which holds both; without a
-name every JSON in bench/results but tune.py's. One table per device: times, GB/s and memory on a GPU; ratios alone on
+name every JSON in bench/results but tune.py's. One report per device: times, GB/s and memory on a GPU; ratios alone on
 a CPU. The picture, and the table of --readme, are of one device.
 """
 
@@ -202,27 +202,38 @@ def _is_cpu(device: str) -> bool:
 
 
 def table(measured: Measured, *, every: bool = False) -> str:
-    """Markdown: caption, one table over all ops, a sentence on the losses of a step, one on a step."""
+    """Markdown: caption, a table over all ops, a sentence on the losses of a step, one on a step.
+
+    Rows of a CUDA graph, the device's time, and rows that the host launched one by one are two tables, unless `every`.
+    """
     groups = _by_op(measured.groups if every else _short(measured.groups, measured.on_gpu))
+    graphs = [group for group in groups if group.mode == "graph" and not every]
+    others = [group for group in groups if group not in graphs]
     lines = [_caption(measured, groups)]
-    if groups:
-        numbers = ["ms", "GB/s", "% of copy"] if measured.on_gpu else ["% of copy"]
-        memory = ["peak memory, MB (eager)"] if measured.on_gpu else []
-        head = ["", *numbers, *(f"× {row}" for row in BASELINES), *memory]
-        further = any(_further(group) for group in groups)
-        lines += ["", _line([*head, *["× others"] * further])]
-        lines += [_line(["---", *["---:"] * (len(head) - 1), *["---"] * further])]
-        lines += [_line([*_cells(group, measured.on_gpu, every), *[_further(group)] * further]) for group in groups]
-        if any(group.mode == "graph" for group in groups) and not every:
-            lines += ["", "\\* replayed as a CUDA graph."]
-    for sentence in (*_floors(groups, measured.on_gpu), *(_step(step, measured.on_gpu) for step in measured.steps)):
-        lines += ["", sentence]
-    return "\n".join(lines)
+    if graphs:
+        lines += ["", "The device's time, each row replayed as a CUDA graph:", *_rows(graphs, measured.on_gpu, every)]
+    found = *_floors(groups, measured.on_gpu), *(_step(step, measured.on_gpu) for step in measured.steps)
+    sentences = [line for sentence in found for line in ("", sentence)]
+    if graphs and others:
+        title = "<summary>Rows without a graph: with what the host needed to launch them</summary>"
+        folded = ["<details>", title, *_rows(others, measured.on_gpu, every), "", "</details>"]
+        return "\n".join([*lines, *sentences, "", *folded])
+    return "\n".join([*lines, *(_rows(others, measured.on_gpu, every) if others else []), *sentences])
+
+
+def _rows(groups: list[Group], on_gpu: bool, every: bool) -> list[str]:
+    numbers = ["ms", "GB/s", "% of copy"] if on_gpu else ["% of copy"]
+    memory = ["peak memory, MB (eager)"] if on_gpu else []
+    head = ["", *numbers, *(f"× {row}" for row in BASELINES), *memory]
+    further = any(_further(group) for group in groups)
+    lines = ["", _line([*head, *["× others"] * further])]
+    lines += [_line(["---", *["---:"] * (len(head) - 1), *["---"] * further])]
+    return lines + [_line([*_cells(group, on_gpu, every), *[_further(group)] * further]) for group in groups]
 
 
 def _cells(group: Group, on_gpu: bool, every: bool) -> list[str]:
     ours, eager = group.rows["ours"], group.rows["eager"]
-    detail = f", {group.dtype} {group.mode}" if every else " *" if group.mode == "graph" else ""
+    detail = f", {group.dtype} {group.mode}" if every else ""
     cells = [f"{group.op} {group.shape}{detail}"]
     if on_gpu:
         cells += [f"{ours['ms']:.3g}", f"{ours['gb_per_s']:.0f}"]

@@ -75,7 +75,10 @@ def test_one_line_per_shape_and_all(report, write):
     measured = report.read([write(found)])
     short = [line for line in report.table(measured).splitlines() if line.startswith("| align")]
     assert len(short) == 2
-    assert short[0].startswith("| align clip map * | 2 | 50 | 91 |")  # bf16 in a graph, the first of both lists
+    assert short[0].startswith("| align clip map | 2 | 50 | 91 |")  # bf16 in a graph, the first of both lists
+    graph, called = report.table(measured).split("<details>")
+    assert ("replayed as a CUDA graph:" in graph, short[0] in graph, short[1] in called) == (True, True, True)
+    assert ("Rows without a graph" in called, called.endswith("</details>")) == (True, True)
     every = [line for line in report.table(measured, every=True).splitlines() if line.startswith("| align")]
     assert len(every) == 4
     assert "| align clip map, fp32 full |" in "\n".join(every)
