@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# The tests were run with the lower bounds here all at once (DeepSpeed: 0.19.7, whose ZeRO takes a step that 0.19.8 skips).
+# The tests were run with all lower bounds at once, but for DeepSpeed's: 0.19.7 takes a step of NaN that 0.19.8 skips.
 TRAIN = [
     "deepspeed>=0.19.8",
     "transformers>=5.19",
