@@ -6,7 +6,6 @@ wrong types and impossible combinations raise `ConfigError`, one line per mistak
 
 from __future__ import annotations
 
-import copy
 import difflib
 import json
 from pathlib import Path
@@ -402,7 +401,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         _apply_override(tree, override)
     _settle_teachers(tree)
     try:
-        text = json.dumps(tree, ensure_ascii=False).encode()
+        text = json.dumps(tree, ensure_ascii=False)
+        text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"{path}: {error.object[error.start : error.end]!r} is no character of any text") from None
     try:
@@ -467,10 +467,6 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     keys = dotted.split(".")
     if not equals or not all(keys):
         raise ConfigError(f"--set {override}: expected path.to.key=value, e.g. --set optimizer.lr=1e-4")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = text
     targets = [tree]
     for i, key in enumerate(keys[:-1]):
         targets = [child for target in targets for child in _children(target, key)]
@@ -478,7 +474,14 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: {'.'.join(keys[: i + 1])} is not an object with keys below it")
     for target in targets:
         for key in _keys(target) if keys[-1] == "*" else [keys[-1]]:
-            target[key] = copy.deepcopy(value)  # several targets, and a later override may be of one of them
+            target[key] = _value_of(text)  # its own for each target: a later override may be of one of them
+
+
+def _value_of(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _children(target: dict[str, Any], key: str) -> list[Any]:

@@ -81,6 +81,12 @@ def test_what_a_wildcard_gave_to_all_can_be_changed_for_one():
     assert {key: t.data.batch_size for key, t in cfg.teachers.items()} == {"clip": 4, "gdino": 2, "dinov2": 4}
 
 
+def test_brackets_without_end_are_a_mistake_like_others():
+    for depth in (330, 500, 900):
+        with pytest.raises(ConfigError, match=r"random\.json: "):
+            load_config(ROOT / "configs" / "random.json", [f"source={'[' * depth}{']' * depth}"])
+
+
 def test_a_teacher_may_have_the_name_of_a_type():
     with pytest.raises(ConfigError, match=r"teachers\.str\.weights: missing"):
         load_config(ROOT / "configs" / "random.json", ['teachers.str={"kind": "clip"}'])

@@ -258,7 +258,7 @@ def _unwritten(work: Callable[[], None]) -> str | None:
     try:
         work()
     except (OSError, RuntimeError) as error:
-        return (str(error) or type(error).__name__).splitlines()[0]
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     return None
 
 

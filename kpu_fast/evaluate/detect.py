@@ -29,8 +29,8 @@ SHORTEST, LONGEST, CANVAS, COUNT, SHOWN_ABOVE = 800, 1333, 192, 500, 0.3
 class Detector:
     """A GroundingDINO with its tokenizer and normalisation.
 
-    net: one of `_CLASSES`. mean, std: three numbers each, for images in [0, 1]. head: the teacher whose
-    head of a student it sees through, or None.
+    net: one of `_CLASSES`, in fp32 but for its image backbone (`cast_backbone`). mean, std: three numbers each, for
+    images in [0, 1]. head: the teacher whose head of a student it sees through, or None.
     """
 
     def __init__(self, net: nn.Module, tokenizer, mean: Sequence[float], std: Sequence[float]):

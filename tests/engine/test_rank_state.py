@@ -31,6 +31,14 @@ def test_tensors_of_a_gpu_arrive_on_the_cpu_and_famo_goes_on_from_them(monkeypat
     assert torch.equal(second.adam.state[second.w]["exp_avg"], first.adam.state[first.w]["exp_avg"])
 
 
+@pytest.mark.parametrize("text", ["\nthe disk is full", "the disk is full\nhere", "", "\n"])
+def test_what_could_not_be_written_always_has_a_word(text):
+    def write():
+        raise RuntimeError(text)
+
+    assert checkpoint._unwritten(write) == ("the disk is full" if "disk" in text else "RuntimeError")
+
+
 def test_damage_is_seen_before_deepspeed_loads(tmp_path):
     path = tmp_path / "state.pt"
     torch.save({"weight": torch.ones(1000)}, path)
