@@ -51,7 +51,7 @@ def load_detector(
     """GroundingDINO or MM Grounding DINO from a folder or hub id, whole.
 
     dtype: of its image backbone. The rest stays in fp32: boxes are refined in coordinates from 0 to 1, of which bf16
-    tells only 256 apart between 0.5 and 1.
+    has one every 1/256 between 0.5 and 1.
     Raises EvaluateError, naming `key`, where it is none.
     """
     try:

@@ -13,14 +13,11 @@ from kpu_fast.models.features import Features
 from kpu_fast.models.hf_files import usual_size
 from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, read_json
 from kpu_fast.models.student import Student
-from kpu_fast.models.teachers import backbone_types, build_teacher
+from kpu_fast.models.teachers import MODEL_TYPES, backbone_types, build_teacher
 from kpu_fast.models.vit import ViT
 
 _STUDENT = "kpu_fast.student"
-_SENTINELS = ("dinov2", "dinov2_with_registers")
-_TEACHERS = {"clip": "clip", "clip_vision_model": "clip"}
-_TEACHERS |= {model_type: "grounding_dino" for model_type in ("grounding-dino", "mm-grounding-dino")}
-_TEACHERS |= {model_type: "dinov2" for model_type in _SENTINELS}
+_TEACHERS = {model_type: kind for kind, types in MODEL_TYPES.items() for model_type in types or ()}
 _LARGEST = 224  # pixels; what classification is usually evaluated at, where a model does not ask for less
 
 
@@ -105,7 +102,7 @@ def load_encoder(
             net: nn.Module = Student.from_pretrained(folder)
             net = net.to(device=device, dtype=dtype)
             kind, size = "student", usual_size(net.vit.config)
-        elif sentinel and model_type in _SENTINELS:
+        elif sentinel and model_type in MODEL_TYPES["dinov2"]:
             vit = ViT.from_hf(folder)
             net = Student(vit=vit.config, adapter=None)
             net.vit.load_state_dict(vit.state_dict())

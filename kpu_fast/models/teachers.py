@@ -33,7 +33,7 @@ IMAGENET_MEAN_STD = IMAGENET_MEAN, IMAGENET_STD
 CLIP_MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # What config.json may call itself; None: every model type transformers has a backbone class for.
-_MODEL_TYPES = {
+MODEL_TYPES = {
     "clip": ("clip", "clip_vision_model"),
     "grounding_dino": ("grounding-dino", "mm-grounding-dino"),
     "dinov2": ("dinov2", "dinov2_with_registers"),
@@ -173,8 +173,8 @@ def build_teacher(name: str, cfg, *, device, dtype: torch.dtype, image_size: tup
 
     Raises WeightsError when the key, the files or the weights are not right.
     """
-    if cfg.kind not in _MODEL_TYPES:
-        raise WeightsError(f"teachers.{name}.kind: {cfg.kind!r} is not one of {', '.join(_MODEL_TYPES)}")
+    if cfg.kind not in MODEL_TYPES:
+        raise WeightsError(f"teachers.{name}.kind: {cfg.kind!r} is not one of {', '.join(MODEL_TYPES)}")
     if cfg.levels is not None and cfg.kind != "backbone":
         raise WeightsError(
             f'teachers.{name}.levels: only kind "backbone" has levels, this is {cfg.kind!r}; remove the key'
@@ -294,9 +294,9 @@ def _load_net(name: str, cfg, folder: Path, dtype: torch.dtype) -> nn.Module:
     key = f"teachers.{name}.weights"
     hf = import_transformers(key)
     model_type = read_json(key, folder / "config.json").get("model_type")
-    expected = _MODEL_TYPES[cfg.kind] or backbone_types()
+    expected = MODEL_TYPES[cfg.kind] or backbone_types()
     if model_type not in expected:
-        fits = [kind for kind, types in _MODEL_TYPES.items() if model_type in (types or backbone_types())]
+        fits = [kind for kind, types in MODEL_TYPES.items() if model_type in (types or backbone_types())]
         few = " or ".join(map(repr, expected)) if len(expected) < 4 else "that has a backbone, such as 'swin'"
         raise WeightsError(
             f"{key}: {folder} holds a model of type {model_type!r}, which kind {cfg.kind!r} cannot use; "
