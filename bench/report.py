@@ -208,7 +208,7 @@ def table(measured: Measured, *, every: bool = False) -> str:
     """
     groups = _by_op(measured.groups if every else _short(measured.groups, measured.on_gpu))
     graphs = [group for group in groups if group.mode == "graph" and not every]
-    others = [group for group in groups if group not in graphs]
+    others = [group for group in groups if group.mode != "graph" or every]
     lines = [_caption(measured, groups)]
     if graphs:
         lines += ["", "The device's time, each row replayed as a CUDA graph:", *_rows(graphs, measured.on_gpu, every)]
