@@ -68,7 +68,8 @@ def main() -> int:
     memory = peak_memory(world.device)  # before the count, whose step is not compiled
     shares = _time_parts(world, parts, streams, min(10, args.steps))
     kernels = _profile(parts, streams, min(3, args.steps)) if world.device.type == "cuda" else None
-    flop = _count_flop(parts, streams)
+    bucketed = args.images == "source" and any(teacher.data.buckets for teacher in cfg.teachers.values())
+    flop = _count_flop(parts, streams, min(10, args.steps) if bucketed else 1)
     images = world.size * cfg.images_per_step()
     device = device_name(world.device)
     result = {
@@ -189,14 +190,16 @@ def _profile(parts, streams, steps: int) -> list[dict]:
     ]
 
 
-def _count_flop(parts, streams) -> int:
-    """Floating-point operations of one step: matrix products, convolutions and torch's attention, as torch counts them.
+def _count_flop(parts, streams, steps: int) -> float:
+    """Floating-point operations of a step: matrix products, convolutions and torch's attention, as torch counts them.
 
-    What this project's own kernels compute is left out.
+    The mean of `steps`, as images of other buckets cost another number. What this project's own kernels compute is
+    left out.
     """
     with torch.compiler.set_stance("force_eager"), flop_counter() as counter:
-        _step(parts, streams)
-    return counter.get_total_flops()
+        for _ in range(steps):
+            _step(parts, streams)
+    return counter.get_total_flops() / steps
 
 
 def flop_counter() -> FlopCounterMode:

@@ -45,7 +45,7 @@ def source(tmp_path_factory):
 
 def config(source, **changes):
     values = {"source": source, "batch_size": BATCH, "size": (224, 224), "fit": "crop", "hw_decoder_load": 0.65}
-    values |= {"threads": 2, "crop_scale": (0.2, 1.0), "flip": True, "aspect_ratio_grouping": True}
+    values |= {"threads": 2, "crop_scale": (0.2, 1.0), "flip": True, "aspect_ratio_grouping": True, "buckets": []}
     return SimpleNamespace(**(values | changes))
 
 
@@ -72,8 +72,8 @@ def test_stream(benchmark, source, threads):
 def test_pillow(benchmark, source):
     index = load_or_scan(source)
     sizes = np.stack([index.height, index.width], axis=1)
-    options = {"crop_scale": (0.2, 1.0), "flip": True, "group": True, "rank": 0, "seed": 0}
-    sampler = Sampler(sizes, batch_size=BATCH, size=(224, 224), fit="crop", **options)
+    options = {"crop_scale": (0.2, 1.0), "flip": True, "step_batches": 1, "rank": 0, "seed": 0}
+    sampler = Sampler(sizes, batch_size=BATCH, canvases=[(224, 224)], fit="crop", **options)
     positions = iter(range(0, 10**9, BATCH))
 
     def batch():

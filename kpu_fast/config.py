@@ -63,12 +63,9 @@ class DataConfig(_Strict):
     crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)  # share of the image's area that a crop keeps
     flip: bool = True  # left and right change places in half of the images
     aspect_ratio_grouping: bool = True  # fit "pad": images that lie otherwise than size get batches of (W, H)
+    buckets: list[tuple[Multiple32, Multiple32]] = []  # … and those that a smaller (H, W) shows as large, batches of it
     threads: int = Field(default=4, ge=1)  # decoding threads
     hw_decoder_load: Fraction = 0.65  # share of JPEGs for the GPU's hardware decoder
-
-    def turns(self) -> bool:
-        """Whether images that lie otherwise than `size` get batches of (W, H)."""
-        return self.fit == "pad" and self.aspect_ratio_grouping and self.size[0] != self.size[1]
 
     @model_validator(mode="after")
     def _scale_fits(self) -> DataConfig:
@@ -77,8 +74,20 @@ class DataConfig(_Strict):
             raise _impossible(f"crop_scale: found [{low}, {high}]; expected 0 < low <= high <= 1")
         if self.fit == "pad" and _changed(self, "crop_scale"):
             raise _impossible('crop_scale: belongs to fit "crop"; found "pad"')
-        if self.fit == "crop" and _changed(self, "aspect_ratio_grouping"):
-            raise _impossible('aspect_ratio_grouping: belongs to fit "pad"; found "crop"')
+        if self.fit == "crop" and (changed := _changed(self, "aspect_ratio_grouping", "buckets")):
+            raise _impossible(f'{changed[0]}: belongs to fit "pad"; found "crop"')
+        return self
+
+    @model_validator(mode="after")
+    def _buckets_are_smaller(self) -> DataConfig:
+        if self.buckets and not self.aspect_ratio_grouping:
+            raise _impossible("buckets: belongs to aspect_ratio_grouping true; found false")
+        for height, width in self.buckets:
+            if height > self.size[0] or width > self.size[1] or (height, width) == self.size:
+                raise _impossible(
+                    f"buckets: [{height}, {width}] is not smaller than size {list(self.size)}: one side is to be "
+                    "shorter and none longer (portraits get each bucket turned)"
+                )
         return self
 
 

@@ -175,6 +175,17 @@ MISTAKES = [
     ("optimizer.betas=[0.9,0.9,0.9]", "optimizer.betas: found [0.9, 0.9, 0.9] (a list); it should be a list of two"),
     ("teachers.clip.data.crop_scale=[0.9,0.1]", "teachers.clip.data.crop_scale: found [0.9, 0.1]"),
     ("teachers.clip.data.aspect_ratio_grouping=false", 'clip.data.aspect_ratio_grouping: belongs to fit "pad"; found'),
+    ("teachers.clip.data.buckets=[[64,64]]", 'teachers.clip.data.buckets: belongs to fit "pad"; found "crop"'),
+    (
+        "teachers.gdino.data.buckets=[[64,288]]",
+        "gdino.data.buckets: [64, 288] is not smaller than size [192, 256]: one",
+    ),
+    (
+        "teachers.gdino.data.buckets=[[192,256]]",
+        "teachers.gdino.data.buckets: [192, 256] is not smaller than size [192, 256]",
+    ),
+    ("teachers.gdino.data.buckets=[[64,50]]", "teachers.gdino.data.buckets.0.1: found 50"),
+    ("teachers.gdino.data.buckets=[64,64]", "teachers.gdino.data.buckets.0: found 64"),
     ("teachers.gdino.data.crop_scale=[0.5,1]", 'teachers.gdino.data.crop_scale: belongs to fit "crop"; found "pad"'),
     ("teachers.clip.levels=[1]", 'teachers.clip.levels: found [1] with kind "clip"'),
     ("teachers.clip.levels=[]", "teachers.clip.levels: found [] (a list); list should have at least 1 item"),

@@ -17,7 +17,7 @@ import torch
 
 from kpu_fast.data.dali import import_dali
 from kpu_fast.data.index import Index
-from kpu_fast.data.sampler import Sampler
+from kpu_fast.data.sampler import Sampler, canvases
 from kpu_fast.data.sources import SourceError
 from kpu_fast.machine import is_out_of_memory
 
@@ -38,40 +38,45 @@ class Batch(NamedTuple):
 class Stream:
     """Endless full batches for one rank; `next(stream)` → Batch on `device`.
 
-    data_cfg: an object with source, batch_size, size (H, W), fit, hw_decoder_load, threads, crop_scale, flip and
-      aspect_ratio_grouping.
+    data_cfg: an object with source, batch_size, size (H, W), fit, hw_decoder_load, threads, crop_scale, flip,
+      aspect_ratio_grouping and buckets.
       fit "crop": a random part with crop_scale of the area and ratio 3/4–4/3, resized to size.
       fit "pad": the whole image resized to fit into size, placed top left, the rest IMAGENET_MEAN. With
-      aspect_ratio_grouping, images that lie otherwise than size come in batches of their own, of (W, H).
+      aspect_ratio_grouping, images that lie otherwise than size come in batches of their own, of (W, H), and those
+      that one of the smaller buckets shows as large in batches of that, either way.
       Both: antialiased bilinear; half of the images mirrored if flip.
     index: of data_cfg.source, from `load_or_scan`. device: "cpu" or a CUDA device, which then decodes too.
     seed: ≥ 0; fixes order, crops and flips. state: a string from `state()` to go on from. skip: batches of every rank
-    to pass over from there.
+    to pass over from there. step_batches: that all ranks together take for an optimiser step, whose canvases are of one
+    area; None: one from each.
 
     In each epoch every image comes once, at one rank; an epoch may end inside a batch, the next one fills it. Grouped
     images have epochs of their own, as fast as the others'.
     Raises SourceError when there are fewer images than ranks, ValueError on a bad argument or a state of another seed.
     """
 
-    def __init__(self, data_cfg, index: Index, *, rank, world_size, device, seed, state=None, skip=0):
+    def __init__(
+        self, data_cfg, index: Index, *, rank, world_size, device, seed, state=None, skip=0, step_batches=None
+    ):
         self._digest = index.digest()
         self._seed = seed
         self._source = data_cfg.source
         self._device = torch.device(device)
         self._check(data_cfg, len(index), rank, world_size)
         self._stride = world_size * data_cfg.batch_size
-        self._images_seen = (self._position_of(state) if state is not None else 0) + skip * self._stride
         sampler = Sampler(
             np.stack([index.height, index.width], axis=1),
             batch_size=data_cfg.batch_size,
-            size=data_cfg.size,
+            canvases=canvases(data_cfg),
             fit=data_cfg.fit,
             crop_scale=data_cfg.crop_scale,
             flip=data_cfg.flip,
-            group=data_cfg.aspect_ratio_grouping,
+            step_batches=world_size if step_batches is None else step_batches,
             rank=rank,
             seed=seed,
         )
+        position = self._position_of(state) if state is not None else 0
+        self._images_seen = sampler.align(position + skip * self._stride)
         crop = data_cfg.fit == "crop"
         self._handed_out: list[torch.Tensor] = []  # on a GPU: of the last batch, in DALI's memory
         self._in_use: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()  # of those before it

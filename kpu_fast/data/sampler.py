@@ -4,8 +4,10 @@ The images of all ranks form one endless sequence: epoch after epoch, each a new
 position p (images taken so far by all ranks together) rank r of R takes the `batch_size` entries from
 p + r·batch_size on; then p grows by R·batch_size.
 
-Where images of both orientations go on a canvas that is not square, each orientation has a sequence of its own and a
-batch is of one of them, on the canvas that lies as they do. The batches of the rarer one come at even distances.
+With several canvases an image goes on the one that suits it, a batch is of one canvas, and the images of each canvas
+have a sequence of their own. The batches of an optimiser step, of all ranks together, are of canvases of one area: a
+rank with a smaller one would wait for the others. Which it is follows from the step's number; the steps of each area
+come at even distances, as many as are its images, and so do the two orientations within them.
 """
 
 from typing import NamedTuple
@@ -32,31 +34,45 @@ class Plan(NamedTuple):
 class Sampler:
     """Plans of batches for one rank.
 
-    sizes: (N, 2) heights and widths; size: (H, W) of the batch; fit: "crop" or "pad"; crop_scale: range of the crop's
-    share of the area; flip: whether half of the images are mirrored; group: with "pad", whether images that lie
-    otherwise than size are given batches of (W, H).
+    sizes: (N, 2) heights and widths; canvases: of the batches, from `canvases`; fit: "crop" or "pad"; crop_scale: range
+    of the crop's share of the area; flip: whether half of the images are mirrored; step_batches: of an optimiser step,
+    those of all ranks together.
     """
 
-    def __init__(self, sizes, *, batch_size, size, fit, crop_scale, flip, group, rank, seed):
+    def __init__(self, sizes, *, batch_size, canvases, fit, crop_scale, flip, step_batches, rank, seed):
         self._sizes = sizes
         self._batch_size = batch_size
-        self._size = np.array(size, np.int32)
+        self._canvases = canvases
+        self._step_batches = step_batches
         self._fit = fit
         self._crop_scale = crop_scale
         self._flip = flip
         self._rank = rank
         self._seed = seed
-        turned = lie_otherwise(sizes, size) & (group and fit == "pad")
-        self._groups = [np.flatnonzero(~turned).astype(np.uint32), np.flatnonzero(turned).astype(np.uint32)]
+        suits = choose_canvas(sizes, canvases)
+        self._groups = [np.flatnonzero(suits == canvas).astype(np.uint32) for canvas in range(len(canvases))]
+        areas: dict[int, list[int]] = {}  # area: its canvases that hold images
+        for canvas, (height, width) in enumerate(canvases):
+            if len(self._groups[canvas]):
+                areas.setdefault(height * width, []).append(canvas)
+        self._areas = list(areas.values())
         self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def align(self, position: int) -> int:
+        """The first position from `position` on at which a step's batches begin, where that is of account.
+
+        A run may go on with other batches to a step, whose ranks would then have canvases of two areas in every step.
+        """
+        step = self._step_batches * self._batch_size
+        return position if len(self._areas) == 1 else -(-position // step) * step
 
     def plan(self, position: int) -> Plan:
         """The batch of this rank at `position` (see the head of the file)."""
         first = position + self._rank * self._batch_size
-        turned, start = self._group_at(first)
-        image = self._images(turned, np.arange(start, start + self._batch_size))
-        size = self._size[::-1] if turned else self._size
-        canvas = tuple(size.tolist())
+        group, start = self._group_at(first)
+        image = self._images(group, np.arange(start, start + self._batch_size))
+        canvas = self._canvases[group]
+        size = np.array(canvas, np.int32)
         uniform = self._uniforms(first)
         sizes = self._sizes[image]
         flip = ((uniform[:, -2] < 0.5) & self._flip).astype(np.int32)
@@ -68,14 +84,14 @@ class Sampler:
         return Plan(image, start, shape, np.tile(size, (len(image), 1)), flip, canvas)
 
     def _group_at(self, first: int) -> tuple[int, int]:
-        """(0 or, for the turned canvas, 1; place in that group's own sequence) of the batch at place `first`."""
-        count, turned = len(self._sizes), len(self._groups[1])
-        if turned in (0, count):
-            return int(turned > 0), first
-        number = first // self._batch_size
-        before, after = ((n * turned + count // 2) // count for n in (number, number + 1))
-        group = after - before
-        return group, (before if group else number - before) * self._batch_size
+        """(number of the canvas; place in the sequence of its images) of the batch at place `first`."""
+        if len(self._areas) == 1 and len(self._areas[0]) == 1:
+            return self._areas[0][0], first
+        step, batch = divmod(first // self._batch_size, self._step_batches)
+        area, step = _share_out(step, [sum(len(self._groups[g]) for g in groups) for groups in self._areas])
+        groups = self._areas[area]
+        group, number = _share_out(step * self._step_batches + batch, [len(self._groups[g]) for g in groups])
+        return groups[group], number * self._batch_size
 
     def _images(self, group: int, positions: np.ndarray) -> np.ndarray:
         count = len(self._groups[group])
@@ -103,10 +119,34 @@ class Sampler:
         return generator.random((self._batch_size, _DRAWS))
 
 
-def lie_otherwise(sizes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(N,) bool: which of the (N, 2) heights and widths are upright where `size` (H, W) is wide, or the other way."""
-    lies = np.sign(size[1] - size[0])  # 1: wider than high; 0: square, which no image lies otherwise than
-    return lies * (sizes[:, 0].astype(np.int64) - sizes[:, 1]) > 0
+def canvases(data_cfg) -> list[tuple[int, int]]:
+    """Heights and widths that a teacher's batches may have, its `size` first, the other orientation after each."""
+    if data_cfg.fit == "crop" or not data_cfg.aspect_ratio_grouping:
+        return [tuple(data_cfg.size)]
+    every = [pair for h, w in (data_cfg.size, *data_cfg.buckets) for pair in ((h, w), (w, h))]
+    return list(dict.fromkeys(every))  # a square has one orientation
+
+
+def choose_canvas(sizes: np.ndarray, canvases: list[tuple[int, int]]) -> np.ndarray:
+    """(N,) numbers of canvases: for each of the (N, 2) heights and widths the smallest on which it is largest."""
+    canvas = np.array(canvases, np.float64)
+    scale = (canvas / sizes[:, None]).min(axis=2)  # (N, canvases)
+    area = np.where(scale == scale.max(axis=1, keepdims=True), canvas.prod(axis=1), np.inf)
+    return area.argmin(axis=1)
+
+
+def _share_out(number: int, counts: list[int]) -> tuple[int, int]:
+    """Whose turn the turn `number` is, when each has turns in proportion to its count, evenly spread, and how many
+    turns it had before.
+    """
+    rest = sum(counts)
+    for which in range(len(counts) - 1, 0, -1):
+        before, after = ((n * counts[which] + rest // 2) // rest for n in (number, number + 1))
+        if after > before:
+            return which, before
+        number -= before
+        rest -= counts[which]
+    return 0, number
 
 
 def _random_crop(sizes, uniform, scale):

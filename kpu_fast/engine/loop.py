@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from kpu_fast.config import Config, unknown_deepspeed_keys
 from kpu_fast.data.pipeline import Stream
-from kpu_fast.data.sampler import lie_otherwise
+from kpu_fast.data.sampler import canvases, choose_canvas
 from kpu_fast.data.scan import Index, load_or_scan, load_same
 from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints, is_finite, resolve_resume
 from kpu_fast.engine.distributed import World, first_problem, from_rank0, init_distributed, shared
@@ -133,10 +133,10 @@ def build(cfg: Config, world: World, indexes: dict[str, Index] | None = None) ->
         optimizer = build_optimizer(cfg.optimizer, module, where)
         scheduler = build_scheduler(cfg.optimizer, optimizer, cfg.steps)
     if cfg.compile:
-        # torch stops compiling a module after 8 graphs, without an error. A teacher's images may lie in two ways, and
-        # FAMO's second look is one more graph for each.
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, 4 * len(teachers))
+        # torch stops compiling a module after 8 graphs, without an error. Each of a teacher's canvases is one, and
+        # FAMO's second look one more.
+        graphs = 2 * sum(len(canvases(teacher.data)) for teacher in cfg.teachers.values())
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
         for compiled in (module, *teachers.values()):
             # One graph for each shape, no symbols; and not DeepSpeed's hook around it, which torch 2.11 cannot trace.
             compiled.forward = torch.compile(compiled.forward, dynamic=False)
@@ -204,8 +204,8 @@ def build_models(cfg: Config, device: torch.device) -> tuple[dict[str, Teacher],
         for name, teacher in cfg.teachers.items()
     }
     for name, teacher in cfg.teachers.items():
-        if teacher.data.turns():
-            teachers[name].check_turned(teacher.data.size)
+        for canvas in canvases(teacher.data)[1:]:
+            teachers[name].check_size(canvas)
     specs = {name: teacher.spec for name, teacher in teachers.items()}
     torch.manual_seed(cfg.seed)  # all ranks start from the same weights
     student = Student.from_config(cfg.student, specs, activation_checkpointing=cfg.activation_checkpointing)
@@ -371,6 +371,7 @@ def open_streams(
     seed: of the first stream, the others count on from it; None: from cfg.seed. skip: batches to pass over.
     """
     place = {"rank": world.rank, "world_size": world.size, "device": world.device, "skip": skip}
+    place["step_batches"] = world.size * cfg.gradient_accumulation_steps
     first = cfg.seed * len(cfg.teachers) if seed is None else seed
     streams = {}
     for i, (name, teacher) in enumerate(cfg.teachers.items()):
@@ -440,6 +441,8 @@ def _announce(cfg: Config, world: World, parts: Parts) -> None:
         print(f"{name}: {each} images of {data.size[0]}x{data.size[1]} per rank and step{all_ranks}{in_turns}")
         print(f"  {epochs:,.2f} epochs in {cfg.steps:,} steps, from {source}")
         print(f"  {index.summary()}")
-        turned = lie_otherwise(np.stack([index.height, index.width], axis=1), data.size).sum() if data.turns() else 0
-        if turned:
-            print(f"  {turned:,} of them lie the other way and come in batches of {data.size[1]}x{data.size[0]}")
+        shapes = canvases(data)
+        suits = choose_canvas(np.stack([index.height, index.width], axis=1), shapes)
+        for (height, width), count in zip(shapes[1:], np.bincount(suits, minlength=len(shapes))[1:], strict=True):
+            if count:
+                print(f"  {count:,} of them come in batches of {height}x{width}")

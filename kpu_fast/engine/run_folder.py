@@ -132,6 +132,7 @@ def read_recorded(folder: Path) -> dict:
     tree["objective"].setdefault("centre", False)
     for teacher in tree["teachers"].values():
         teacher["data"].setdefault("aspect_ratio_grouping", teacher["data"].get("fit") != "pad")
+        teacher["data"].setdefault("buckets", [])
     return tree
 
 

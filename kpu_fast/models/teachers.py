@@ -116,18 +116,19 @@ class Teacher(nn.Module):
         h, w = (side // self.patch_size for side in pixels.shape[-2:])
         return tokens[:, self.first_patch :].unflatten(1, (h, w))  # (B, h, w, C)
 
-    def check_turned(self, image_size: tuple[int, int]) -> None:
-        """Raises WeightsError unless images of (W, H) give the grids of its `image_size` (H, W), turned.
+    def check_size(self, image_size: tuple[int, int]) -> None:
+        """Raises WeightsError unless images of (H, W) give maps of the sizes that its strides promise, give or take 1.
 
         Some networks of transformers read a map by the image size in their config: they mix the cells of any other.
         """
-        width, height = image_size
-        grids = [tuple(m.shape[1:3]) for m in self._look((height, width)).maps]
-        if [(w, h) for h, w in grids] != self.grids:
+        height, width = image_size
+        grids = [tuple(m.shape[1:3]) for m in self._look(image_size).maps]
+        expected = [(cells(height, stride), cells(width, stride)) for stride in self.spec.strides]
+        if any(abs(h - h2) > 1 or abs(w - w2) > 1 for (h, w), (h2, w2) in zip(grids, expected, strict=True)):
+            found, right = (", ".join(f"{h}×{w}" for h, w in some) for some in (grids, expected))
             raise WeightsError(
-                f"teachers.{self.name}: does not take portraits: images of {height}×{width} give maps of "
-                f"{', '.join(f'{h}×{w}' for h, w in grids)} cells; set "
-                f"teachers.{self.name}.data.aspect_ratio_grouping to false"
+                f"teachers.{self.name}: takes images of one shape: those of {height}×{width} give maps of {found} "
+                f"cells, not {right}; set teachers.{self.name}.data.aspect_ratio_grouping to false, without buckets"
             )
 
     def _look(self, image_size: tuple[int, int]) -> Features:
@@ -149,7 +150,6 @@ class Teacher(nn.Module):
                 raise WeightsError(
                     f"teachers.{self.name}: a feature map of shape {tuple(m.shape)}, expected (B, h, w, C)"
                 )
-        self.grids = [tuple(m.shape[1:3]) for m in maps]
         strides = tuple(_stride(image_size, m.shape[1:3], self.patch_size) for m in maps)
         return FeatureSpec(None if x is None else x.shape[1], tuple(m.shape[3] for m in maps), strides)
 

@@ -41,7 +41,7 @@ def write_tar(path, members):
 
 def config(**changes):
     values = {"source": "the source", "batch_size": 4, "size": (32, 32), "fit": "crop", "hw_decoder_load": 0.65}
-    values |= {"threads": 1, "crop_scale": (0.2, 1.0), "flip": True, "aspect_ratio_grouping": True}
+    values |= {"threads": 1, "crop_scale": (0.2, 1.0), "flip": True, "aspect_ratio_grouping": True, "buckets": []}
     return SimpleNamespace(**(values | changes))
 
 

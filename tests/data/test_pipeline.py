@@ -116,6 +116,29 @@ def test_grouped_batches_lie_as_their_images_do(folder, make):
     assert all(same(next(resumed), batch) for batch in batches[3:8])
 
 
+def test_buckets_leave_less_empty_and_every_image_as_large(folder, make):
+    """Of 96 × 128, 128 × 96 and 64 × 64 none fills 96 × 160."""
+    index = load_or_scan(str(folder))
+    options = {"source": str(folder), "fit": "pad", "size": (96, 160), "batch_size": 2, "flip": False}
+    found = {}
+    for buckets in ([], [(96, 128), (96, 96)]):
+        batches = take(stream(index, make.config(**options, buckets=buckets)), 40)
+        for images, valid in batches:
+            for image, real in zip(images, valid, strict=True):
+                part = image[:, real.any(dim=1)][:, :, real.any(dim=0)]
+                found.setdefault(part.numpy().tobytes(), {})[bool(buckets)] = (part.shape, real.shape)
+    assert len(found) == 10
+    used = {(96, 128): (96, 128), (128, 96): (128, 96), (96, 96): (96, 96)}
+    for shapes in found.values():  # the same pixels
+        (part, wide), (same_part, fitting) = shapes[False], shapes[True]
+        assert part == same_part
+        assert tuple(wide) in {(96, 160), (160, 96)}
+        assert tuple(fitting) == used[part[1:]]
+    with_step = Stream(make.config(**options, buckets=buckets), index, rank=0, world_size=1, device="cpu", seed=0,
+                       skip=3, step_batches=4)  # fmt: skip
+    assert with_step.images_seen == 8
+
+
 def test_padding_is_zero_after_normalisation(photo, make):
     _, index = photo
     batch = next(stream(index, make.config(fit="pad", size=(64, 256))))
@@ -201,7 +224,7 @@ import hashlib, sys
 from types import SimpleNamespace
 from kpu_fast.data import Stream, load_or_scan
 cfg = SimpleNamespace(source=sys.argv[1], batch_size=4, size=(32, 32), fit="crop", hw_decoder_load=0.65, threads=3,
-                      crop_scale=(0.2, 1.0), flip=True, aspect_ratio_grouping=True)
+                      crop_scale=(0.2, 1.0), flip=True, aspect_ratio_grouping=True, buckets=[])
 stream = Stream(cfg, load_or_scan(sys.argv[1]), rank=0, world_size=1, device="cpu", seed=3)
 print(hashlib.sha256(b"".join(next(stream).images.numpy().tobytes() for _ in range(6))).hexdigest())
 """

@@ -1,17 +1,20 @@
 """Order, sharding and crops, checked by counting; no image is read."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from kpu_fast.data.sampler import RATIO, Sampler
+from kpu_fast.data.sampler import RATIO, Sampler, canvases, choose_canvas
 
 SIZES = np.random.default_rng(0).integers(30, 900, (101, 2)).astype(np.int32)
 
 
 def sampler(sizes=SIZES, **changes):
-    values = {"batch_size": 8, "size": (64, 96), "fit": "crop", "crop_scale": (0.2, 1.0), "flip": True}
-    values |= {"group": True, "rank": 0, "seed": 7}
-    return Sampler(sizes, **(values | changes))
+    data = {"size": (64, 96), "fit": "crop", "aspect_ratio_grouping": True, "buckets": []}
+    data |= {key: changes.pop(key) for key in data if key in changes}
+    values = {"batch_size": 8, "crop_scale": (0.2, 1.0), "flip": True, "step_batches": 1, "rank": 0, "seed": 7}
+    return Sampler(sizes, canvases=canvases(SimpleNamespace(**data)), fit=data["fit"], **(values | changes))
 
 
 def sequence(world_size, batch_size, steps, **changes):
@@ -83,7 +86,7 @@ def test_a_strip_gives_its_centre(size, part):
     [((100, 100), (64, 64)), ((10, 40), (24, 96)), ((640, 10), (64, 1)), ((1, 5000), (1, 96)), ((64, 96), (64, 96))],
 )
 def test_pad_keeps_the_aspect_and_fills_the_tighter_side(size, target):
-    plan = sampler(np.array([size], np.int32), fit="pad", batch_size=1, group=False).plan(0)
+    plan = sampler(np.array([size], np.int32), fit="pad", batch_size=1, aspect_ratio_grouping=False).plan(0)
     assert plan.target[0].tolist() == list(target)
     assert plan.shape[0].tolist() == list(size)
     assert plan.canvas == (64, 96)
@@ -135,6 +138,74 @@ def test_grouped_ranks_share_one_sequence_of_batches():
     epochs = turned[: len(turned) // count * count].reshape(-1, count)
     assert all(len(set(epoch)) == count for epoch in epochs.tolist())
     assert np.mean(epochs[0] == epochs[1]) < 0.2
+
+
+BUCKETS = ((64, 64), (64, 80), (64, 96))
+# (number of images, height, width, canvas): as large as on 64 × 96 or 96 × 64, and no larger a canvas than that takes
+PLACED = [
+    (40, 480, 640, (64, 96)), (30, 480, 600, (64, 80)), (7, 600, 480, (80, 64)), (11, 500, 500, (64, 64)),
+    (9, 96, 64, (96, 64)), (3, 10, 900, (64, 96)),
+]  # fmt: skip
+
+
+def placed():
+    return np.array([(height, width) for count, height, width, _ in PLACED for _ in range(count)], np.int32)
+
+
+def bucketed(**changes):
+    return sampler(placed(), **({"fit": "pad", "buckets": BUCKETS[:2], "batch_size": 4} | changes))
+
+
+def test_an_image_goes_on_the_smallest_canvas_that_shows_it_as_large():
+    data = SimpleNamespace(size=(64, 96), fit="pad", aspect_ratio_grouping=True, buckets=list(BUCKETS[:2]))
+    shapes = canvases(data)
+    assert shapes == [(64, 96), (96, 64), (64, 64), (64, 80), (80, 64)]
+    assert [shapes[which] for which in choose_canvas(placed(), shapes)] == [
+        canvas for count, *_, canvas in PLACED for _ in range(count)
+    ]
+    every = np.random.default_rng(1).integers(1, 2000, (5000, 2)).astype(np.int32)
+    chosen = choose_canvas(every, shapes)
+    scale = np.array([[min(h / height, w / width) for h, w in shapes] for height, width in every])
+    area = np.array([h * w for h, w in shapes])
+    for row, which in zip(scale, chosen, strict=True):
+        assert row[which] == row.max()
+        assert area[which] == area[row == row.max()].min()
+    without = canvases(SimpleNamespace(**(vars(data) | {"buckets": []})))
+    assert np.array_equal(scale.max(axis=1), scale[:, : len(without)].max(axis=1))  # no image larger or smaller
+
+
+@pytest.mark.parametrize("step_batches", [1, 3, 8])
+def test_the_batches_of_a_step_have_one_area_and_hold_every_image_equally_often(step_batches):
+    ranks = [bucketed(rank=rank, step_batches=step_batches) for rank in range(step_batches)]
+    steps = 3 * 100  # three times the images: whole turns of every canvas
+    plans = [[one.plan(4 * step_batches * step) for one in ranks] for step in range(steps)]
+    areas = [{plan.canvas[0] * plan.canvas[1] for plan in step} for step in plans]
+    assert all(len(found) == 1 for found in areas)
+    expected = np.repeat([canvas for *_, canvas in PLACED], [count for count, *_ in PLACED], axis=0)
+    for plan in (plan for step in plans for plan in step):
+        assert (expected[plan.image] == plan.canvas).all()
+        assert (plan.target <= plan.canvas).all()
+    seen = np.bincount(np.concatenate([plan.image for step in plans for plan in step]), minlength=100)
+    assert seen.tolist() == [12 * step_batches] * 100
+    # Evenly: no stretch of steps has two more or less of an area than its share.
+    for area, images in ((64 * 96, 52), (64 * 64, 11), (64 * 80, 37)):
+        share = np.arange(1, steps + 1) * images / 100
+        assert np.abs(np.cumsum([area in found for found in areas]) - share).max() < 2
+    assert {canvas for step in plans for canvas in {plan.canvas for plan in step}} == set(map(tuple, expected.tolist()))
+
+
+def test_one_rank_that_accumulates_sees_what_many_ranks_see():
+    one = bucketed(step_batches=6)
+    ranks = [bucketed(rank=rank, step_batches=6) for rank in range(3)]
+    for number in range(60):
+        found, expected = ranks[number % 3].plan(12 * (number // 3)), one.plan(4 * number)
+        for field in expected._fields:
+            assert np.array_equal(getattr(found, field), getattr(expected, field)), field
+
+
+def test_a_position_inside_a_step_is_moved_to_its_end_where_areas_differ():
+    assert [bucketed(step_batches=3).align(position) for position in (0, 4, 12, 13)] == [0, 12, 12, 24]
+    assert [bucketed(step_batches=3, buckets=[]).align(position) for position in (0, 4, 13)] == [0, 4, 13]
 
 
 def test_flip_can_be_switched_off():

@@ -94,7 +94,7 @@ def test_what_an_older_version_did_otherwise_is_a_change(tiny, tmp_path):
     tree = json.loads(record.read_text())
     del tree["config"]["objective"]["centre"]
     for teacher in tree["config"]["teachers"].values():
-        del teacher["data"]["aspect_ratio_grouping"]
+        del teacher["data"]["aspect_ratio_grouping"], teacher["data"]["buckets"]
     record.write_text(json.dumps(tree))
     assert run_folder.changed_settings(tmp_path, cfg) == ["objective.centre"]
     assert run_folder.record_run(tmp_path, cfg, tmp_path, 4) == [

@@ -154,7 +154,12 @@ def test_the_gap_is_that_of_the_tokens_themselves(made, request):
     own, common = {}, {}
     for name, teacher in teachers.items():
         block = blocks[name]["data"]
-        data = {**block, "size": tuple(block["size"]), "aspect_ratio_grouping": False}  # as older runs had it
+        data = {
+            **block,
+            "size": tuple(block["size"]),
+            "aspect_ratio_grouping": False,
+            "buckets": [],
+        }  # as older runs had it
         data = SimpleNamespace(**data)
         stream = Stream(data, load_or_scan(data.source), rank=0, world_size=1, device=torch.device("cpu"), seed=SEED)
         seen, unified = [], []

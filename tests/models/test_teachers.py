@@ -156,14 +156,14 @@ def test_dinov2_sees_the_nearest_multiple_of_its_patch(saved, checkpoint, size):
     assert maps[0].shape[1:3] == tuple(grid)
 
 
-def test_a_network_that_mixes_the_cells_of_portraits_is_refused():
+def test_a_network_that_mixes_the_cells_of_other_sizes_is_refused():
     """Hiera reads its maps by the image size in its config."""
     hiera = dict(HIERA, model_type="hiera", image_size=[64, 96])
     teacher = build("backbone", arch=hiera, levels=[1, 2], image_size=WIDE)
-    with pytest.raises(WeightsError, match=r"does not take portraits: images of 96×64 give maps of 16×24, 8×12 cells"):
-        teacher.check_turned(WIDE)
+    with pytest.raises(WeightsError, match=r"those of 96×64 give maps of 16×24, 8×12 cells, not 24×16, 12×8"):
+        teacher.check_size(WIDE[::-1])
     for kind, arch in (("grounding_dino", {"embed_dim": 8, "num_heads": [1, 1, 1, 1]}), ("clip", CLIP)):
-        build(kind, arch=arch, image_size=WIDE).check_turned(WIDE)
+        build(kind, arch=arch, image_size=WIDE).check_size(WIDE[::-1])
 
 
 def test_backbone_gives_the_stages_asked_for(saved):
