@@ -2,7 +2,8 @@
 
 Runs `--warmup` steps, then `--steps` steps as the training does, without a wait in between (step time, images/s, peak
 memory), then a few steps with a wait after every part (share of each part), on a GPU a few more under torch.profiler
-(its kernels, and how long it had none), and counts the operations of one. Prints a table and writes one JSON with
+(its kernels, and how long it had none), and counts the operations of one
+(of ten, and their mean, where images come in buckets). Prints a table and writes one JSON with
 device and versions to --out. Times mean something on a GPU only; on a CPU the shares, the memory and the count do.
 --images random takes batches that lie on the device instead of decoding: the step without its data, and without DALI.
 """

@@ -81,13 +81,19 @@ class DataConfig(_Strict):
     @model_validator(mode="after")
     def _buckets_are_smaller(self) -> DataConfig:
         if self.buckets and not self.aspect_ratio_grouping:
-            raise _impossible("buckets: belongs to aspect_ratio_grouping true; found false")
+            raise _impossible("buckets: belongs to aspect_ratio_grouping true; found false: set buckets to [] as well")
         for height, width in self.buckets:
             if height > self.size[0] or width > self.size[1] or (height, width) == self.size:
                 raise _impossible(
                     f"buckets: [{height}, {width}] is not smaller than size {list(self.size)}: one side is to be "
-                    "shorter and none longer (portraits get each bucket turned)"
+                    "shorter and none longer (portraits get each bucket turned); take it out, or set buckets to []"
                 )
+            for large in (self.size, self.size[::-1]):
+                if large[0] > height and large[1] > width:
+                    raise _impossible(
+                        f"buckets: [{height}, {width}] suits no image, each is larger on {list(large)}; make one side "
+                        "as long as one of size"
+                    )
         return self
 
 

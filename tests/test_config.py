@@ -184,6 +184,11 @@ MISTAKES = [
         "teachers.gdino.data.buckets=[[192,256]]",
         "teachers.gdino.data.buckets: [192, 256] is not smaller than size [192, 256]",
     ),
+    (
+        "teachers.gdino.data.buckets=[[160,224]]",
+        "gdino.data.buckets: [160, 224] suits no image, each is larger on [192, 256]; make one side as long",
+    ),
+    ("teachers.gdino.data.buckets=[[192,160]]", "[192, 160] suits no image, each is larger on [256, 192]; make"),
     ("teachers.gdino.data.buckets=[[64,50]]", "teachers.gdino.data.buckets.0.1: found 50"),
     ("teachers.gdino.data.buckets=[64,64]", "teachers.gdino.data.buckets.0: found 64"),
     ("teachers.gdino.data.crop_scale=[0.5,1]", 'teachers.gdino.data.crop_scale: belongs to fit "crop"; found "pad"'),

@@ -17,7 +17,7 @@ import torch
 
 from kpu_fast.data.dali import import_dali
 from kpu_fast.data.index import Index
-from kpu_fast.data.sampler import Sampler, canvases
+from kpu_fast.data.sampler import Sampler, canvases_of
 from kpu_fast.data.sources import SourceError
 from kpu_fast.machine import is_out_of_memory
 
@@ -62,16 +62,17 @@ class Stream:
         self._seed = seed
         self._source = data_cfg.source
         self._device = torch.device(device)
-        self._check(data_cfg, len(index), rank, world_size)
+        step_batches = world_size if step_batches is None else step_batches
+        self._check(data_cfg, len(index), rank, world_size, step_batches)
         self._stride = world_size * data_cfg.batch_size
         sampler = Sampler(
             np.stack([index.height, index.width], axis=1),
             batch_size=data_cfg.batch_size,
-            canvases=canvases(data_cfg),
+            canvases=canvases_of(data_cfg),
             fit=data_cfg.fit,
             crop_scale=data_cfg.crop_scale,
             flip=data_cfg.flip,
-            step_batches=world_size if step_batches is None else step_batches,
+            step_batches=step_batches,
             rank=rank,
             seed=seed,
         )
@@ -129,13 +130,15 @@ class Stream:
         """What `Stream(…, state=…)` needs to hand out the batches that would come next. The same at every rank."""
         return json.dumps({"images_seen": self._images_seen, "seed": self._seed, "images": self._digest})
 
-    def _check(self, data_cfg, images, rank, world_size):
+    def _check(self, data_cfg, images, rank, world_size, step_batches):
         if data_cfg.fit not in ("crop", "pad"):
             raise ValueError(f"data.fit is {data_cfg.fit!r}: expected 'crop' or 'pad'")
         if self._device.type not in ("cpu", "cuda"):
             raise ValueError(f"device is {str(self._device)!r}: images go to 'cpu' or 'cuda'")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} of {world_size}: expected 0 ≤ rank < world_size")
+        if step_batches < 1 or step_batches % world_size:
+            raise ValueError(f"step_batches is {step_batches}: expected a multiple of the {world_size} ranks")
         if images < world_size:
             raise SourceError(
                 f"source {self._source!r} has {images} usable images for {world_size} ranks: "

@@ -7,7 +7,8 @@ p + r·batch_size on; then p grows by R·batch_size.
 With several canvases an image goes on the one that suits it, a batch is of one canvas, and the images of each canvas
 have a sequence of their own. The batches of an optimiser step, of all ranks together, are of canvases of one area: a
 rank with a smaller one would wait for the others. Which it is follows from the step's number; the steps of each area
-come at even distances, as many as are its images, and so do the two orientations within them.
+come at even distances, as many as are its images, and so do the two orientations within them. The first step has the
+largest: what does not fit into memory is seen at once.
 """
 
 from typing import NamedTuple
@@ -34,9 +35,9 @@ class Plan(NamedTuple):
 class Sampler:
     """Plans of batches for one rank.
 
-    sizes: (N, 2) heights and widths; canvases: of the batches, from `canvases`; fit: "crop" or "pad"; crop_scale: range
-    of the crop's share of the area; flip: whether half of the images are mirrored; step_batches: of an optimiser step,
-    those of all ranks together.
+    sizes: (N, 2) heights and widths; canvases: of the batches, from `canvases_of`; fit: "crop" or "pad"; crop_scale:
+    range of the crop's share of the area; flip: whether half of the images are mirrored; step_batches: of an optimiser
+    step, those of all ranks together.
     """
 
     def __init__(self, sizes, *, batch_size, canvases, fit, crop_scale, flip, step_batches, rank, seed):
@@ -55,7 +56,7 @@ class Sampler:
         for canvas, (height, width) in enumerate(canvases):
             if len(self._groups[canvas]):
                 areas.setdefault(height * width, []).append(canvas)
-        self._areas = list(areas.values())
+        self._areas = [areas[area] for area in sorted(areas)]
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def align(self, position: int) -> int:
@@ -88,10 +89,12 @@ class Sampler:
         if len(self._areas) == 1 and len(self._areas[0]) == 1:
             return self._areas[0][0], first
         step, batch = divmod(first // self._batch_size, self._step_batches)
-        area, step = _share_out(step, [sum(len(self._groups[g]) for g in groups) for groups in self._areas])
+        images = [sum(len(self._groups[group]) for group in groups) for groups in self._areas]
+        area, steps_before = _share_out(step, images, early=True)
         groups = self._areas[area]
-        group, number = _share_out(step * self._step_batches + batch, [len(self._groups[g]) for g in groups])
-        return groups[group], number * self._batch_size
+        number = steps_before * self._step_batches + batch
+        turn, before = _share_out(number, [len(self._groups[group]) for group in groups])
+        return groups[turn], before * self._batch_size
 
     def _images(self, group: int, positions: np.ndarray) -> np.ndarray:
         count = len(self._groups[group])
@@ -108,7 +111,10 @@ class Sampler:
             if len(kept) > 1:
                 del self._orders[min(kept)]
             order = self._groups[group].copy()
-            np.random.default_rng([self._seed, epoch] + [1] * group).shuffle(order)
+            canvas, size = self._canvases[group], self._canvases[0]
+            # By the shape, not by the place among the buckets; size and size turned as before there were any.
+            key = [] if canvas == size else [1] if canvas == size[::-1] else list(canvas)
+            np.random.default_rng([self._seed, epoch, *key]).shuffle(order)
             self._orders[group, epoch] = order
         return self._orders[group, epoch]
 
@@ -119,7 +125,7 @@ class Sampler:
         return generator.random((self._batch_size, _DRAWS))
 
 
-def canvases(data_cfg) -> list[tuple[int, int]]:
+def canvases_of(data_cfg) -> list[tuple[int, int]]:
     """Heights and widths that a teacher's batches may have, its `size` first, the other orientation after each."""
     if data_cfg.fit == "crop" or not data_cfg.aspect_ratio_grouping:
         return [tuple(data_cfg.size)]
@@ -129,19 +135,25 @@ def canvases(data_cfg) -> list[tuple[int, int]]:
 
 def choose_canvas(sizes: np.ndarray, canvases: list[tuple[int, int]]) -> np.ndarray:
     """(N,) numbers of canvases: for each of the (N, 2) heights and widths the smallest on which it is largest."""
-    canvas = np.array(canvases, np.float64)
-    scale = (canvas / sizes[:, None]).min(axis=2)  # (N, canvases)
-    area = np.where(scale == scale.max(axis=1, keepdims=True), canvas.prod(axis=1), np.inf)
-    return area.argmin(axis=1)
+    chosen = np.zeros(len(sizes), np.intp)
+    if len(canvases) == 1:
+        return chosen
+    largest = np.zeros(len(sizes))  # scale so far; by rising area, so that only a larger image is worth a larger canvas
+    for number in sorted(range(len(canvases)), key=lambda number: canvases[number][0] * canvases[number][1]):
+        scale = np.minimum(canvases[number][0] / sizes[:, 0], canvases[number][1] / sizes[:, 1])
+        chosen[scale > largest] = number
+        np.maximum(largest, scale, out=largest)
+    return chosen
 
 
-def _share_out(number: int, counts: list[int]) -> tuple[int, int]:
+def _share_out(number: int, counts: list[int], early: bool = False) -> tuple[int, int]:
     """Whose turn the turn `number` is, when each has turns in proportion to its count, evenly spread, and how many
-    turns it had before.
+    turns it had before. early: the first turn is the last one's; else each waits for half a distance.
     """
     rest = sum(counts)
     for which in range(len(counts) - 1, 0, -1):
-        before, after = ((n * counts[which] + rest // 2) // rest for n in (number, number + 1))
+        start = rest - 1 if early else rest // 2
+        before, after = ((n * counts[which] + start) // rest for n in (number, number + 1))
         if after > before:
             return which, before
         number -= before

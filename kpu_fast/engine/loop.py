@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from kpu_fast.config import Config, unknown_deepspeed_keys
 from kpu_fast.data.pipeline import Stream
-from kpu_fast.data.sampler import canvases, choose_canvas
+from kpu_fast.data.sampler import canvases_of, choose_canvas
 from kpu_fast.data.scan import Index, load_or_scan, load_same
 from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints, is_finite, resolve_resume
 from kpu_fast.engine.distributed import World, first_problem, from_rank0, init_distributed, shared
@@ -135,7 +135,7 @@ def build(cfg: Config, world: World, indexes: dict[str, Index] | None = None) ->
     if cfg.compile:
         # torch stops compiling a module after 8 graphs, without an error. Each of a teacher's canvases is one, and
         # FAMO's second look one more.
-        graphs = 2 * sum(len(canvases(teacher.data)) for teacher in cfg.teachers.values())
+        graphs = 2 * sum(len(canvases_of(teacher.data)) for teacher in cfg.teachers.values())
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
         for compiled in (module, *teachers.values()):
             # One graph for each shape, no symbols; and not DeepSpeed's hook around it, which torch 2.11 cannot trace.
@@ -204,8 +204,8 @@ def build_models(cfg: Config, device: torch.device) -> tuple[dict[str, Teacher],
         for name, teacher in cfg.teachers.items()
     }
     for name, teacher in cfg.teachers.items():
-        for canvas in canvases(teacher.data)[1:]:
-            teachers[name].check_size(canvas)
+        if len(sizes := canvases_of(teacher.data)) > 1:
+            teachers[name].check_sizes(sizes)
     specs = {name: teacher.spec for name, teacher in teachers.items()}
     torch.manual_seed(cfg.seed)  # all ranks start from the same weights
     student = Student.from_config(cfg.student, specs, activation_checkpointing=cfg.activation_checkpointing)
@@ -368,10 +368,11 @@ def open_streams(
 ) -> dict[str, Stream]:
     """One stream per teacher; `states` are what the streams of an earlier run returned from state().
 
-    seed: of the first stream, the others count on from it; None: from cfg.seed. skip: batches to pass over.
+    seed: of the first stream, the others count on from it, and no step is accumulated; None: from cfg.seed, for
+    training. skip: batches to pass over.
     """
     place = {"rank": world.rank, "world_size": world.size, "device": world.device, "skip": skip}
-    place["step_batches"] = world.size * cfg.gradient_accumulation_steps
+    place["step_batches"] = world.size * (cfg.gradient_accumulation_steps if seed is None else 1)
     first = cfg.seed * len(cfg.teachers) if seed is None else seed
     streams = {}
     for i, (name, teacher) in enumerate(cfg.teachers.items()):
@@ -441,8 +442,9 @@ def _announce(cfg: Config, world: World, parts: Parts) -> None:
         print(f"{name}: {each} images of {data.size[0]}x{data.size[1]} per rank and step{all_ranks}{in_turns}")
         print(f"  {epochs:,.2f} epochs in {cfg.steps:,} steps, from {source}")
         print(f"  {index.summary()}")
-        shapes = canvases(data)
+        shapes = canvases_of(data)
         suits = choose_canvas(np.stack([index.height, index.width], axis=1), shapes)
-        for (height, width), count in zip(shapes[1:], np.bincount(suits, minlength=len(shapes))[1:], strict=True):
-            if count:
-                print(f"  {count:,} of them come in batches of {height}x{width}")
+        if suits.any():
+            for (height, width), count in zip(shapes, np.bincount(suits, minlength=len(shapes)), strict=True):
+                if count:
+                    print(f"  {count:,} of them come in batches of {height}x{width}")

@@ -62,7 +62,8 @@ def peak_memory(device: torch.device) -> str:
 
 @torch.no_grad()
 def _panel(cfg: Config, name: str, teacher, student: Student, index: Any, device: torch.device) -> Panel:
-    whole = cfg.teachers[name].data.model_copy(update={"batch_size": PICTURED, "crop_scale": (1.0, 1.0), "flip": False})
+    changes = {"batch_size": PICTURED, "crop_scale": (1.0, 1.0), "flip": False, "buckets": []}
+    whole = cfg.teachers[name].data.model_copy(update=changes)
     batch = next(Stream(whole, index, rank=0, world_size=1, device=device, seed=cfg.seed))
     target: Features = teacher(batch.images)
     features = student(batch.images)

@@ -126,7 +126,7 @@ def changed_settings(folder: Path, cfg: Config) -> list[str]:
 def read_recorded(folder: Path) -> dict:
     """The config that the run in the folder was last started with, as its version took it. Raises one of UNREADABLE.
 
-    Where a newer key's default does otherwise than that version did, what it did is filled in.
+    Of keys that an older version had not, what it did is filled in, where that is not the default or the key is read.
     """
     tree = json.loads((folder / RESOLVED).read_text(encoding="utf-8"))["config"]
     tree["objective"].setdefault("centre", False)

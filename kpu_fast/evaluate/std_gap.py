@@ -86,8 +86,9 @@ def std_gap(
             _add(common, name, module.h_t2s[name](target, sizes).maps, batch.valid)
     seen = {name: batches * cfg.data.batch_size for name, cfg in settings.teachers.items()}
     sizes = {name: list(cfg.data.size) for name, cfg in settings.teachers.items()}
+    buckets = {name: cfg.data.buckets for name, cfg in settings.teachers.items()}
     gaps = {"own": _gap(own), "common": _gap(common) if common else None}
-    return {**gaps, "images": seen, "size": sizes, "checkpoint": str(folder)}
+    return {**gaps, "images": seen, "size": sizes, "buckets": buckets, "checkpoint": str(folder)}
 
 
 def deviation(parts: list[Moments]) -> float:

@@ -8,6 +8,7 @@ import inspect
 import logging
 import math
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -116,20 +117,34 @@ class Teacher(nn.Module):
         h, w = (side // self.patch_size for side in pixels.shape[-2:])
         return tokens[:, self.first_patch :].unflatten(1, (h, w))  # (B, h, w, C)
 
-    def check_size(self, image_size: tuple[int, int]) -> None:
-        """Raises WeightsError unless images of (H, W) give maps of the sizes that its strides promise, give or take 1.
+    def check_sizes(self, image_sizes: Sequence[tuple[int, int]]) -> None:
+        """Raises WeightsError unless images of every (H, W) give maps as they should.
 
-        Some networks of transformers read a map by the image size in their config: they mix the cells of any other.
+        Of (W, H) after (H, W) the same, turned; of others as many cells as its strides promise, give or take 1. Some
+        networks of transformers read a map by the image size in their config: they mix the cells of any other.
         """
-        height, width = image_size
-        grids = [tuple(m.shape[1:3]) for m in self._look(image_size).maps]
-        expected = [(cells(height, stride), cells(width, stride)) for stride in self.spec.strides]
-        if any(abs(h - h2) > 1 or abs(w - w2) > 1 for (h, w), (h2, w2) in zip(grids, expected, strict=True)):
-            found, right = (", ".join(f"{h}×{w}" for h, w in some) for some in (grids, expected))
-            raise WeightsError(
-                f"teachers.{self.name}: takes images of one shape: those of {height}×{width} give maps of {found} "
-                f"cells, not {right}; set teachers.{self.name}.data.aspect_ratio_grouping to false, without buckets"
+        known: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for height, width in image_sizes:
+            remedy = f"set teachers.{self.name}.data.aspect_ratio_grouping to false, and buckets to []"
+            try:
+                grids = known[height, width] = [tuple(m.shape[1:3]) for m in self._look((height, width)).maps]
+            except WeightsError as error:
+                raise WeightsError(f"{error}; {remedy}") from error
+            turned = known.get((width, height))
+            expected = (
+                [(cells(height, stride), cells(width, stride)) for stride in self.spec.strides]
+                if turned is None
+                else [(h, w) for w, h in turned]
             )
+            spare = 1 if turned is None else 0
+            if any(
+                abs(n - m) > spare for pair in zip(grids, expected, strict=True) for n, m in zip(*pair, strict=True)
+            ):
+                found, right = (", ".join(f"{h}×{w}" for h, w in some) for some in (grids, expected))
+                raise WeightsError(
+                    f"teachers.{self.name}: takes images of one shape: those of {height}×{width} give maps of {found} "
+                    f"cells, not {right}; {remedy}"
+                )
 
     def _look(self, image_size: tuple[int, int]) -> Features:
         height, width = image_size

@@ -137,6 +137,8 @@ def test_buckets_leave_less_empty_and_every_image_as_large(folder, make):
     with_step = Stream(make.config(**options, buckets=buckets), index, rank=0, world_size=1, device="cpu", seed=0,
                        skip=3, step_batches=4)  # fmt: skip
     assert with_step.images_seen == 8
+    with pytest.raises(ValueError, match="step_batches is 3: expected a multiple of the 2 ranks"):
+        Stream(make.config(**options), index, rank=0, world_size=2, device="cpu", seed=0, step_batches=3)
 
 
 def test_padding_is_zero_after_normalisation(photo, make):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kpu_fast.data.sampler import RATIO, Sampler, canvases, choose_canvas
+from kpu_fast.data.sampler import RATIO, Sampler, canvases_of, choose_canvas
 
 SIZES = np.random.default_rng(0).integers(30, 900, (101, 2)).astype(np.int32)
 
@@ -14,7 +14,7 @@ def sampler(sizes=SIZES, **changes):
     data = {"size": (64, 96), "fit": "crop", "aspect_ratio_grouping": True, "buckets": []}
     data |= {key: changes.pop(key) for key in data if key in changes}
     values = {"batch_size": 8, "crop_scale": (0.2, 1.0), "flip": True, "step_batches": 1, "rank": 0, "seed": 7}
-    return Sampler(sizes, canvases=canvases(SimpleNamespace(**data)), fit=data["fit"], **(values | changes))
+    return Sampler(sizes, canvases=canvases_of(SimpleNamespace(**data)), fit=data["fit"], **(values | changes))
 
 
 def sequence(world_size, batch_size, steps, **changes):
@@ -158,7 +158,7 @@ def bucketed(**changes):
 
 def test_an_image_goes_on_the_smallest_canvas_that_shows_it_as_large():
     data = SimpleNamespace(size=(64, 96), fit="pad", aspect_ratio_grouping=True, buckets=list(BUCKETS[:2]))
-    shapes = canvases(data)
+    shapes = canvases_of(data)
     assert shapes == [(64, 96), (96, 64), (64, 64), (64, 80), (80, 64)]
     assert [shapes[which] for which in choose_canvas(placed(), shapes)] == [
         canvas for count, *_, canvas in PLACED for _ in range(count)
@@ -170,7 +170,7 @@ def test_an_image_goes_on_the_smallest_canvas_that_shows_it_as_large():
     for row, which in zip(scale, chosen, strict=True):
         assert row[which] == row.max()
         assert area[which] == area[row == row.max()].min()
-    without = canvases(SimpleNamespace(**(vars(data) | {"buckets": []})))
+    without = canvases_of(SimpleNamespace(**(vars(data) | {"buckets": []})))
     assert np.array_equal(scale.max(axis=1), scale[:, : len(without)].max(axis=1))  # no image larger or smaller
 
 
@@ -187,7 +187,8 @@ def test_the_batches_of_a_step_have_one_area_and_hold_every_image_equally_often(
         assert (plan.target <= plan.canvas).all()
     seen = np.bincount(np.concatenate([plan.image for step in plans for plan in step]), minlength=100)
     assert seen.tolist() == [12 * step_batches] * 100
-    # Evenly: no stretch of steps has two more or less of an area than its share.
+    # The largest first. Evenly: no stretch of steps has two more or less of an area than its share.
+    assert areas[0] == {64 * 96}
     for area, images in ((64 * 96, 52), (64 * 64, 11), (64 * 80, 37)):
         share = np.arange(1, steps + 1) * images / 100
         assert np.abs(np.cumsum([area in found for found in areas]) - share).max() < 2
@@ -201,6 +202,18 @@ def test_one_rank_that_accumulates_sees_what_many_ranks_see():
         found, expected = ranks[number % 3].plan(12 * (number // 3)), one.plan(4 * number)
         for field in expected._fields:
             assert np.array_equal(getattr(found, field), getattr(expected, field)), field
+
+
+def test_the_order_of_an_areas_images_is_its_own():
+    """Buckets in another order change nothing, and images of the same canvas come in the same order beside others."""
+    one, other = bucketed(step_batches=2), bucketed(step_batches=2, buckets=BUCKETS[1::-1])
+    assert all(np.array_equal(one.plan(4 * n).image, other.plan(4 * n).image) for n in range(200))
+    small = [
+        plan.image for plan in (bucketed(step_batches=2).plan(4 * n) for n in range(200)) if plan.canvas == (64, 64)
+    ]
+    alone = bucketed(step_batches=2, buckets=BUCKETS[:1])
+    again = [plan.image for plan in (alone.plan(4 * n) for n in range(200)) if plan.canvas == (64, 64)]
+    assert np.array_equal(np.concatenate(small), np.concatenate(again))
 
 
 def test_a_position_inside_a_step_is_moved_to_its_end_where_areas_differ():

@@ -160,10 +160,12 @@ def test_a_network_that_mixes_the_cells_of_other_sizes_is_refused():
     """Hiera reads its maps by the image size in its config."""
     hiera = dict(HIERA, model_type="hiera", image_size=[64, 96])
     teacher = build("backbone", arch=hiera, levels=[1, 2], image_size=WIDE)
-    with pytest.raises(WeightsError, match=r"those of 96×64 give maps of 16×24, 8×12 cells, not 24×16, 12×8"):
-        teacher.check_size(WIDE[::-1])
+    with pytest.raises(
+        WeightsError, match=r"those of 96×64 give maps of 16×24, 8×12 cells, not 24×16, 12×8;.*buckets to \[\]"
+    ):
+        teacher.check_sizes([WIDE, WIDE[::-1]])
     for kind, arch in (("grounding_dino", {"embed_dim": 8, "num_heads": [1, 1, 1, 1]}), ("clip", CLIP)):
-        build(kind, arch=arch, image_size=WIDE).check_size(WIDE[::-1])
+        build(kind, arch=arch, image_size=WIDE).check_sizes([WIDE, WIDE[::-1], (64, 64), (32, 96)])
 
 
 def test_backbone_gives_the_stages_asked_for(saved):
