@@ -1,6 +1,6 @@
 """Evaluate a student, or one of its teachers, by the same command.
 
-    python -m kpu_fast.evaluate {zero-shot,knn,linear,detect,std-gap,pca} --model DIR ...
+    python -m kpu_fast.evaluate {zero-shot,knn,linear,segment,detect,std-gap,pca} --model DIR ...
 
 The result is JSON, on standard output or in --json FILE; progress goes to standard error.
 Exit codes: 0 done; 2 a model, images or an option that cannot be used; 130 interrupted.
@@ -54,6 +54,7 @@ TASKS = {
     "zero-shot": "classes by CLIP's text tower",
     "knn": "classes by nearest neighbours of frozen features",
     "linear": "classes by logistic regression on frozen features",
+    "segment": "classes of pixels by a linear layer on frozen maps",
     "detect": "boxes by GroundingDINO, with its own backbone or through the student",
     "std-gap": "spread of the teachers' features, in their own spaces and in the common one",
     "pca": "a picture of the maps' first three principal components",
@@ -61,7 +62,11 @@ TASKS = {
 
 
 SIZE = "of the images, in pixels, a multiple of 32 (default: the model's own, at most 224)"
-SIZES = {"detect": "shorter side of an image, in pixels (default: 800 with --annotations, mosaics as they are)"}
+SIZES = {
+    "detect": "shorter side of an image, in pixels (default: 800 with --annotations, mosaics as they are)",
+    "segment": "that images are resized to, in pixels a side, a multiple of 32 (default: 512)",
+}
+BATCHES = {"detect": (None, "8 mosaics, 1 with --annotations"), "segment": (16, "16")}
 
 
 def _parser(tasks: dict) -> argparse.ArgumentParser:
@@ -80,11 +85,10 @@ def _parser(tasks: dict) -> argparse.ArgumentParser:
             sub.add_argument("--size", type=int, help=SIZES.get(name, SIZE))
         tasks[name].add_arguments(sub)
         add = sub.add_argument
-        if name in ("zero-shot", "knn", "linear", "detect"):
+        if name in ("zero-shot", "knn", "linear", "segment", "detect"):
             from kpu_fast.evaluate.images import default_workers
 
-            usual = "8 mosaics, 1 with --annotations" if name == "detect" else "64"
-            batch = None if name == "detect" else 64
+            batch, usual = BATCHES.get(name, (64, "64"))
             add("--batch-size", type=int, default=batch, help=f"images (default: {usual})")
             add("--workers", type=int, default=default_workers(), help="that read images (default %(default)s)")
             add("--limit", type=int, metavar="N", help="use N images of each source, drawn by --seed")

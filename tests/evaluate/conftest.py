@@ -1,5 +1,6 @@
 """Tiny models as transformers saves them, with tokenizers, a student whose heads fit them, and coloured images."""
 
+import json
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 transformers = pytest.importorskip("transformers")
 from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
 
+from kpu_fast.evaluate.__main__ import main  # noqa: E402
 from kpu_fast.models import FeatureSpec, Student  # noqa: E402
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "sky_blue": (0, 0, 255)}
@@ -101,3 +103,32 @@ def coloured(tmp_path_factory):
 def copied(coloured, tmp_path_factory):
     """The same images in other files."""
     return shutil.copytree(coloured, tmp_path_factory.mktemp("copied") / "images")
+
+
+@pytest.fixture
+def evaluate(tmp_path, capsys):
+    """evaluate(*words) runs the command and returns its JSON."""
+
+    def run(*words):
+        path = tmp_path / "result.json"
+        assert main([*map(str, words), "--json", str(path)]) == 0, capsys.readouterr().err
+        assert capsys.readouterr().out == ""
+        return json.loads(path.read_text())
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch):
+    """refused(*words) runs a command that must fail and returns its one line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        assert main([*map(str, words)]) == 2
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert (out, len(lines)) == ("", 1)
+        assert "Traceback" not in err
+        return lines[0].removeprefix("error: ")
+
+    return run

@@ -37,35 +37,6 @@ from kpu_fast.models.teachers import build_teacher
 COMMON = ["--device", "cpu", "--workers", "0"]
 
 
-@pytest.fixture
-def evaluate(tmp_path, capsys):
-    """evaluate(*words) runs the command and returns its JSON."""
-
-    def run(*words):
-        path = tmp_path / "result.json"
-        assert main([*map(str, words), "--json", str(path)]) == 0, capsys.readouterr().err
-        assert capsys.readouterr().out == ""
-        return json.loads(path.read_text())
-
-    return run
-
-
-@pytest.fixture
-def refused(capsys, tmp_path, monkeypatch):
-    """refused(*words) runs a command that must fail and returns its one line."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        assert main([*map(str, words)]) == 2
-        out, err = capsys.readouterr()
-        lines = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert (out, len(lines)) == ("", 1)
-        assert "Traceback" not in err
-        return lines[0].removeprefix("error: ")
-
-    return run
-
-
 def coco(folder, coloured):
     """Two images of the coloured folder with a box each, as COCO."""
     boxes = [{"id": i, "image_id": i, "category_id": i + 1, "bbox": [4, 4, 30, 30]} for i in range(2)]
