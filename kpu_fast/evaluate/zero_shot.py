@@ -161,6 +161,18 @@ def repeated(names: Sequence[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
+def _read_templates(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluateError(f"--template-file: {file}: not a text file that can be read ({error})") from error
+    if not (found := [line.strip() for line in lines if line.strip()]):
+        raise EvaluateError(f"--template-file: {file}: has no template; expected one per line, with {{}} for the class")
+    return found
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `zero-shot` beside those of every evaluation."""
     parser.add_argument("--images", required=True, metavar="SOURCE", help="labelled images, never trained on")
@@ -173,6 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help=f"may be repeated; default {TEMPLATES[0]!r}",
     )
+    parser.add_argument("--template-file", type=Path, metavar="FILE", help="more templates, one per line")
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -186,7 +199,7 @@ def run(args: argparse.Namespace) -> dict:
             "once; classes of one name have one text, which tells none of their images apart",
             file=sys.stderr,
         )
-    templates = args.templates or TEMPLATES
+    templates = [*(args.templates or ()), *_read_templates(args.template_file)] or TEMPLATES
     texts = embed_texts(args.clip, names, templates, device=encoder.device)
     common = dict(batch_size=args.batch_size, workers=args.workers, teacher_name=args.teacher_name)
     found = zero_shot(encoder, texts, images, size=args.size or encoder.image_size, **common)

@@ -47,7 +47,7 @@ def coco(folder, coloured):
     return ["--images", coloured, "--annotations", path]
 
 
-def test_the_same_command_gives_the_students_and_its_teachers_figure(zoo, student, coloured, evaluate):
+def test_the_same_command_gives_the_students_and_its_teachers_figure(zoo, student, coloured, evaluate, tmp_path):
     images, templates = LabelledImages(coloured), ["a {}", "the photo of {}."]
     texts = embed_texts(zoo["clip"], class_names(images, None), templates)
     asked = [word for template in templates for word in ("--template", template)]
@@ -58,6 +58,11 @@ def test_the_same_command_gives_the_students_and_its_teachers_figure(zoo, studen
         assert {key: found[key] for key in expected} == expected
         assert found["templates"] == templates
         assert found["settings"]["model"] == str(model)
+    more = tmp_path / "templates.txt"
+    more.write_text("a {}\n\n  the photo of {}.\n")
+    from_file = evaluate(*command, "--template-file", more)
+    assert (from_file["top1"], from_file["templates"]) == (found["top1"], templates)
+    assert evaluate(*command, "--template", "{}", "--template-file", more)["templates"] == ["{}", *templates]
     # What was used where nothing was asked for.
     found = evaluate(*command)
     assert (found["templates"], found["size"], found["settings"]["size"]) == (["a photo of a {}."], 64, None)
@@ -217,6 +222,8 @@ def test_wrong_questions_get_one_line_and_exit_code_2(zoo, student, coloured, co
     empty.mkdir()
     names = tmp_path / "names.txt"
     names.write_text("one\ntwo\n")
+    blank = tmp_path / "blank.txt"
+    blank.write_text("\n")
     asked = {
         "--model: '/nowhere' is not a folder": ["knn", "--model", "/nowhere", *sides],
         f"--model: {tmp_path} has": ["knn", "--model", tmp_path, *sides],
@@ -224,6 +231,8 @@ def test_wrong_questions_get_one_line_and_exit_code_2(zoo, student, coloured, co
         "--classes: 2 names, but an image is of class 2": [*zero_shot, "--classes", names],
         "--classes: /nowhere: not a text file that can be read": [*zero_shot, "--classes", "/nowhere"],
         "--template 'x': expected one {}": [*zero_shot, "--template", "x"],
+        "--template-file: /nowhere: not a text file": [*zero_shot, "--template-file", "/nowhere"],
+        f"--template-file: {blank}: has no template": [*zero_shot, "--template-file", blank],
         "--size 100: expected a multiple of 32, such as 96": [*zero_shot, "--size", 100],
         "--batch-size 0: expected at least 1": [*zero_shot, "--batch-size", 0],
         "--limit 0: expected at least 1": [*zero_shot, "--limit", 0],
