@@ -14,7 +14,7 @@ TRAIN = [
     "pillow",
     "scikit-learn",
     "scipy",
-    "torchmetrics",
+    "torchmetrics>=1.4",
     "pycocotools",
     "matplotlib",
 ]

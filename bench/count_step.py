@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from kpu_fast.config import Config, ConfigError, load_config
-from kpu_fast.engine.loop import build_models
+from kpu_fast.engine.build import build_models
 from kpu_fast.models.hub import WeightsError
 
 META = torch.device("meta")

@@ -25,8 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kpu_fast.config import ConfigError, load_config
 from kpu_fast.data.pipeline import Batch
+from kpu_fast.engine.build import RunError, build, open_streams
 from kpu_fast.engine.distributed import World, init_distributed
-from kpu_fast.engine.loop import RunError, build, forward, open_streams, train_step
+from kpu_fast.engine.loop import forward, train_step
 from kpu_fast.engine.result import peak_memory
 from kpu_fast.engine.run_folder import circumstances
 from kpu_fast.machine import device_name

@@ -14,7 +14,7 @@ import torch
 from kpu_fast.config import load_config
 from kpu_fast.data.pipeline import Stream
 from kpu_fast.data.scan import load_or_scan
-from kpu_fast.engine.loop import build_models
+from kpu_fast.engine.build import build_models
 from kpu_fast.engine.optimizer import build_optimizer, build_scheduler
 
 

@@ -75,8 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         return _fail(error, 2)
 
+    from kpu_fast.engine.build import RunError
     from kpu_fast.engine.checkpoint import CheckpointError
-    from kpu_fast.engine.loop import RunError, train
+    from kpu_fast.engine.loop import train
     from kpu_fast.engine.monitor import Diverged
     from kpu_fast.engine.run_folder import OutputError
 

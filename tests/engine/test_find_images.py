@@ -10,7 +10,7 @@ import sys
 from types import SimpleNamespace
 import torch
 from torch import distributed
-from kpu_fast.engine import loop
+from kpu_fast.engine import build
 from kpu_fast.engine.distributed import World
 
 rank, meet, ranks_of_a_node, *digests = sys.argv[1:]
@@ -36,10 +36,10 @@ def load_same(source, digest, look):
     return index(source) if indexes[source] == digest and "STALE" not in os.environ else None
 
 
-loop.load_or_scan, loop.load_same = load_or_scan, load_same
+build.load_or_scan, build.load_same = load_or_scan, load_same
 try:
-    print(sorted(loop._find_images(SimpleNamespace(teachers=teachers), world)), work["/same"], "|", work["/grown"])
-except loop.RunError as error:
+    print(sorted(build.find_images(SimpleNamespace(teachers=teachers), world)), work["/same"], "|", work["/grown"])
+except build.RunError as error:
     print(error)
 distributed.destroy_process_group()
 """

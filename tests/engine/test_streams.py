@@ -8,8 +8,9 @@ import torch
 from kpu_fast.config import load_config
 from kpu_fast.data.pipeline import Stream
 from kpu_fast.data.scan import load_or_scan
+from kpu_fast.engine.build import RunError, build_models, open_streams
 from kpu_fast.engine.distributed import World
-from kpu_fast.engine.loop import CALIBRATION_SEED, RunError, _next_batch, build_models, open_streams
+from kpu_fast.engine.loop import CALIBRATION_SEED, _next_batch
 
 
 def test_no_two_streams_of_one_source_read_the_same(tiny, monkeypatch, tmp_path):

@@ -8,7 +8,8 @@ from syncs import no_syncs
 from torch import nn
 
 from kpu_fast.config import ObjectiveConfig
-from kpu_fast.engine.loop import Parts, train_step
+from kpu_fast.engine.build import Parts
+from kpu_fast.engine.loop import train_step
 from kpu_fast.models.features import Features, FeatureSpec
 from kpu_fast.models.student import Student
 from kpu_fast.objectives.balance import FAMO, build_balance

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from kpu_fast.config import load_config
+from kpu_fast.engine.build import build
 from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints
 from kpu_fast.engine.distributed import init_distributed
-from kpu_fast.engine.loop import build
 from kpu_fast.train import leave
 
 

@@ -53,7 +53,8 @@ def train(cfg: Config, world) -> dict:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    from kpu_fast.engine.loop import build, train_step
+    from kpu_fast.engine.build import build
+    from kpu_fast.engine.loop import train_step
 
     parts = build(cfg, world, indexes={})  # its batches are made here
     waits, norms = [], []
