@@ -1,7 +1,7 @@
 """Images with a class number for each pixel, as ADE20K, Pascal VOC and others keep them: a mask beside each image."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from kpu_fast.data.sources import SourceError, list_files, open_regular
 from kpu_fast.evaluate.images import draw, progress
 from kpu_fast.evaluate.result import EvaluateError
 
-_LARGEST = 2**16 - 1  # the highest number that a mask of 16 bits holds
+LARGEST = 2**16 - 1  # the highest number that a mask of 16 bits holds
+_LOSSY = ("JPEG", "MPO", "WEBP")  # formats that may give other numbers than were saved
 
 
 class MaskedImages(Dataset):
@@ -55,29 +56,47 @@ class MaskedImages(Dataset):
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        file, mask = self.files[i], self.mask(i)
+        file, mask = self.files[i], self._mask(i)
         try:
             with open_regular(file) as opened:
                 image = to_rgb(Image.open(opened), upright=False)
         except UNREADABLE as error:
             raise SourceError(f"{file}: not an image that can be read ({error})") from error
-        if image.shape[:2] != mask.shape:
-            sizes = " and ".join(f"{height}×{width}" for height, width in (mask.shape, image.shape[:2]))
-            raise SourceError(f"{self._masks[i]}: is not as large as its image ({sizes})")
+        self._check_size(i, mask, image.shape[:2])
         return image, mask
 
-    def mask(self, i: int) -> np.ndarray:
-        """The mask alone, int64 (H, W)."""
+    def numbers(self, i: int) -> set[int]:
+        """The class numbers in mask i. Raises SourceError as [i] does, but reads of the image its size alone."""
+        file, mask = self.files[i], self._mask(i)
+        try:
+            with open_regular(file) as opened, Image.open(opened) as image:
+                self._check_size(i, mask, image.size[::-1])
+        except UNREADABLE as error:
+            if isinstance(error, SourceError):
+                raise
+            raise SourceError(f"{file}: not an image that can be read ({error})") from error
+        return set(np.unique(mask).tolist())
+
+    def _check_size(self, i: int, mask: np.ndarray, size: tuple[int, int]):
+        if size != mask.shape:
+            sizes = " and ".join(f"{height}×{width}" for height, width in (mask.shape, size))
+            raise SourceError(f"{self._masks[i]}: is not as large as its image ({sizes})")
+
+    def _mask(self, i: int) -> np.ndarray:
         file = self._masks[i]
         try:
             with open_regular(file) as opened, Image.open(opened) as image:
+                if image.format in _LOSSY:
+                    raise ValueError(f"{image.format} does not keep numbers; save masks as PNG")
+                if any(str(tile[3]) in ("L;2", "L;4") for tile in image.tile):  # Pillow spreads them over 8 bits
+                    raise ValueError("gray of 2 or 4 bits; save masks with 8 or 16, or with a palette")
                 numbers = np.asarray(image)
         except UNREADABLE as error:
             raise SourceError(f"{file}: not a mask that can be read ({error})") from error
         if numbers.ndim != 2 or numbers.dtype.kind not in "bui":
             raise SourceError(f"{file}: {image.mode} pixels are no class numbers; a mask has one channel of integers")
-        if numbers.min() < 0 or numbers.max() > _LARGEST:
-            raise SourceError(f"{file}: numbers up to {numbers.max()}, expected 0 to {_LARGEST}")
+        if numbers.min() < 0 or numbers.max() > LARGEST:
+            raise SourceError(f"{file}: numbers up to {numbers.max()}, expected 0 to {LARGEST}")
         return numbers.astype(np.int64)
 
 
@@ -91,23 +110,25 @@ def check_apart(train: MaskedImages, test: MaskedImages) -> None:
         )
 
 
-def find_classes(sets: Sequence[MaskedImages], ignore: Sequence[int], workers: int) -> list[int]:
-    """The class numbers in the masks of `sets`, ascending, without those of `ignore`. Reads every mask once."""
+def find_classes(images: MaskedImages, ignore: Sequence[int], workers: int) -> set[int]:
+    """The class numbers in the masks, without those of `ignore`. Reads every mask once.
+
+    Raises EvaluateError, naming the file, for a mask that is none or not as large as its image.
+    """
     found: set[int] = set()
-    for images in sets:
-        for numbers in _unique(images, workers):
-            found |= numbers
-    return sorted(found - set(ignore))
+    for numbers, _ in progress(_Numbers(images), 64, workers, "segment: masks", _join):
+        found |= numbers
+    return found - set(ignore)
 
 
 def to_index(classes: Sequence[int], missing: int) -> Tensor:
-    """(65536,) int64: the place of each number in `classes`, or `missing`."""
-    table = torch.full((_LARGEST + 1,), missing)
-    table[torch.tensor(classes)] = torch.arange(len(classes))
+    """(65536,) int32: the place of each number in `classes`, or `missing`."""
+    table = torch.full((LARGEST + 1,), missing, dtype=torch.int32)
+    table[torch.tensor(classes)] = torch.arange(len(classes), dtype=torch.int32)
     return table
 
 
-class _Masks(Dataset):
+class _Numbers(Dataset):
     def __init__(self, images: MaskedImages):
         self._images = images
 
@@ -115,12 +136,7 @@ class _Masks(Dataset):
         return len(self._images)
 
     def __getitem__(self, i: int) -> set[int]:
-        return set(np.unique(self._images.mask(i)).tolist())
-
-
-def _unique(images: MaskedImages, workers: int) -> Iterator[set[int]]:
-    for many, _ in progress(_Masks(images), 64, workers, "segment: masks", _join):
-        yield many
+        return self._images.numbers(i)
 
 
 def _join(samples: list[set[int]]) -> tuple[set[int], list]:

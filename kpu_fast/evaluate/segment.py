@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from torch.utils.data import Subset
 
 from kpu_fast.evaluate.encoder import Encoder, load_encoder
 from kpu_fast.evaluate.images import progress
-from kpu_fast.evaluate.masks import MaskedImages, check_apart, find_classes, to_index
+from kpu_fast.evaluate.masks import LARGEST, MaskedImages, check_apart, find_classes, to_index
 from kpu_fast.evaluate.result import EvaluateError, replaced
 
 SIZE, STEPS, LR, WEIGHT_DECAY = 512, 4000, 1e-3, 1e-2
 _IGNORED = -1  # what counts in neither loss nor score
 _PICTURED = 4
+_MOST_CLASSES = 5000  # beyond, masks are rather numbers of objects; the table of counts grows with the square
+_AT_ONCE = 16  # classes whose scores are resized together; what bounds the memory that a large mask takes
 
 
 class Probe(nn.Module):
@@ -74,12 +77,8 @@ def segment(
     from torchmetrics import MetricCollection
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-    classes = find_classes((train, test), ignore, workers)
-    if len(classes) < 2:
-        raise EvaluateError(
-            f"--train-masks, --test-masks: hold the classes {classes} beside --ignore; give two or more"
-        )
     space = None if teacher_name is None else encoder.space(teacher_name)
+    classes = _classes(*(find_classes(images, ignore, workers) for images in (train, test)))
     see = partial(_maps, encoder, space)
     probe = fit(see, train, classes, size=size, steps=steps, lr=lr, batch_size=batch_size, workers=workers, seed=seed)
 
@@ -93,14 +92,14 @@ def segment(
     ).to(encoder.device)
     table = to_index(classes, _IGNORED)
     shown = []
-    read = partial(_collate, size=size, table=table)
+    read = partial(_to_test, size=size, table=table)
     with torch.no_grad():
         for images, masks in progress(test, batch_size, workers, "segment: test", read):
             for one, mask in zip(probe(see(images)), masks, strict=True):
-                found = F.interpolate(one[None], mask.shape, mode="bilinear", align_corners=False).argmax(1)
-                scores.update(found, mask[None].to(found.device))
+                found = _best(one, mask.shape)
+                scores.update(found[None], mask[None].to(found.device).long())
                 if picture is not None and len(shown) < _PICTURED:
-                    shown.append((images[len(shown)].clone(), mask.clone(), found[0].cpu()))
+                    shown.append((images[len(shown)].clone(), mask.clone(), found.cpu()))
     result = {key: value.cpu() for key, value in scores.compute().items()}
     if picture is not None:
         _save(picture, shown, len(classes))
@@ -119,6 +118,26 @@ def segment(
     }
 
 
+def _classes(train: set[int], test: set[int]) -> list[int]:
+    """Those of either, ascending. Raises EvaluateError where there is nothing to learn or to test."""
+    if len(train) < 2:
+        raise EvaluateError(
+            f"--train-masks: hold the classes {sorted(train)} beside --ignore; two or more are to be learnt"
+        )
+    if not train & test:
+        raise EvaluateError(
+            f"--test-masks: hold the classes {sorted(test)[:5]} beside --ignore, none of --train-masks' "
+            f"{sorted(train)[:5]}"
+        )
+    if len(both := train | test) > _MOST_CLASSES:
+        raise EvaluateError(f"--train-masks, --test-masks: hold {len(both)} classes; are they numbers of objects?")
+    if unknown := sorted(test - train):
+        some = ", ".join(map(str, unknown[:5])) + ", …" * (len(unknown) > 5)
+        told = f"{len(unknown)} of the classes are in no training mask, so their IoU is 0: {some}"
+        print(f"warning: --test-masks: {told}", file=sys.stderr)
+    return sorted(both)
+
+
 def fit(
     see,
     train: MaskedImages,
@@ -135,26 +154,29 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     epochs = -(-steps * batch_size // len(train))
     order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(epochs)])[: steps * batch_size]
-    read = partial(_collate, size=size, table=to_index(classes, _IGNORED))
-    probe = None
-    for images, masks in progress(Subset(train, order.tolist()), batch_size, workers, "segment: train", read):
+    maps = see(torch.zeros(1, 3, size, size))
+    if batch_size * min(m.shape[1] * m.shape[2] for m in maps) < 2:
+        raise EvaluateError(f"--size {size} --batch-size 1: leaves one cell to the coarsest map; batch norm needs more")
+    probe = Probe(tuple(m.shape[3] for m in maps), len(classes)).to(maps[0].device)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    grid = tuple(maps[0].shape[1:3])
+    read = partial(_to_train, size=size, table=to_index(classes, _IGNORED), grid=grid)
+    for images, truth in progress(Subset(train, order.tolist()), batch_size, workers, "segment: train", read):
         flip = torch.rand(len(images), generator=generator) < 0.5
-        maps = see(torch.where(flip[:, None, None, None], images.flip(3), images))
-        if probe is None:
-            probe = Probe(tuple(m.shape[3] for m in maps), len(classes)).to(maps[0].device)
-            optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        logits = probe(maps)
-        truth = torch.stack([_at_cells(mask, logits.shape[-2:]) for mask in masks])
+        logits = probe(see(torch.where(flip[:, None, None, None], images.flip(3), images)))
         truth = torch.where(flip[:, None, None], truth.flip(2), truth).to(logits.device)
-        loss = F.cross_entropy(logits, truth, ignore_index=_IGNORED, reduction="sum") / (truth != _IGNORED).sum().clamp(
-            1
-        )
         optimizer.zero_grad()
-        loss.backward()
+        _loss(logits, truth).backward()
         optimizer.step()
         schedule.step()
     return probe.eval()
+
+
+def _loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Cross-entropy of (B, classes, h, w) and (B, h, w), a mean over the cells that count; 0 where none does."""
+    counted = (truth != _IGNORED).sum().clamp(1)
+    return F.cross_entropy(logits, truth, ignore_index=_IGNORED, reduction="sum") / counted
 
 
 def _maps(encoder: Encoder, space: str | None, images: Tensor) -> tuple[Tensor, ...]:
@@ -171,6 +193,20 @@ def _maps(encoder: Encoder, space: str | None, images: Tensor) -> tuple[Tensor, 
     return tuple(m.float().clone() for m in maps)
 
 
+def _best(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """(classes, h, w) → (H, W): the class with the highest score, resized."""
+    best = None
+    for first in range(0, len(scores), _AT_ONCE):
+        part = F.interpolate(scores[None, first : first + _AT_ONCE], size, mode="bilinear", align_corners=False)[0]
+        value, index = part.max(0)
+        if best is None:
+            best, found = value, index
+        else:
+            found = torch.where(value > best, index + first, found)
+            best = torch.maximum(best, value)
+    return found
+
+
 def _at_cells(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """(H, W) → (h, w): what the mask has at the centre of each cell."""
     rows, columns = (
@@ -179,8 +215,14 @@ def _at_cells(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     return mask[rows[:, None], columns]
 
 
-def _collate(samples: list, *, size: int, table: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """float32 (B, 3, size, size) in [0, 1] and the masks (H, W) as places in `table`."""
+def _to_train(samples: list, *, size: int, table: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """float32 (B, 3, size, size) in [0, 1]; what `table` has for the masks at the cells of a grid, int64 (B, h, w)."""
+    images, masks = _to_test(samples, size=size, table=table)
+    return images, torch.stack([_at_cells(mask, grid) for mask in masks]).long()
+
+
+def _to_test(samples: list, *, size: int, table: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """float32 (B, 3, size, size) in [0, 1] and what `table` has for the masks, int32 (H, W) each."""
     images, masks = zip(*samples, strict=True)
     resized = [
         F.interpolate(torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255, (size, size), mode="bicubic",
@@ -227,7 +269,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{part}-images", required=True, metavar="DIR", help=f"images {what}")
         parser.add_argument(f"--{part}-masks", required=True, metavar="DIR", help="their masks, of the same names")
     parser.add_argument(
-        "--ignore", type=int, nargs="*", default=[255], metavar="N", help="numbers that count nowhere (default: 255)"
+        "--ignore", type=int, nargs="*", default=[255], metavar="N", help="numbers that count nowhere, in place of 255"
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="of training (default %(default)s)")
     parser.add_argument("--lr", type=float, default=LR, help="learning rate (default %(default)s)")
@@ -238,6 +280,8 @@ def run(args: argparse.Namespace) -> dict:
     """`segment` as the command line asks for it."""
     if args.steps < 1 or not 0 < args.lr < math.inf:
         raise EvaluateError(f"--steps {args.steps} --lr {args.lr}: expected both above 0, and finite")
+    if wrong := [number for number in args.ignore if not 0 <= number <= LARGEST]:
+        raise EvaluateError(f"--ignore {wrong[0]}: no mask holds that; expected 0 to {LARGEST}")
     train, test = (
         MaskedImages(
             getattr(args, f"{part}_images"),

@@ -106,8 +106,9 @@ def copied(coloured, tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(tmp_path, capsys):
+def evaluate(tmp_path, capsys, monkeypatch):
     """evaluate(*words) runs the command and returns its JSON."""
+    monkeypatch.chdir(tmp_path)  # where pictures go that no --picture places
 
     def run(*words):
         path = tmp_path / "result.json"
