@@ -16,14 +16,15 @@ from kpu_fast.evaluate.images import draw, progress
 from kpu_fast.evaluate.result import EvaluateError
 
 LARGEST = 2**16 - 1  # the highest number that a mask of 16 bits holds
-_LOSSY = ("JPEG", "MPO", "WEBP")  # formats that may give other numbers than were saved
+_ORIENTATION = 274  # tag of a TIFF
 
 
 class MaskedImages(Dataset):
     """Images with masks: [i] → (uint8 (H, W, 3), int64 (H, W) class numbers), both as stored, whatever EXIF says.
 
-    images, masks: folders. A mask has its image's path below its folder, but for the suffix, and one channel of 8 or 16
-    bits (a palette's indices count, not its colours); images without a mask are left out. limit: only so many, drawn.
+    images, masks: folders. A mask is a PNG of 1, 8 or 16 gray bits, or a palette, whose indices count, not its colours;
+    it has its image's path below its folder, but for the suffix. Images without a mask are left out. limit: only so
+    many, drawn.
 
     files: of the images, in order. Raises EvaluateError, naming `keys`, where the two do not fit; SourceError from [i].
     """
@@ -70,7 +71,8 @@ class MaskedImages(Dataset):
         file, mask = self.files[i], self._mask(i)
         try:
             with open_regular(file) as opened, Image.open(opened) as image:
-                self._check_size(i, mask, image.size[::-1])
+                turned = image.format == "TIFF" and image.tag_v2.get(_ORIENTATION, 1) >= 5  # Pillow's size is turned
+                self._check_size(i, mask, image.size if turned else image.size[::-1])
         except UNREADABLE as error:
             if isinstance(error, SourceError):
                 raise
@@ -86,8 +88,8 @@ class MaskedImages(Dataset):
         file = self._masks[i]
         try:
             with open_regular(file) as opened, Image.open(opened) as image:
-                if image.format in _LOSSY:
-                    raise ValueError(f"{image.format} does not keep numbers; save masks as PNG")
+                if image.format != "PNG":  # others lose numbers, spread them over 8 bits, turn or invert the picture
+                    raise ValueError(f"{image.format} may not keep numbers; save masks as PNG")
                 if any(str(tile[3]) in ("L;2", "L;4") for tile in image.tile):  # Pillow spreads them over 8 bits
                     raise ValueError("gray of 2 or 4 bits; save masks with 8 or 16, or with a palette")
                 numbers = np.asarray(image)
@@ -95,8 +97,6 @@ class MaskedImages(Dataset):
             raise SourceError(f"{file}: not a mask that can be read ({error})") from error
         if numbers.ndim != 2 or numbers.dtype.kind not in "bui":
             raise SourceError(f"{file}: {image.mode} pixels are no class numbers; a mask has one channel of integers")
-        if numbers.min() < 0 or numbers.max() > LARGEST:
-            raise SourceError(f"{file}: numbers up to {numbers.max()}, expected 0 to {LARGEST}")
         return numbers.astype(np.int64)
 
 

@@ -127,10 +127,11 @@ class Teacher(nn.Module):
         for height, width in image_sizes:
             remedy = f"set teachers.{self.name}.data.aspect_ratio_grouping to false, and buckets to []"
             try:
-                grids = known[height, width] = [tuple(m.shape[1:3]) for m in self._look((height, width)).maps]
+                grids = [tuple(m.shape[1:3]) for m in self._look((height, width)).maps]
             except WeightsError as error:
                 raise WeightsError(f"{error}; {remedy}") from error
             turned = known.get((width, height))
+            known[height, width] = grids
             expected = (
                 [(cells(height, stride), cells(width, stride)) for stride in self.spec.strides]
                 if turned is None

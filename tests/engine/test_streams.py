@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from kpu_fast.config import load_config
 from kpu_fast.data.pipeline import Stream
@@ -28,6 +29,27 @@ def test_no_two_streams_of_one_source_read_the_same(tiny, monkeypatch, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     seen = [*first, *statistics]
     assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+@pytest.mark.parametrize(("ranks", "turns"), [(1, 4), (2, 2), (4, 1)])
+def test_all_batches_of_a_step_have_one_area(tiny, photos, monkeypatch, tmp_path, ranks, turns):
+    monkeypatch.setenv("KPU_FAST_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "shapes").mkdir()
+    for number, path in enumerate(sorted(photos.iterdir())):
+        size = ((90, 60), (60, 90), (60, 60))[number % 3]
+        Image.open(path).resize(size).save(tmp_path / "shapes" / path.name)
+    shapes = tmp_path / "shapes"
+    cfg = load_config(
+        tiny, [f"source={shapes}", f"gradient_accumulation_steps={turns}", "teachers.gdino.data.buckets=[[64,64]]"]
+    )
+    place = {name: load_or_scan(str(shapes)) for name in cfg.teachers}
+    worlds = [World(rank, ranks, torch.device("cpu"), 0, None) for rank in range(ranks)]
+    streams = [open_streams(cfg, place, world, {})["gdino"] for world in worlds]
+    steps = [[next(s).images.shape[2:].numel() for _ in range(turns) for s in streams] for _ in range(6)]
+    assert all(len(set(areas)) == 1 for areas in steps)
+    assert [areas[0] for areas in steps].count(64 * 64) == 2
+    looking = open_streams(cfg, place, worlds[0], {}, seed=1)["gdino"]
+    assert looking._reader._sampler._step_batches == ranks
 
 
 def test_memory_is_not_taken_for_damaged_images(tiny, monkeypatch, tmp_path):
