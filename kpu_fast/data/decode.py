@@ -39,3 +39,10 @@ def to_rgb(image: Image.Image, *, upright: bool = True) -> np.ndarray:
         upper = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
         image = Image.fromarray(255 - upper if tags.get(_PHOTOMETRIC) == _MIN_IS_WHITE else upper)
     return np.asarray(image.convert("RGB"))
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of what `to_rgb(image, upright=False)` gives, from the header alone."""
+    # Of a TIFF that lies on its side Pillow states the size as it will be turned.
+    aside = image.format == "TIFF" and image.tag_v2.get(_ORIENTATION, 1) >= 5
+    return image.size if aside else image.size[::-1]

@@ -40,10 +40,15 @@ def check_apart(train: str, test: str, keys: tuple[str, str] = ("--train-images"
     keys: what the user calls the two.
     """
     try:
-        both = _files(train) & _files(test)
+        files = _files(train), _files(test)
     except (OSError, ValueError) as error:
         raise EvaluateError(f"{', '.join(keys)}: {error}") from error
-    if both:
+    refuse_shared(*files, keys)
+
+
+def refuse_shared(train: set[str], test: set[str], keys: tuple[str, str] = ("--train-images", "--test-images")) -> None:
+    """Raises EvaluateError where a file is in both sets. keys: what the user calls the two."""
+    if both := train & test:
         files = f"{len(both)} file{'s' if len(both) > 1 else ''}"
         raise EvaluateError(
             f"{keys[1]}: shares {files} with {keys[0]}, such as {min(both)}; test on images that nothing was "

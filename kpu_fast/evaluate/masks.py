@@ -10,13 +10,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kpu_fast.data.decode import UNREADABLE, to_rgb
+from kpu_fast.data.decode import UNREADABLE, stored_size, to_rgb
 from kpu_fast.data.sources import SourceError, list_files, open_regular
-from kpu_fast.evaluate.images import draw, progress
+from kpu_fast.evaluate.images import draw, progress, refuse_shared
 from kpu_fast.evaluate.result import EvaluateError
 
 LARGEST = 2**16 - 1  # the highest number that a mask of 16 bits holds
-_ORIENTATION = 274  # tag of a TIFF
 
 
 class MaskedImages(Dataset):
@@ -71,12 +70,10 @@ class MaskedImages(Dataset):
         file, mask = self.files[i], self._mask(i)
         try:
             with open_regular(file) as opened, Image.open(opened) as image:
-                turned = image.format == "TIFF" and image.tag_v2.get(_ORIENTATION, 1) >= 5  # Pillow's size is turned
-                self._check_size(i, mask, image.size if turned else image.size[::-1])
+                size = stored_size(image)
         except UNREADABLE as error:
-            if isinstance(error, SourceError):
-                raise
             raise SourceError(f"{file}: not an image that can be read ({error})") from error
+        self._check_size(i, mask, size)
         return set(np.unique(mask).tolist())
 
     def _check_size(self, i: int, mask: np.ndarray, size: tuple[int, int]):
@@ -102,12 +99,7 @@ class MaskedImages(Dataset):
 
 def check_apart(train: MaskedImages, test: MaskedImages) -> None:
     """Raises EvaluateError where both have a file; links are followed, copies are not noticed."""
-    both = {os.path.realpath(file) for file in train.files} & {os.path.realpath(file) for file in test.files}
-    if both:
-        raise EvaluateError(
-            f"--test-images: shares {len(both)} with --train-images, such as {min(both)}; test on images that nothing "
-            "was learnt from"
-        )
+    refuse_shared(*({os.path.realpath(file) for file in images.files} for images in (train, test)))
 
 
 def find_classes(images: MaskedImages, ignore: Sequence[int], workers: int) -> set[int]:

@@ -148,7 +148,7 @@ def fit(
     lr: float,
     batch_size: int,
     workers: int,
-    seed,
+    seed: int,
 ) -> Probe:
     """A `Probe` trained on `train` and what `see`, images (B, 3, H, W) → maps, makes of it."""
     generator = torch.Generator().manual_seed(seed)
@@ -186,8 +186,7 @@ def _maps(encoder: Encoder, space: str | None, images: Tensor) -> tuple[Tensor, 
     """
     maps = encoder(images, space).maps
     if space is None and encoder.kind == "student" and encoder.net.head_specs:
-        read = {encoder.net.level_for(s) for spec in encoder.net.head_specs.values() for s in spec.strides}
-        maps = tuple(maps[level] for level in sorted(read))
+        maps = tuple(maps[level] for level in encoder.net.levels_read())
     if not all(torch.isfinite(m).all() for m in maps):
         raise EvaluateError(f"{encoder.name}: NaN or Inf in the maps")
     return tuple(m.float().clone() for m in maps)

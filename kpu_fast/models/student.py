@@ -96,6 +96,10 @@ class Student(nn.Module):
         distances = [abs(math.log(own / stride)) for own in self.strides]
         return distances.index(min(distances))
 
+    def levels_read(self) -> list[int]:
+        """Indices of the student's maps that a head reads, finest first."""
+        return sorted({self.level_for(stride) for spec in self.head_specs.values() for stride in spec.strides})
+
     def project(self, features: Features, teacher: str, sizes: Sequence[tuple[int, int]] | None = None) -> Features:
         """h_s2t: this student's features in the space and on the grids of `teacher`, as a stand-in for its encoder.
 
@@ -122,11 +126,11 @@ class Student(nn.Module):
         if not any(spec.x_dim for spec in specs):
             self.vit.norm.requires_grad_(False)  # it makes x only
             self.adapter.skip_x_injector()
-        used = {self.levels[self.level_for(stride)] for spec in specs for stride in spec.strides}
-        for level in set(self.levels) - used:
+        used = tuple(self.levels[i] for i in self.levels_read())
+        for level in set(self.levels) - set(used):
             for parameter in self.adapter.level_parameters(level):
                 parameter.requires_grad_(False)
-        self._set_levels(tuple(sorted(used)))
+        self._set_levels(used)
 
     def _set_levels(self, levels: tuple[int, ...]) -> None:
         self.levels = levels

@@ -400,7 +400,7 @@ def test_images_without_a_mask_are_left_out_and_a_limit_draws(data, tmp_path):
     rest = tmp_path / "rest"
     (rest / "masks").mkdir(parents=True)
     (rest / "masks" / "4.png").symlink_to(data[0] / "masks" / "4.png")
-    with pytest.raises(EvaluateError, match=r"--test-images: shares 1 with --train-images, such as .*4.png"):
+    with pytest.raises(EvaluateError, match=r"--test-images: shares 1 file with --train-images, such as .*4.png"):
         check_apart(some, MaskedImages(data[0] / "images", rest / "masks"))
     check_apart(*map(read, data))
 
@@ -461,7 +461,7 @@ def test_what_the_command_refuses(student, data, refused, tmp_path):
         ([*words, "--size", 50], "--size 50: expected a multiple of 32"),
         ([*words, "--teacher-name", "x"], "--teacher-name x:"),
         ([*words, "--train-masks", tmp_path / "no"], f"--train-masks: {tmp_path / 'no'} is not a folder"),
-        (same, "--test-images: shares 12 with --train-images"),
+        (same, "--test-images: shares 12 files with --train-images"),
         ([*words, "--picture", tmp_path], f"--picture: {tmp_path} cannot be written"),
     ):
         assert refused(*asked).startswith(beginning)
