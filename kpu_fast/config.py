@@ -22,6 +22,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Multiple32 = Annotated[int, Field(ge=32, multiple_of=32)]
 
+_WITH_X = {"clip", "siglip", "dinov2", "dinov3"}  # kinds of teachers that have a vector for the image as a whole
+
 # What a `deepspeed` block is made of: DeepSpeed passes over a key it does not know, so one that is nearly one of these
 # would do nothing. Others go through with a warning, as a newer DeepSpeed may know more.
 _DEEPSPEED_KEYS = (
@@ -100,7 +102,7 @@ class DataConfig(_Strict):
 class TeacherConfig(_Strict):
     """One frozen teacher and the images it teaches on."""
 
-    kind: Literal["clip", "grounding_dino", "dinov2", "backbone"]
+    kind: Literal["clip", "siglip", "grounding_dino", "dinov2", "dinov3", "sam", "backbone"]
     weights: str = Field(min_length=1)  # hub id, local folder, or "random"
     arch: dict[str, Any] = {}  # keyword arguments of the transformers config; only with weights "random"
     levels: Annotated[list[int], Field(min_length=1)] | None = None  # kind "backbone": which feature levels
@@ -284,7 +286,7 @@ class Config(_Strict):
                 '"famo" compares a batch before and after its own step; set it to 1, or take another balance'
             )
         kinds = {teacher.kind for teacher in self.teachers.values()}
-        if not (self.objective.cos_weight or self.objective.l1_weight or kinds & {"clip", "dinov2"}):
+        if not (self.objective.cos_weight or self.objective.l1_weight or kinds & _WITH_X):
             raise _impossible(
                 "objective.cos_weight: found 0 for cos_weight and l1_weight, but no teacher has an x "
                 f"(kind {' and '.join(map(json.dumps, sorted(kinds)))}), which trains nothing; set one above 0"

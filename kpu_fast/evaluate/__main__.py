@@ -51,7 +51,7 @@ def _evaluate(argv: list[str] | None) -> int:
 
 
 TASKS = {
-    "zero-shot": "classes by CLIP's text tower",
+    "zero-shot": "classes by the text tower of CLIP or SigLIP",
     "knn": "classes by nearest neighbours of frozen features",
     "linear": "classes by logistic regression on frozen features",
     "segment": "classes of pixels by a linear layer on frozen maps",
@@ -79,7 +79,7 @@ def _parser(tasks: dict) -> argparse.ArgumentParser:
                 "--model",
                 required=True,
                 metavar="DIR",
-                help="a student, CLIP, GroundingDINO, DINOv2 or backbone of transformers: folder or hub id",
+                help="a student, a teacher of any kind or a backbone of transformers: folder or hub id",
             )
             sub.add_argument("--teacher-name", metavar="NAME", help="whose head of the student to use")
             sub.add_argument("--size", type=int, help=SIZES.get(name, SIZE))

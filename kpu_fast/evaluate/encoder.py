@@ -39,7 +39,11 @@ class Encoder(nn.Module):
     @torch.inference_mode()
     def forward(self, images: Tensor, space: str | None = None) -> Features:
         """Features of the encoder's own or, of a student, in the space and on the grids of teacher `space`."""
-        features = self.net(images.to(self.device))
+        try:
+            features = self.net(images.to(self.device))
+        except ValueError as error:  # how a network of transformers refuses a size
+            size = "×".join(map(str, images.shape[-2:]))
+            raise EvaluateError(f"{self.name}: does not take images of {size}: {error}") from error
         return features if space is None else self.net.project(features, space)
 
     def space(self, name: str | None, *, x_dim: int | None = None, map_dims: Sequence[int] | None = None) -> str | None:
@@ -85,7 +89,7 @@ def load_encoder(
     key: str = "--model",
     sentinel: bool = True,
 ) -> Encoder:
-    """An encoder from a folder: an exported student, a CLIP, GroundingDINO or DINOv2, or any backbone of transformers.
+    """An encoder from a folder: an exported student, a teacher of any kind, or any backbone of transformers.
 
     weights: a folder, or a hub id. A DINOv2 is seen as the sentinel it is in a student: the same ViT, on images resized
     to its patches at stride 16 as the student resizes them, so that the two compare; with `sentinel` False, as the
@@ -113,10 +117,10 @@ def load_encoder(
             import_transformers(key)
             if kind == "backbone" and model_type not in backbone_types():
                 raise EvaluateError(
-                    f"{key}: {folder} holds a model of type {model_type!r}; expected a student, a CLIP, GroundingDINO "
-                    "or DINOv2, or a type that transformers has a backbone for, such as 'swin'"
+                    f"{key}: {folder} holds a model of type {model_type!r}; expected a student, a CLIP, SigLIP, "
+                    "DINOv2, DINOv3, GroundingDINO or SAM, or one that transformers has a backbone for, such as 'swin'"
                 )
-            if kind == "clip":
+            if kind in ("clip", "siglip", "sam"):
                 vision = _checked(file, "vision_config", config.get("vision_config", config), dict)
                 size = _checked(file, "image_size", vision.get("image_size", _LARGEST), int)
             asked = SimpleNamespace(kind=kind, weights=str(folder), arch={}, levels=None)
@@ -127,7 +131,8 @@ def load_encoder(
         raise EvaluateError(message) from error
     except (OSError, ValueError) as error:
         raise EvaluateError(f"{key}: {error}") from error
-    size = max(32, min(size, _LARGEST) // 32 * 32)
+    if kind != "sam":  # which takes no other size
+        size = max(32, min(size, _LARGEST) // 32 * 32)
     return Encoder(name, kind, net, size)
 
 

@@ -21,7 +21,9 @@ from kpu_fast.evaluate.result import EvaluateError, replaced
 _COLUMN_INCHES = 2.3
 _COUNT = 4
 # What the head for a teacher of a kind is usually called, in part.
-_USUAL = {"clip": "clip", "grounding_dino": "dino", "dinov2": "dino", "sentinel": "dino"}
+_USUAL = {kind: kind for kind in ("clip", "siglip", "sam")} | dict.fromkeys(
+    ("grounding_dino", "dinov2", "dinov3", "sentinel"), "dino"
+)
 
 
 def pca(

@@ -1,4 +1,7 @@
-"""Zero-shot classification: the class whose text CLIP's text tower puts closest to the image's x (arXiv 2103.00020)."""
+"""Zero-shot classification: the class whose text a text tower puts closest to the image's x (arXiv 2103.00020).
+
+The tower is CLIP's, or SigLIP's (arXiv 2303.15343).
+"""
 
 import argparse
 import re
@@ -20,6 +23,7 @@ from kpu_fast.evaluate.result import EvaluateError
 from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_net, read_json
 
 TEMPLATES = ("a photo of a {}.",)
+_TOWERS = {"clip": "CLIP", "siglip": "SigLIP"}
 
 
 def zero_shot(
@@ -31,11 +35,13 @@ def zero_shot(
     batch_size: int = 64,
     workers: int = 0,
     teacher_name: str | None = None,
+    tower: str = "clip",
 ) -> dict:
     """Top-1 accuracy of the class with the largest cosine to x, and top-5 where there are more than 5 classes.
 
     texts: (classes, C), what `embed_texts` gives, in the order of the images' class numbers. A student's x is taken
     through its head for `teacher_name` (None: the only head whose x has C channels, which is "head" of the result).
+    tower: whose text tower the texts are of, "clip" or "siglip".
     Raises EvaluateError where x is not in the texts' space, or there is only one text.
     """
     from torchmetrics.classification import MulticlassAccuracy
@@ -43,16 +49,18 @@ def zero_shot(
     classes, channels = texts.shape
     if classes < 2:
         raise EvaluateError("--images, --classes: the name of one class only; there is nothing to choose from")
-    if encoder.kind not in ("student", "clip"):
+    if encoder.kind not in ("student", tower):
         raise EvaluateError(
-            f"{encoder.name}: is a {encoder.kind}, whose x is not in CLIP's space; give a student or CLIP"
+            f"{encoder.name}: is a {encoder.kind}, whose x is not in {_TOWERS[tower]}'s space; give a student or "
+            f"{_TOWERS[tower]}"
         )
     space = encoder.space(teacher_name, x_dim=channels)
-    if space is not None and teacher_name is None and "clip" not in space.lower():
+    if space is not None and teacher_name is None and tower not in space.lower():
         # An export does not know what kind its teachers were of.
         print(
             f"warning: {encoder.name}: read through its head {space!r}, the only one with an x of {channels} channels; "
-            "if that teacher was no CLIP, these figures mean nothing. --teacher-name says which head is right",
+            f"if that teacher was no {_TOWERS[tower]}, these figures mean nothing. --teacher-name says which head "
+            "is right",
             file=sys.stderr,
         )
     texts = F.normalize(texts.float(), dim=1).to(encoder.device)
@@ -78,9 +86,9 @@ def embed_texts(
     device="cpu",
     batch_size: int = 64,
 ) -> Tensor:
-    """(classes, C) float32 of length 1: each class's mean over `templates` of CLIP's normalised text embeddings.
+    """(classes, C) float32 of length 1: each class's mean over `templates` of the tower's normalised text embeddings.
 
-    clip: a folder or hub id with CLIP's text tower and tokenizer. templates: with {} where the class goes.
+    clip: a folder or hub id with CLIP's or SigLIP's text tower and tokenizer. templates: with {} where the class goes.
     Raises EvaluateError where there is no such tower or tokenizer, or a template has no {}.
     """
     for template in templates:
@@ -89,27 +97,46 @@ def embed_texts(
     try:
         hf = import_transformers("--clip")
         folder = find_folder("--clip", clip)
-        found = read_json("--clip", folder / "config.json").get("model_type")
-        if found not in ("clip", "clip_text_model"):
-            raise EvaluateError(f"--clip: {folder} holds a model of type {found!r}, expected CLIP with its text tower")
-        tower = load_net("--clip", hf.CLIPTextModelWithProjection, folder, dtype=torch.float32).to(device).eval()
+        siglip = tower_kind(folder) == "siglip"
+        net_class = hf.SiglipTextModel if siglip else hf.CLIPTextModelWithProjection
+        tower = load_net("--clip", net_class, folder, dtype=torch.float32).to(device).eval()
     except WeightsError as error:
         raise EvaluateError(str(error)) from error
     tokenizer = load_tokenizer("--clip", clip)
     texts = [template.replace("{}", name) for name in classes for template in templates]
+    if siglip:  # learnt from lower-case captions, which not every tokenizer published with it makes
+        texts = [text.lower() for text in texts]
     embeddings = []
     for first in range(0, len(texts), batch_size):
         tokens = tokenizer(
             texts[first : first + batch_size],
-            padding=True,
+            padding="max_length" if siglip else True,
             truncation=True,
             max_length=tower.config.max_position_embeddings,
             return_tensors="pt",
         ).to(device)
-        out = tower(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        embeddings.append(F.normalize(out.text_embeds.float(), dim=1))
+        if siglip:  # reads its padding as text: it was trained without a mask
+            vectors = tower(input_ids=tokens["input_ids"]).pooler_output
+        else:
+            vectors = tower(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).text_embeds
+        embeddings.append(F.normalize(vectors.float(), dim=1))
     each = torch.cat(embeddings).view(len(classes), len(templates), -1)
     return F.normalize(each.mean(1), dim=1)
+
+
+def tower_kind(clip: str | Path) -> str:
+    """Whose text tower a folder or hub id has: "clip" or "siglip". Raises EvaluateError for any other model."""
+    try:
+        folder = find_folder("--clip", clip)
+        found = read_json("--clip", folder / "config.json").get("model_type")
+    except WeightsError as error:
+        raise EvaluateError(str(error)) from error
+    for kind in _TOWERS:
+        if found in (kind, f"{kind}_text_model"):
+            return kind
+    raise EvaluateError(
+        f"--clip: {folder} holds a model of type {found!r}, expected CLIP or SigLIP with its text tower"
+    )
 
 
 def load_tokenizer(key: str, weights: str | Path):
@@ -176,7 +203,7 @@ def _read_templates(file: Path | None) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `zero-shot` beside those of every evaluation."""
     parser.add_argument("--images", required=True, metavar="SOURCE", help="labelled images, never trained on")
-    parser.add_argument("--clip", required=True, metavar="DIR", help="CLIP, for its text tower and tokenizer")
+    parser.add_argument("--clip", required=True, metavar="DIR", help="CLIP or SigLIP, for its text tower and tokenizer")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line (default: the images')")
     parser.add_argument(
         "--template",
@@ -201,6 +228,11 @@ def run(args: argparse.Namespace) -> dict:
         )
     templates = [*(args.templates or ()), *_read_templates(args.template_file)] or TEMPLATES
     texts = embed_texts(args.clip, names, templates, device=encoder.device)
-    common = dict(batch_size=args.batch_size, workers=args.workers, teacher_name=args.teacher_name)
+    common = dict(
+        batch_size=args.batch_size,
+        workers=args.workers,
+        teacher_name=args.teacher_name,
+        tower=tower_kind(args.clip),
+    )
     found = zero_shot(encoder, texts, images, size=args.size or encoder.image_size, **common)
     return {**found, "templates": list(templates)}

@@ -1,4 +1,4 @@
-"""Frozen teachers: CLIP, GroundingDINO, DINOv2 or any vision backbone of transformers; images in [0, 1] → `Features`.
+"""Frozen teachers: CLIP, SigLIP, DINO, GroundingDINO, SAM or any vision backbone; images in [0, 1] → `Features`.
 
 Which features each kind gives, and why: docs/teachers.md.
 """
@@ -32,20 +32,27 @@ log = logging.getLogger(__name__)
 
 IMAGENET_MEAN_STD = IMAGENET_MEAN, IMAGENET_STD
 CLIP_MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_USUAL_MEAN_STD = {"clip": CLIP_MEAN_STD, "siglip": ((0.5,) * 3, (0.5,) * 3)}  # other kinds: ImageNet's
 
 # What config.json may call itself; None: every model type transformers has a backbone class for.
 MODEL_TYPES = {
     "clip": ("clip", "clip_vision_model"),
+    "siglip": ("siglip", "siglip_vision_model"),
     "grounding_dino": ("grounding-dino", "mm-grounding-dino"),
     "dinov2": ("dinov2", "dinov2_with_registers"),
+    "dinov3": ("dinov3_vit",),
+    "sam": ("sam", "sam_vision_model"),
     "backbone": None,
 }
-# Random networks take the sizes of CLIP-B/16, Swin-T and DINOv2-B/14 where transformers' own defaults differ.
+# Kinds with an x and a map of patch tokens: which output of transformers is x.
+_X = {"clip": "image_embeds", "siglip": "pooler_output", "dinov2": "pooler_output", "dinov3": "pooler_output"}
+# Random networks take the sizes of CLIP-B/16, SigLIP-B/16, Swin-T, DINOv2-B/14, DINOv3-B/16 and SAM-B where
+# transformers' own defaults differ.
 _RANDOM_SIZES = {
     "clip": {"patch_size": 16},
     "grounding_dino": {"out_indices": [2, 3, 4]},
     "dinov2": {"patch_size": 14, "image_size": 518},
-    "backbone": {},
+    "dinov3": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_register_tokens": 4},
 }
 _DINO_BACKBONE = "backbone.conv_encoder."
 
@@ -67,7 +74,7 @@ class Teacher(nn.Module):
         # Where patches overlap (Hiera: 7 pixels, one every 4) the config says how far apart they are.
         patch = getattr(net.config, "patch_stride", None) or getattr(net.config, "patch_size", None) or 1
         self.patch_size = max(patch) if isinstance(patch, (list, tuple)) else patch
-        self.first_patch = 1 + getattr(net.config, "num_register_tokens", 0)
+        self.first_patch = 0 if kind == "siglip" else 1 + getattr(net.config, "num_register_tokens", 0)
         self.mean_std = tuple(mean), tuple(std)
         self._place_mean_std()
         self.requires_grad_(False).eval()
@@ -96,13 +103,11 @@ class Teacher(nn.Module):
         check_images(images)
         pixels = (self._fit(images.float()) - self.mean) / self.std
         pixels = pixels.to(next(self.net.parameters()).dtype)
-        if self.kind == "clip":
-            out = self.net(pixel_values=pixels, interpolate_pos_encoding=True)
-            return Features(out.image_embeds, (self._grid(out.last_hidden_state, pixels),))
-        if self.kind == "dinov2":
-            out = self.net(pixel_values=pixels)
-            return Features(out.pooler_output, (self._grid(out.last_hidden_state, pixels),))
-        maps = self.net(pixel_values=pixels).feature_maps  # NCHW in memory
+        any_size = {"interpolate_pos_encoding": True} if self.kind in ("clip", "siglip") else {}
+        out = self.net(pixel_values=pixels, **any_size)
+        if self.kind in _X:
+            return Features(getattr(out, _X[self.kind]), (self._grid(out.last_hidden_state, pixels),))
+        maps = (out.last_hidden_state,) if self.kind == "sam" else out.feature_maps  # NCHW in memory
         # The one copy that h_t2s's Linear would make: with it, both losses that read a map share the launch of others.
         return Features(None, tuple(m.permute(0, 2, 3, 1).contiguous() for m in maps))
 
@@ -182,7 +187,7 @@ def _stride(size: tuple[int, int], grid: tuple[int, int], patch_size: int) -> fl
 def build_teacher(name: str, cfg, *, device, dtype: torch.dtype, image_size: tuple[int, int], seed: int = 0) -> Teacher:
     """The teacher `teachers.NAME` of a configuration, frozen, on `device` and in `dtype`.
 
-    cfg: kind ("clip" | "grounding_dino" | "dinov2" | "backbone"); weights: a local folder, a hub id (the local cache
+    cfg: kind (one of MODEL_TYPES); weights: a local folder, a hub id (the local cache
     is asked first) or "random"; arch: keyword arguments of transformers' configuration class, for random weights only;
     levels: stage indices of a "backbone" (None: its last). image_size: (H, W) in pixels of the images to come, for
     `spec`. seed: of random weights, mixed with `name`; torch's global generator is left as it was.
@@ -202,7 +207,7 @@ def build_teacher(name: str, cfg, *, device, dtype: torch.dtype, image_size: tup
         )
     if cfg.weights == "random":
         net = _random_net(name, cfg, seed)
-        mean, std = CLIP_MEAN_STD if cfg.kind == "clip" else IMAGENET_MEAN_STD
+        mean, std = _USUAL_MEAN_STD.get(cfg.kind, IMAGENET_MEAN_STD)
     else:
         folder = find_folder(f"teachers.{name}.weights", cfg.weights, processor=True)
         net = _load_net(name, cfg, folder, dtype)
@@ -248,6 +253,12 @@ def _random_net(name: str, cfg, seed: int) -> nn.Module:
         config_class, net_class = hf.Dinov2Config, hf.Dinov2Model
     elif cfg.kind == "clip":
         config_class, net_class = hf.CLIPVisionConfig, hf.CLIPVisionModelWithProjection
+    elif cfg.kind == "siglip":
+        config_class, net_class = hf.SiglipVisionConfig, hf.SiglipVisionModel
+    elif cfg.kind == "dinov3":
+        config_class, net_class = hf.DINOv3ViTConfig, hf.DINOv3ViTModel
+    elif cfg.kind == "sam":
+        config_class, net_class = hf.SamVisionConfig, hf.SamVisionModel
     else:
         config_class, net_class = hf.SwinConfig, hf.SwinBackbone
 
@@ -262,7 +273,7 @@ def _random_net(name: str, cfg, seed: int) -> nn.Module:
                 + (_close(key, known) or f"it has {', '.join(sorted(known))}")
             )
     try:
-        config = config_class(**{**_RANDOM_SIZES[cfg.kind], **arch})
+        config = config_class(**{**_RANDOM_SIZES.get(cfg.kind, {}), **arch})
         for field, value in vars(config).items():
             if isinstance(value, tuple):  # a default; some backbones only add lists, which is what config.json gives
                 setattr(config, field, list(value))
@@ -335,19 +346,24 @@ def _load_net(name: str, cfg, folder: Path, dtype: torch.dtype) -> nn.Module:
         net_class = hf.GroundingDinoModel if model_type == "grounding-dino" else hf.MMGroundingDinoModel
         net = load_net(key, net_class, folder, dtype=dtype, part=_DINO_BACKBONE, optional=norm)
         return net.backbone.conv_encoder.model
-    if cfg.kind == "clip":
-        return load_net(key, hf.CLIPVisionModelWithProjection, folder, dtype=dtype)
-    return load_net(key, hf.Dinov2Model if model_type == "dinov2" else hf.Dinov2WithRegistersModel, folder, dtype=dtype)
+    net_class = {
+        "clip": hf.CLIPVisionModelWithProjection,
+        "siglip": hf.SiglipVisionModel,
+        "dinov2": hf.Dinov2Model if model_type == "dinov2" else hf.Dinov2WithRegistersModel,
+        "dinov3": hf.DINOv3ViTModel,
+        "sam": hf.SamVisionModel,
+    }[cfg.kind]
+    return load_net(key, net_class, folder, dtype=dtype)
 
 
 def read_mean_std(key: str, kind: str, folder: Path) -> tuple:
-    """Mean and std for images in [0, 1] from the folder's image processor, else CLIP's or ImageNet's.
+    """Mean and std for images in [0, 1] from the folder's image processor, else those usual for `kind`.
 
     A processor makes (factor · byte − mean) / std of bytes up to 255, factor 1/255 unless it says otherwise: of images
     in [0, 1] that is (image − mean/scale) / (std/scale) with scale = 255 · factor.
     key: what error messages begin with. Raises WeightsError for values that cannot be used.
     """
-    mean, std = CLIP_MEAN_STD if kind == "clip" else IMAGENET_MEAN_STD
+    mean, std = _USUAL_MEAN_STD.get(kind, IMAGENET_MEAN_STD)
     for file in PROCESSORS:
         if not (folder / file).is_file():
             continue
@@ -366,7 +382,7 @@ def read_mean_std(key: str, kind: str, folder: Path) -> tuple:
         return tuple(m / scale for m in mean), tuple(s / scale for s in std)
     log.warning(
         "%s: %s has no image processor (%s) that says how; images are normalised with %s's, mean %s and std %s",
-        key, folder, PROCESSORS[0], "CLIP" if kind == "clip" else "ImageNet", mean, std,
+        key, folder, PROCESSORS[0], {"clip": "CLIP", "siglip": "SigLIP"}.get(kind, "ImageNet"), mean, std,
     )  # fmt: skip
     return mean, std
 

@@ -202,6 +202,32 @@ def test_every_switch_at_once_trains(start, tmp_path):
     assert all(torch.isfinite(torch.tensor(row)).all() for row in losses(tmp_path / "tiny"))
 
 
+def test_siglip_dinov3_and_sam_teach(start, tmp_path):
+    vit = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    siglip = {**vit, "intermediate_size": 48, "image_size": 64}
+    sam = {**vit, "mlp_dim": 48, "image_size": 96, "window_size": 4, "global_attn_indexes": [0], "output_channels": 16}
+    teachers = {
+        "clip": None,
+        "gdino": None,
+        "siglip": {"kind": "siglip", "arch": siglip, "data": {"batch_size": 2, "size": [64, 64]}},
+        "dinov3": {"kind": "dinov3", "arch": {**vit, "intermediate_size": 48, "num_register_tokens": 1},
+                   "data": {"batch_size": 2, "size": [64, 96], "fit": "pad"}},
+        "sam": {"kind": "sam", "arch": sam, "data": {"batch_size": 2, "size": [96, 96], "fit": "pad"}},
+    }  # fmt: skip
+    for teacher in filter(None, teachers.values()):
+        teacher["weights"] = "random"
+    finish(start("steps=3", *(f"teachers.{name}={json.dumps(value)}" for name, value in teachers.items())))
+    rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    terms = [f"{name}/{term}" for name in ("siglip", "dinov3", "sam") for term in ("s2t", "t2s", "rec")]
+    assert [math.isfinite(row[term]) and row[term] > 0 for row in rows for term in terms] == [True] * 27
+    heads = json.loads((tmp_path / "tiny" / "student" / "config.json").read_text())["student"]["heads"]
+    assert {name: (head["x_dim"], head["map_dims"]) for name, head in heads.items()} == {
+        "siglip": (32, [32]),
+        "dinov3": (32, [32]),
+        "sam": (None, [16]),
+    }
+
+
 def test_an_offloaded_optimizer_takes_the_same_steps(whole, start, tmp_path):
     """torch's, without a compiler."""
     finish(start('deepspeed.zero_optimization.offload_optimizer={"device": "cpu"}'))

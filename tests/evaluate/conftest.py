@@ -18,6 +18,8 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "sky_blue": (0, 0, 255)}
 WORDS = ["[PAD]", "<s>", "</s>", "[UNK]", "a", "photo", "of", "the", ".", "red", "green", "sky", "blue"]
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SWIN = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}
+SIGLIP = {**VIT, "intermediate_size": 48, "patch_size": 16, "image_size": 64}
+SAM = {**VIT, "mlp_dim": 48, "image_size": 288, "window_size": 4, "global_attn_indexes": [1], "output_channels": 24}
 CLIP = {**VIT, "intermediate_size": 48, "patch_size": 16, "image_size": 64, "projection_dim": 24}
 
 
@@ -36,7 +38,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory):
-    """{name: folder} of a CLIP, a GroundingDINO and a DINOv2."""
+    """{name: folder} of a CLIP, a SigLIP, a GroundingDINO, a DINOv2 and a SAM."""
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text |= {"vocab_size": 50, "max_position_embeddings": 32}
     dino = {
@@ -57,8 +59,10 @@ def zoo(tmp_path_factory):
     torch.manual_seed(0)
     nets = {
         "clip": hf.CLIPModel(hf.CLIPConfig(text_config=clip_text, vision_config=CLIP, projection_dim=24)),
+        "siglip": hf.SiglipModel(hf.SiglipConfig(text_config={**text, "projection_size": 32}, vision_config=SIGLIP)),
         "gdino": hf.GroundingDinoForObjectDetection(hf.GroundingDinoConfig(**dino)),
         "dinov2": hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**VIT, patch_size=16, image_size=64)),
+        "sam": hf.SamVisionModel(hf.SamVisionConfig(**SAM)),
     }
     root = tmp_path_factory.mktemp("zoo")
     generator = torch.Generator().manual_seed(0)
@@ -67,7 +71,7 @@ def zoo(tmp_path_factory):
             for parameter in net.parameters():  # so that images and texts differ clearly
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
         net.eval().save_pretrained(root / name)
-        if name != "dinov2":
+        if name not in ("dinov2", "sam"):
             save_tokenizer(root / name)
     return {name: root / name for name in nets}
 

@@ -127,6 +127,43 @@ def test_a_student_is_read_through_the_head_whose_x_is_in_the_texts_space(zoo, s
         assert (found["head"], found["size"]) == ("clip", 64)
 
 
+def test_siglips_texts_are_lower_case_and_their_padding_is_read(zoo):
+    model = transformers.SiglipModel.from_pretrained(zoo["siglip"]).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(zoo["siglip"])
+    tokens = tokenizer(["a photo of a red", "a photo of the sky"], padding="max_length", max_length=32)
+    with torch.no_grad():
+        wanted = model.get_text_features(input_ids=torch.tensor(tokens["input_ids"])).pooler_output
+    found = embed_texts(zoo["siglip"], ("Red", "Sky"), ("A photo of a {}",))
+    torch.testing.assert_close(found[0], F.normalize(wanted, dim=1)[0])
+    assert (found[1] - F.normalize(wanted, dim=1)[1]).abs().max() > 1e-3
+
+
+def test_siglips_predictions_are_transformers(zoo, images):
+    names = class_names(images, None)
+    model = transformers.SiglipModel.from_pretrained(zoo["siglip"]).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(zoo["siglip"])
+    tokens = tokenizer([f"a photo of a {name}." for name in names], padding="max_length", max_length=32)
+    pixels = (to_batch([images[i][0] for i in range(len(images))], 64) - 0.5) / 0.5
+    with torch.no_grad():
+        out = model(pixel_values=pixels, input_ids=torch.tensor(tokens["input_ids"]))
+    predicted = out.logits_per_image.argmax(1)
+    labels = predicted.clone()
+    labels[::4] = (labels[::4] + 1) % 3
+    texts = embed_texts(zoo["siglip"], names)
+    encoder = load_encoder(zoo["siglip"])
+    assert (encoder.kind, encoder.image_size) == ("siglip", 64)
+    found = zero_shot(encoder, texts, Relabelled(images, labels.tolist()), size=64, batch_size=8, tower="siglip")
+    assert found["top1"] == pytest.approx(0.75)
+
+
+def test_one_towers_texts_are_not_the_others(zoo, images):
+    texts = embed_texts(zoo["siglip"], class_names(images, None))
+    with pytest.raises(EvaluateError, match="is a clip, whose x is not in SigLIP's space; give a student or SigLIP"):
+        zero_shot(load_encoder(zoo["clip"]), texts, images, size=64, tower="siglip")
+    with pytest.raises(EvaluateError, match="is a siglip, whose x is not in CLIP's space; give a student or CLIP"):
+        zero_shot(load_encoder(zoo["siglip"]), texts, images, size=64)
+
+
 @pytest.mark.parametrize(
     ("head", "asked", "warned"), [("dino", None, True), ("dino", "dino", False), ("ViT CLIP", None, False)]
 )

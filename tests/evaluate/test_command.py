@@ -72,6 +72,25 @@ def test_the_same_command_gives_the_students_and_its_teachers_figure(zoo, studen
     assert found["task"] == "zero-shot"
 
 
+def test_a_siglip_is_asked_by_its_own_text_tower(zoo, coloured, evaluate, refused):
+    command = ["zero-shot", "--images", coloured, "--clip", zoo["siglip"], *COMMON]
+    found = evaluate(*command, "--model", zoo["siglip"])
+    images = LabelledImages(coloured)
+    texts = embed_texts(zoo["siglip"], class_names(images, None))
+    expected = zero_shot(load_encoder(zoo["siglip"]), texts, images, size=64, tower="siglip")
+    assert found["top1"] == expected["top1"]
+    assert refused(*command, "--model", zoo["clip"]).endswith("is a clip, whose x is not in SigLIP's space; give a "
+                                                              "student or SigLIP")  # fmt: skip
+    line = refused("zero-shot", "--model", zoo["clip"], "--images", coloured, "--clip", zoo["dinov2"])
+    assert line.endswith("holds a model of type 'dinov2_with_registers', expected CLIP or SigLIP with its text tower")
+
+
+def test_a_sam_is_shown_images_of_its_own_size(zoo, coloured, copied, evaluate, refused):
+    command = ["knn", "--model", zoo["sam"], "--train-images", coloured, "--test-images", copied, "--features", "map"]
+    assert evaluate(*command, "--k", 1, *COMMON)["size"] == 288
+    assert "sam: does not take images of 64×64: Input image size (64*64)" in refused(*command, "--size", 64)
+
+
 def test_zero_shot_takes_a_name_twice_with_a_warning(zoo, coloured, tmp_path, capsys):
     names = tmp_path / "names.txt"
     names.write_text("red_ball\nsky blue\nred ball\n")

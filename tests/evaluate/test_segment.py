@@ -420,18 +420,20 @@ def test_the_command(zoo, student, data, tmp_path, evaluate):
     for name, folder, more in (
         ("student", student, []),
         ("head", student, ["--teacher-name", "gdino"]),
-        *((name, folder, []) for name, folder in zoo.items()),
+        *((name, folder, ["--size", "288"] if name == "sam" else []) for name, folder in zoo.items()),
     ):
         found = evaluate(*words, "--model", folder, *more)
         channels[name] = found["channels"]
         assert 0 <= found["miou"] <= 1
         assert found["settings"]["ignore"] == [255]
-        assert (found["size"], found["task"], found["head"]) == (64, "segment", "gdino" if more else None)
+        assert (found["size"], found["task"]) == (288 if name == "sam" else 64, "segment")
+        assert found["head"] == ("gdino" if name == "head" else None)
         assert picture.is_file()
         picture.unlink()
     # Of the student's maps those that a teacher read: strides 8, 16 and 32, not 4.
     assert channels == {
-        "student": [32] * 3, "head": [16, 32, 64], "clip": [32], "gdino": [16, 32, 64], "dinov2": [32]
+        "student": [32] * 3, "head": [16, 32, 64], "clip": [32], "siglip": [32], "gdino": [16, 32, 64],
+        "dinov2": [32], "sam": [24],
     }  # fmt: skip
     seen = []
     encoder = load_encoder(student)

@@ -17,13 +17,16 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from kpu_fast.models import teachers  # noqa: E402
 from kpu_fast.models.features import FeatureSpec  # noqa: E402
 from kpu_fast.models.hub import WeightsError  # noqa: E402
-from kpu_fast.models.teachers import build_teacher  # noqa: E402
+from kpu_fast.models.teachers import MODEL_TYPES, build_teacher  # noqa: E402
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SWIN = dict(embed_dim=8, depths=[1, 1, 2, 1], num_heads=[1, 1, 2, 2], window_size=4)
 VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 CLIP = dict(VIT, intermediate_size=48, patch_size=16, image_size=64, projection_dim=24)
+SIGLIP = dict(VIT, intermediate_size=48, patch_size=16, image_size=64)
+DINOV3 = dict(VIT, intermediate_size=48, num_register_tokens=3)
+SAM = dict(VIT, mlp_dim=48, image_size=64, window_size=2, global_attn_indexes=[1], output_channels=24, num_pos_feats=12)
 RESNET = dict(embedding_size=8, hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], layer_type="basic")
 HIERA = dict(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])
 SQUARE, WIDE = (64, 64), (64, 96)
@@ -76,11 +79,20 @@ def saved(tmp_path_factory):
     hf = transformers
     clip_text = dict(text, projection_dim=24, bos_token_id=1, eos_token_id=2)
     dinov2 = dict(VIT, image_size=56, patch_size=14)
+    sam_decoder = dict(
+        prompt_encoder_config=dict(hidden_size=24, image_size=64),
+        mask_decoder_config=dict(hidden_size=24, mlp_dim=16, num_attention_heads=2, iou_head_hidden_dim=8),
+    )
     torch.manual_seed(0)
     models = {
         "clip": hf.CLIPModel(hf.CLIPConfig(text_config=clip_text, vision_config=CLIP, projection_dim=24)),
         "clip_vision": hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**CLIP)),
         "grounding_dino": hf.GroundingDinoForObjectDetection(hf.GroundingDinoConfig(**dino)),
+        "siglip": hf.SiglipModel(hf.SiglipConfig(text_config=dict(text, projection_size=32), vision_config=SIGLIP)),
+        "siglip_vision": hf.SiglipVisionModel(hf.SiglipVisionConfig(**SIGLIP)),
+        "sam": hf.SamModel(hf.SamConfig(vision_config=SAM, **sam_decoder)),
+        "sam_vision": hf.SamVisionModel(hf.SamVisionConfig(**SAM)),
+        "dinov3": hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**DINOV3)),
         "dinov2": hf.Dinov2Model(hf.Dinov2Config(**dinov2)),
         "dinov2_reg": hf.Dinov2WithRegistersForImageClassification(hf.Dinov2WithRegistersConfig(**dinov2)),
         "swin": hf.SwinForImageClassification(hf.SwinConfig(**SWIN)),
@@ -119,6 +131,48 @@ def test_clip_is_the_projected_embedding_and_the_last_patch_tokens(saved, checkp
     tokens = vision.last_hidden_state[:, 1:].reshape(2, size[0] // 16, size[1] // 16, 32)
     torch.testing.assert_close(x, model.visual_projection(vision.pooler_output))
     torch.testing.assert_close(maps, (tokens,))
+
+
+@pytest.mark.parametrize("size", [SQUARE, WIDE, (96, 32)])
+@pytest.mark.parametrize("checkpoint", ["siglip", "siglip_vision"])
+def test_siglip_is_the_pooled_vector_and_every_token_after_the_last_norm(saved, checkpoint, size):
+    model, folder = saved[checkpoint]
+    images = pictures(size)
+    teacher = build("siglip", folder, image_size=size)
+    x, maps = teacher(images)
+    vision = getattr(model, "vision_model", model)
+    out = vision(normalise(images, (0.5,) * 3, (0.5,) * 3), interpolate_pos_encoding=True)
+    torch.testing.assert_close(x, out.pooler_output)
+    torch.testing.assert_close(maps, (out.last_hidden_state.reshape(2, size[0] // 16, size[1] // 16, 32),))
+    assert teacher.spec == FeatureSpec(32, (32,), (16.0,))
+    # The text tower is not kept.
+    assert sum(p.numel() for p in teacher.parameters()) == sum(p.numel() for p in vision.parameters())
+
+
+@pytest.mark.parametrize("size", [SQUARE, WIDE, (32, 96)])
+def test_dinov3_is_the_class_token_and_the_patches_without_registers(saved, size):
+    model, folder = saved["dinov3"]
+    images = pictures(size)
+    x, maps = build("dinov3", folder, image_size=size)(images)
+    out = model(normalise(images, IMAGENET_MEAN, IMAGENET_STD)).last_hidden_state
+    torch.testing.assert_close(x, out[:, 0])
+    torch.testing.assert_close(maps, (out[:, 4:].reshape(2, size[0] // 16, size[1] // 16, 32),))
+
+
+@pytest.mark.parametrize("checkpoint", ["sam", "sam_vision"])
+def test_sam_is_what_its_mask_decoder_reads_and_takes_one_size(saved, checkpoint):
+    model, folder = saved[checkpoint]
+    images = pictures(SQUARE)
+    teacher = build("sam", folder)
+    pixels = normalise(images, IMAGENET_MEAN, IMAGENET_STD)
+    wanted = model.get_image_embeddings(pixels) if checkpoint == "sam" else model(pixels).last_hidden_state
+    x, maps = teacher(images)
+    assert x is None
+    torch.testing.assert_close(maps, (wanted.permute(0, 2, 3, 1),))
+    assert teacher.spec == FeatureSpec(None, (24,), (16.0,))
+    text = message("sam", folder, image_size=WIDE)
+    assert text.startswith("teachers.t: does not take images of 64×96: ValueError: ")
+    assert "(64*64)" in text
 
 
 @pytest.mark.parametrize("size", [SQUARE, WIDE])
@@ -218,12 +272,15 @@ def test_a_patch_stride_may_be_one_number():
     assert teacher.patch_size == 4
 
 
-@pytest.mark.parametrize(("kind", "whose"), [("clip", "CLIP's"), ("dinov2", "ImageNet's")])
+@pytest.mark.parametrize(
+    ("kind", "whose"),
+    [("clip", "CLIP's, mean (0.48"), ("siglip", "SigLIP's, mean (0.5, 0.5"), ("dinov2", "ImageNet's, mean (0.48")],
+)
 def test_without_an_image_processor_mean_and_std_are_named(saved, kind, whose, caplog):
     build(kind, saved[kind][1])
     (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said.startswith("teachers.")
-    assert f"normalised with {whose}, mean (0.48" in said
+    assert f"normalised with {whose}" in said
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
@@ -303,10 +360,17 @@ def test_stride_where_no_rounding_gives_the_grid():
 # ---------------------------------------------------------------------------------------------------- frozen, dtypes
 
 
-@pytest.mark.parametrize("kind", ["clip", "grounding_dino", "dinov2", "backbone"])
+@pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_frozen_and_usable_in_autograd(saved, kind):
-    arch = {"clip": CLIP, "grounding_dino": SWIN, "dinov2": dict(VIT, image_size=56)}.get(kind)
-    arch = arch or dict(RESNET, model_type="resnet")
+    arch = {
+        "clip": CLIP,
+        "siglip": SIGLIP,
+        "grounding_dino": SWIN,
+        "dinov2": dict(VIT, image_size=56),
+        "dinov3": DINOV3,
+        "sam": SAM,
+        "backbone": dict(RESNET, model_type="resnet"),
+    }[kind]
     teacher = build(kind, arch=arch)
     before = {k: v.clone() for k, v in teacher.net.state_dict().items()}
     torch.nn.ModuleList([teacher]).train()
@@ -328,7 +392,7 @@ def test_maps_are_whole_tokens_in_memory():
     assert all(m.is_contiguous() for m in maps)
 
 
-@pytest.mark.parametrize("kind", ["clip", "grounding_dino", "dinov2_reg"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "grounding_dino", "dinov2_reg", "dinov3", "sam"])
 def test_bf16_weights_with_fp32_normalisation(saved, kind):
     folder = saved[kind][1]
     half = build(kind.removesuffix("_reg"), folder, dtype=torch.bfloat16)
@@ -353,7 +417,7 @@ def test_a_teacher_moved_afterwards_is_one_built_so(saved, kind):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["clip", "grounding_dino", "dinov2"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "grounding_dino", "dinov2", "dinov3", "sam"])
 def test_compiles(saved, kind):
     teacher = build(kind, saved[kind][1])
     images = pictures(SQUARE)
@@ -370,7 +434,10 @@ def test_compiles(saved, kind):
     ("kind", "arch"),
     [
         ("clip", CLIP),
+        ("siglip", SIGLIP),
         ("grounding_dino", SWIN),
+        ("dinov3", DINOV3),
+        ("sam", SAM),
         ("dinov2", dict(VIT, image_size=56)),
         ("dinov2", dict(VIT, image_size=56, num_register_tokens=2)),
         ("backbone", dict(RESNET, model_type="resnet")),
@@ -402,10 +469,15 @@ def test_real_sizes_of_the_random_defaults():
     with torch.device("meta"):
         swin = build_net("grounding_dino")
         clip = build_net("clip")
+        siglip, dinov3, sam = build_net("siglip"), build_net("dinov3"), build_net("sam")
     assert swin.channels == [192, 384, 768]
     assert sum(p.numel() for p in swin.parameters()) == 27_519_354 + 2_688  # Swin-T and the norms of three stages
     assert (clip.config.patch_size, clip.config.hidden_size, clip.config.projection_dim) == (16, 768, 512)
     assert sum(p.numel() for p in clip.parameters()) == 86_192_640  # the image half of CLIP B/16
+    assert sum(p.numel() for p in siglip.parameters()) == 92_884_224  # the image half of SigLIP B/16 at 224
+    assert sum(p.numel() for p in dinov3.parameters()) == 85_660_416  # DINOv3 ViT-B/16 and its mask token
+    assert (dinov3.config.num_register_tokens, sam.config.image_size) == (4, 1024)
+    assert sum(p.numel() for p in sam.parameters()) == 89_670_912  # the image encoder of SAM ViT-B
 
 
 def build_net(kind):
@@ -427,7 +499,7 @@ def message(*args, **kwargs):
 
 
 def test_unknown_kind_and_idle_keys(saved):
-    assert "teachers.t.kind" in message("sam")
+    assert "teachers.t.kind" in message("timm")
     assert "teachers.t.levels" in message("clip", arch=CLIP, levels=[1])
     assert "teachers.t.arch" in message("clip", saved["clip"][1], arch={"patch_size": 16})
 
@@ -501,6 +573,9 @@ def test_levels_are_checked(saved, levels):
         ("clip", "visual_projection.weight"),
         ("grounding_dino", "model.backbone.conv_encoder.model.embeddings.norm.weight"),
         ("dinov2", "layernorm.bias"),
+        ("siglip", "vision_model.head.probe"),
+        ("dinov3", "norm.bias"),
+        ("sam", "vision_encoder.neck.conv2.weight"),
         ("resnet", "resnet.embedder.embedder.normalization.running_mean"),
     ],
 )
@@ -516,7 +591,10 @@ def test_missing_weights_are_named(saved, tmp_path, kind, lost):
 
 @pytest.mark.parametrize(
     ("kind", "config_key"),
-    [("clip", "vision_config"), ("dinov2", None), ("dinov2_reg", None), ("grounding_dino", None)],
+    [
+        *((kind, "vision_config") for kind in ("clip", "siglip", "sam")),
+        *((kind, None) for kind in ("dinov2", "dinov2_reg", "dinov3", "grounding_dino")),
+    ],
 )
 def test_weights_without_a_place_are_named(saved, tmp_path, kind, config_key):
     """A config with fewer layers than the checkpoint would silently cut the network short."""
