@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from kpu_fast.kernels import deform_attn, resize_bilinear
 from kpu_fast.models.attention import activate_backend, attention
 from kpu_fast.models.features import Features
-from kpu_fast.models.vit import ViT, normalise, resize_to_stride_16
+from kpu_fast.models.vit import Rotations, ViT, normalise, resize_to_stride_16
 
 STRIDES = (4, 8, 16, 32)
 CROSS_ATTENTIONS = ("flash", "deformable")
@@ -232,6 +232,7 @@ class Interaction(nn.Module):
         x: Tensor,  # (B, prefix + N, D)
         c: Tensor,  # (B, 21n, D)
         blocks: list[nn.Module],
+        turn: Rotations | None,  # of the blocks' queries and keys
         prefix: int,
         to_patches: Sampling | None,
         to_spatial: Sampling | None,
@@ -239,7 +240,7 @@ class Interaction(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         x = torch.cat([x[:, :prefix], self.injector(x[:, prefix:], c, to_patches)], dim=1)
         for block in blocks:
-            x = block(x)
+            x = block(x, turn)
         patches = x[:, prefix:]
         for extractor in self.extractors:
             c = extractor(c, patches, to_spatial, shapes)
@@ -346,6 +347,7 @@ class Adapter(nn.Module):
         tokens = [c.permute(0, 2, 3, 1).flatten(1, 2) + e for c, e in zip(coarse, self.level_embed, strict=True)]
         c = torch.cat(tokens, dim=1)  # (B, 21n, D), n = H·W/32²
         x = vit.embed(resize_to_stride_16(images, vit.patch_size))  # (B, prefix + 4n, D)
+        turn = vit.turn(*grid, images.device)
 
         to_patches = to_spatial = None
         if self.deformable:
@@ -355,7 +357,7 @@ class Adapter(nn.Module):
         stretch = len(every_block) // len(self.interactions)
         for i, interaction in enumerate(self.interactions):
             blocks = every_block[i * stretch : (i + 1) * stretch]
-            arguments = (x, c, blocks, vit.prefix, to_patches, to_spatial, shapes)
+            arguments = (x, c, blocks, turn, vit.prefix, to_patches, to_spatial, shapes)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # Nothing in an interaction is random, so there is no random state to keep.
                 x, c = checkpoint(interaction, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -63,6 +63,12 @@ class Student(nn.Module):
                 self.adapter = Adapter(self.dim, self.vit.depth, **adapter, **runtime)
             except (TypeError, ArithmeticError) as error:  # a setting unknown, mistyped or infinite
                 raise ValueError(f"adapter: {error}.") from error
+            if self.vit.rope_theta is not None and not self.adapter.deformable:
+                # Dense attention finds a place by what is in the tokens, and here no token carries one.
+                raise ValueError(
+                    'adapter: cross_attention "flash" needs a ViT with learned positions, such as DINOv2; with a '
+                    'DINOv3 set it to "deformable".'
+                )
         self.head_specs = {name: _as_spec(name, spec) for name, spec in (heads or {}).items()}
         self.heads = nn.ModuleDict()
         for name, spec in self.head_specs.items():

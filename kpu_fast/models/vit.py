@@ -1,5 +1,6 @@
-"""DINOv2-compatible vision transformer, with or without registers (arXiv 2304.07193, 2309.16588)."""
+"""DINOv2's vision transformer, with or without registers, and DINOv3's (arXiv 2304.07193, 2309.16588, 2508.10104)."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -8,13 +9,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kpu_fast.models.attention import activate_backend, attention
-from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_net, read_json
+from kpu_fast.models.hub import WeightsError
+from kpu_fast.models.vit_weights import KEY, read_arguments, read_model, read_state, source
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _EPS = 1e-6
-_KEY = "student.vit.weights"
+
+Rotations = tuple[Tensor, Tensor]  # cosine and sine, each (tokens, channels of a head / 2), fp32
 
 
 def check_images(images: Tensor) -> None:
@@ -49,6 +52,51 @@ def resize_to_stride_16(images: Tensor, patch_size: int) -> Tensor:
     return F.interpolate(images.float(), size, mode="bicubic", align_corners=False, antialias=True)
 
 
+def rotations(height: int, width: int, channels: int, *, theta: float, prefix: int, device) -> Rotations:
+    """Where a grid of height × width patches stands, as DINOv3 sees it: the angles that turn queries and keys.
+
+    A patch's centre has coordinates (y, x) in [-1, 1] over the image. Pairs of the `channels` of a head turn by
+    2π·y·f or 2π·x·f, f = theta^(-4i/channels); i = 0, 1, … for y, then for x. The `prefix` tokens do not turn.
+    """
+    y, x = ((torch.arange(n, device=device) + 0.5) * (2 / n) - 1 for n in (height, width))
+    at = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)  # (N, 2)
+    frequencies = theta ** (torch.arange(channels // 4, device=device) * (-4 / channels))
+    angles = (2 * math.pi * at[:, :, None] * frequencies).flatten(1)  # (N, channels / 2)
+    angles = F.pad(angles, (0, 0, prefix, 0))
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, turn: Rotations) -> Tensor:
+    """x (B, heads, N, d), channel i and i + d/2 of every head turned together as a pair, in fp32."""
+    if not torch.compiler.is_compiling():
+        return _Rotate.apply(x, *turn)
+    cos, sin = turn
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """`rotate` in four passes that leave nothing in between in memory, which a compiler does by itself."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    (a, b), (out_a, out_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
+    return out
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one Linear for q, k and v. (B, N, D) → (B, N, D)."""
 
@@ -59,11 +107,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotations | None) -> Tensor:
         b, n, d = x.shape
         qkv = self.qkv(x).view(b, n, 3, self.heads, d // self.heads)
         # Taken apart in the order of memory: backward then puts the three gradients together in one copy, not two.
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # 3 × (B, heads, N, d)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
         out = attention(q, k, v, backend=self.backend)
         return self.proj(out.transpose(1, 2).reshape(b, n, d))
 
@@ -95,36 +145,39 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """x += ls1 ⊙ Attention(LN x); x += ls2 ⊙ MLP(LN x)."""
+    """x += ls1 ⊙ Attention(LN x); x += ls2 ⊙ MLP(LN x). turn: of queries and keys, by where their patches are."""
 
-    def __init__(self, dim: int, heads: int, mlp_hidden: int, swiglu: bool, layer_scale: float, backend: str):
+    def __init__(
+        self, dim: int, heads: int, mlp_hidden: int, *, swiglu: bool, layer_scale: float, eps: float, backend: str
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=_EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads, backend)
         self.ls1 = nn.Parameter(torch.full((dim,), float(layer_scale)))
-        self.norm2 = nn.LayerNorm(dim, eps=_EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = SwiGLU(dim, mlp_hidden) if swiglu else MLP(dim, mlp_hidden)
         self.ls2 = nn.Parameter(torch.full((dim,), float(layer_scale)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.addcmul(x, self.ls1, self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, turn: Rotations | None = None) -> Tensor:
+        x = torch.addcmul(x, self.ls1, self.attn(self.norm1(x), turn))
         return torch.addcmul(x, self.ls2, self.mlp(self.norm2(x)))
 
 
 class Embeddings(nn.Module):
-    """Images to tokens: patch embedding, cls, registers, learned positions.
+    """Images to tokens: patch embedding, cls, registers, and learned positions unless there are none (DINOv3).
 
     A module of its own, called as one: ZeRO 3 brings a module's parameters together when the module is called.
     """
 
-    def __init__(self, patch_size: int, dim: int, registers: int, image_size: int):
+    def __init__(self, patch_size: int, dim: int, registers: int, image_size: int, learned_positions: bool):
         super().__init__()
         self.patch_size, self.grid = patch_size, image_size // patch_size
         self.patch = nn.Conv2d(3, dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
-        self.positions = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))  # cls, then the patches
-        # Only DINOv2's own pre-training reads it; kept, never trained, so that a checkpoint comes out as it went in.
+        positions = torch.zeros(1, 1 + self.grid**2, dim) if learned_positions else None  # cls, then the patches
+        self.positions = None if positions is None else nn.Parameter(positions)
+        # Only their own pre-training reads it; kept, never trained, so that a checkpoint comes out as it went in.
         self.mask_token = nn.Parameter(torch.zeros(1, dim), requires_grad=False)
 
     def positions_on(self, height: int, width: int) -> Tensor:
@@ -151,20 +204,25 @@ class Embeddings(nn.Module):
                 f"ViT: image height and width must be multiples of patch_size {self.patch_size}, got {height}×{width}."
             )
         patches = self.patch(normalise(images, self.patch.weight.dtype))  # (B, D, H/p, W/p)
-        positions = self.positions_on(*patches.shape[-2:])
-        patches = patches.flatten(2).transpose(1, 2) + positions[:, 1:]  # (B, N, D)
-        prefix = [(self.cls_token + positions[:, :1]).expand(images.shape[0], -1, -1)]
+        grid = patches.shape[-2:]
+        patches, cls = patches.flatten(2).transpose(1, 2), self.cls_token  # (B, N, D), (1, 1, D)
+        if self.positions is not None:
+            positions = self.positions_on(*grid)
+            patches, cls = patches + positions[:, 1:], cls + positions[:, :1]
+        prefix = [cls.expand(images.shape[0], -1, -1)]
         if self.register_tokens is not None:
             prefix.append(self.register_tokens.expand(images.shape[0], -1, -1))
         return torch.cat([*prefix, patches], dim=1)  # (B, prefix + N, D)
 
 
 class ViT(nn.Module):
-    """DINOv2's vision transformer.
+    """The vision transformer of DINOv2 or, with `rope_theta`, of DINOv3.
 
     patch_size: pixels. dim, depth, heads: width, blocks, attention heads. registers: extra tokens after cls.
     image_size: pixels a side of the square the learned positions were made for; they are resized to any other grid.
-    swiglu: SwiGLU instead of the GELU MLP (ViT-g). layer_scale: start value. attention: see `models.attention`.
+    swiglu: SwiGLU instead of the GELU MLP (ViT-g, ViT-H+). layer_scale: start value. eps: of the LayerNorms.
+    rope_theta: queries and keys are turned by where their patch is (`rotations`), and no position is learned.
+    attention: see `models.attention`.
     activation_checkpointing: `forward` keeps only each block's input and recomputes the rest in backward.
 
     Tokens are ordered cls, registers, patches row by row. `config` holds what `ViT(**config)` needs to build it again.
@@ -183,6 +241,8 @@ class ViT(nn.Module):
         image_size: int = 518,
         swiglu: bool = False,
         layer_scale: float = 1.0,
+        rope_theta: float | None = None,
+        eps: float = _EPS,
         attention: str = "auto",
         activation_checkpointing: bool = False,
     ):
@@ -199,6 +259,10 @@ class ViT(nn.Module):
                 raise ValueError(f"ViT: {name} must be {least} or more, got {value}.")
         if dim % heads:
             raise ValueError(f"ViT: dim {dim} must be a multiple of heads {heads}.")
+        if rope_theta is not None and dim // heads % 4:
+            raise ValueError(f"ViT: with rope_theta each head must have a multiple of 4 channels, got {dim // heads}.")
+        if rope_theta is not None and not rope_theta > 0:
+            raise ValueError(f"ViT: rope_theta must be above 0, got {rope_theta}.")
         if image_size % patch_size:
             raise ValueError(f"ViT: image_size {image_size} must be a multiple of patch_size {patch_size}.")
         activate_backend(attention)
@@ -213,14 +277,19 @@ class ViT(nn.Module):
             "swiglu": swiglu,
             "layer_scale": layer_scale,
         }
+        newer = {"rope_theta": rope_theta, "eps": eps}
+        if newer != {"rope_theta": None, "eps": _EPS}:  # else the config is what exports and checkpoints before had
+            self.config |= newer
+        self.rope_theta = rope_theta
         self.patch_size, self.dim, self.depth, self.heads = patch_size, dim, depth, heads
         self.prefix = 1 + registers  # tokens before the patches
         self.activation_checkpointing = activation_checkpointing
 
-        self.embed = Embeddings(patch_size, dim, registers, image_size)
+        self.embed = Embeddings(patch_size, dim, registers, image_size, learned_positions=rope_theta is None)
         hidden = int(dim * mlp_ratio)
-        self.blocks = nn.ModuleList(Block(dim, heads, hidden, swiglu, layer_scale, attention) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=_EPS)
+        of_block = dict(swiglu=swiglu, layer_scale=layer_scale, eps=eps, backend=attention)
+        self.blocks = nn.ModuleList(Block(dim, heads, hidden, **of_block) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=eps)
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
@@ -228,146 +297,53 @@ class ViT(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.embed.positions, std=0.02)
+        if self.embed.positions is not None:
+            nn.init.trunc_normal_(self.embed.positions, std=0.02)
         nn.init.normal_(self.embed.cls_token, std=1e-6)
         if self.embed.register_tokens is not None:
             nn.init.normal_(self.embed.register_tokens, std=1e-6)
 
+    def turn(self, height: int, width: int, device) -> Rotations | None:
+        """What the blocks turn queries and keys by on a grid of height × width patches; None: positions are learned."""
+        if self.rope_theta is None:
+            return None
+        channels = self.dim // self.heads
+        return rotations(height, width, channels, theta=self.rope_theta, prefix=self.prefix, device=device)
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Final-normed cls (B, D) and patch map (B, H/p, W/p, D) of images (B, 3, H, W) in [0, 1]."""
         tokens = self.embed(images)
+        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+        turn = self.turn(*grid, images.device)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # Nothing in a block is random, so there is no random state to keep.
-                tokens = checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)
+                tokens = checkpoint(block, tokens, turn, use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = block(tokens)
+                tokens = block(tokens, turn)
         tokens = self.norm(tokens)
-        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         return tokens[:, 0], tokens[:, self.prefix :].unflatten(1, grid)
 
     @classmethod
     def from_hf(cls, weights: str | Path | nn.Module) -> "ViT":
-        """A ViT with the weights of transformers' Dinov2Model or Dinov2WithRegistersModel.
+        """A ViT with the weights of transformers' Dinov2Model, Dinov2WithRegistersModel or DINOv3ViTModel.
 
         weights: a hub id (facebook/dinov2-base, facebook/dinov2-with-registers-base, …), a local folder, or the model,
-        also with a classifier around it.
+        of a DINOv2 also with a classifier around it.
         A hub id is looked up in the local cache first. Raises WeightsError when the weights cannot be had, are damaged
-        or incomplete, do not belong to their config.json, or are not a DINOv2; a mask token may be missing.
+        or incomplete, do not belong to their config.json, or are of another model; a mask token may be missing.
         """
-        model = weights if isinstance(weights, nn.Module) else _load_hf(weights)
-        arch = _hf_arch(model.config)
+        model = weights if isinstance(weights, nn.Module) else read_model(weights)
+        arguments = read_arguments(model.config)
         model = getattr(model, model.config.model_type, model)  # a classifier holds the ViT inside
         try:
-            vit = cls(**arch)
+            vit = cls(**arguments)
         except (TypeError, ValueError) as error:
-            raise WeightsError(f"{_KEY}: the config of {_source(model.config)} describes no ViT: {error}") from error
+            raise WeightsError(f"{KEY}: the config of {source(model.config)} describes no ViT: {error}") from error
         try:
-            vit.load_state_dict(_hf_state(model.state_dict(), vit.depth))
+            vit.load_state_dict(read_state(model.state_dict(), vit.depth, model.config.model_type))
         except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
-            problem = f"the weights of {_source(model.config)} are not those of its config ({reason})"
-            raise WeightsError(f"{_KEY}: {problem}") from error
+            problem = f"the weights of {source(model.config)} are not those of its config ({reason})"
+            raise WeightsError(f"{KEY}: {problem}") from error
         return vit
-
-
-def _load_hf(weights: str | Path) -> nn.Module:
-    folder = find_folder(_KEY, weights)
-    model_type = read_json(_KEY, folder / "config.json").get("model_type")
-    _check_model_type(model_type, folder)
-    hf = import_transformers(_KEY)
-    net_class = hf.Dinov2Model if model_type == "dinov2" else hf.Dinov2WithRegistersModel
-    return load_net(_KEY, net_class, folder, dtype=torch.float32)
-
-
-def _check_model_type(model_type, source) -> None:
-    if model_type not in ("dinov2", "dinov2_with_registers"):
-        raise WeightsError(
-            f"{_KEY}: {source} holds a model of type {model_type!r}; expected dinov2 or dinov2_with_registers, "
-            "such as facebook/dinov2-base"
-        )
-
-
-def _source(config) -> str:
-    return config.name_or_path or "the model"
-
-
-def _side(config, key: str) -> int:
-    """A size in pixels; transformers takes (height, width) as well, and ours must be square."""
-    value = getattr(config, key)
-    sides = set(value) if isinstance(value, (list, tuple)) else {value}
-    if len(sides) != 1:
-        raise WeightsError(f"{_KEY}: {key} is {value!r} in the config of {_source(config)}, only squares work")
-    return sides.pop()
-
-
-def _hf_arch(config) -> dict:
-    source = _source(config)
-    _check_model_type(config.model_type, source)
-    for key, expected in (("hidden_act", "gelu"), ("qkv_bias", True), ("layer_norm_eps", _EPS), ("num_channels", 3)):
-        if getattr(config, key) != expected:
-            raise WeightsError(
-                f"{_KEY}: {key} is {getattr(config, key)!r} in the config of {source}, only {expected!r} works"
-            )
-    if config.model_type == "dinov2_with_registers" and not config.num_register_tokens:
-        # Positions are resized with antialias in that model and without in Dinov2Model; ours asks the registers which.
-        raise WeightsError(f"{_KEY}: num_register_tokens is 0 in the config of {source}, only 1 or more works")
-    return {
-        "patch_size": _side(config, "patch_size"),
-        "dim": config.hidden_size,
-        "depth": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
-        "mlp_ratio": config.mlp_ratio,
-        "registers": getattr(config, "num_register_tokens", 0),
-        "image_size": _side(config, "image_size"),
-        "swiglu": config.use_swiglu_ffn,
-        "layer_scale": config.layerscale_value,
-    }
-
-
-# Ours: theirs, where one tensor becomes one tensor. transformers renamed some of them during version 5; both are read.
-_HF_NAMES = {
-    "norm1": ("norm1",),
-    "norm2": ("norm2",),
-    "attn.proj": ("attention.o_proj", "attention.output.dense"),
-    "mlp.fc1": ("mlp.fc1",),
-    "mlp.fc2": ("mlp.fc2",),
-    "mlp.down": ("mlp.down_proj", "mlp.weights_out"),
-    "mlp.gate_up": ("mlp.weights_in",),
-}
-_HF_FUSED = {
-    "attn.qkv": (
-        [f"attention.{n}_proj" for n in "qkv"],
-        [f"attention.attention.{n}" for n in ("query", "key", "value")],
-    ),
-    "mlp.gate_up": (["mlp.gate_proj", "mlp.up_proj"],),
-}
-
-
-def _hf_state(hf: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    state = {
-        "embed.cls_token": hf["embeddings.cls_token"],
-        "embed.positions": hf["embeddings.position_embeddings"],
-        "embed.patch.weight": hf["embeddings.patch_embeddings.projection.weight"],
-        "embed.patch.bias": hf["embeddings.patch_embeddings.projection.bias"],
-        "norm.weight": hf["layernorm.weight"],
-        "norm.bias": hf["layernorm.bias"],
-    }
-    # transformers leaves the mask token out where the config says use_mask_token = false.
-    state["embed.mask_token"] = hf.get("embeddings.mask_token", torch.zeros_like(hf["embeddings.cls_token"][0]))
-    if "embeddings.register_tokens" in hf:
-        state["embed.register_tokens"] = hf["embeddings.register_tokens"]
-    for i in range(depth):
-        theirs, ours = f"encoder.layer.{i}", f"blocks.{i}"
-        for n in (1, 2):
-            state[f"{ours}.ls{n}"] = hf[f"{theirs}.layer_scale{n}.lambda1"]
-        for kind in ("weight", "bias"):
-            for name, candidates in _HF_NAMES.items():
-                for candidate in candidates:
-                    if f"{theirs}.{candidate}.{kind}" in hf:
-                        state[f"{ours}.{name}.{kind}"] = hf[f"{theirs}.{candidate}.{kind}"]
-            for name, groups in _HF_FUSED.items():
-                for group in groups:
-                    if f"{theirs}.{group[0]}.{kind}" in hf:
-                        state[f"{ours}.{name}.{kind}"] = torch.cat([hf[f"{theirs}.{part}.{kind}"] for part in group])
-    return state

@@ -194,9 +194,10 @@ def test_a_rank_that_is_gone_is_told_in_one_line(start, tmp_path):
 
 
 def test_every_switch_at_once_trains(start, tmp_path):
-    """bf16, activation checkpointing, the deformable adapter and ZeRO 2."""
+    """bf16, activation checkpointing, a DINOv3 with the deformable adapter and ZeRO 2."""
     switches = ["precision=bf16", "activation_checkpointing=true", "deepspeed.zero_optimization.stage=2", "steps=3"]
-    finish(start(*switches, "student.adapter.cross_attention=deformable"))
+    rope = ["student.vit.arch.patch_size=16", "student.vit.arch.image_size=64", "student.vit.arch.rope_theta=100.0"]
+    finish(start(*switches, *rope, "student.adapter.cross_attention=deformable"))
     exported = load_file(tmp_path / "tiny" / "student" / "model.safetensors")
     assert {t.dtype for t in exported.values()} == {torch.bfloat16}
     assert all(torch.isfinite(torch.tensor(row)).all() for row in losses(tmp_path / "tiny"))

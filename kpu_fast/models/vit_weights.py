@@ -1,0 +1,202 @@
+"""What transformers' DINOv2 and DINOv3 are in terms of `ViT`: the keyword arguments, and the weights by its names."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_net, read_json
+
+KEY = "student.vit.weights"
+
+_DINOV3 = "dinov3_vit"
+_MODEL_TYPES = ("dinov2", "dinov2_with_registers", _DINOV3)
+# What `ViT` has no argument for.
+_DINOV2_HAS = {"hidden_act": ("gelu",), "qkv_bias": (True,), "layer_norm_eps": (1e-6,), "num_channels": (3,)}
+_DINOV3_HAS = {
+    "hidden_act": ("gelu",),
+    **dict.fromkeys(("query_bias", "value_bias", "proj_bias", "mlp_bias"), (True,)),
+    "num_channels": (3,),
+}
+
+
+def read_model(weights: str | Path) -> nn.Module:
+    """transformers' model from a folder or hub id. Raises WeightsError, naming `KEY`, where it cannot be had."""
+    folder = find_folder(KEY, weights)
+    model_type = read_json(KEY, folder / "config.json").get("model_type")
+    _check_model_type(model_type, folder)
+    hf = import_transformers(KEY)
+    net_class = {
+        "dinov2": hf.Dinov2Model,
+        "dinov2_with_registers": hf.Dinov2WithRegistersModel,
+        _DINOV3: hf.DINOv3ViTModel,
+    }[model_type]
+    return load_net(KEY, net_class, folder, dtype=torch.float32)
+
+
+def read_arguments(config) -> dict:
+    """`ViT`'s keyword arguments from a config of transformers. Raises WeightsError for one that it cannot follow."""
+    _check_model_type(config.model_type, source(config))
+    return _dinov3_arguments(config) if config.model_type == _DINOV3 else _dinov2_arguments(config)
+
+
+def read_state(hf: dict[str, Tensor], depth: int, model_type: str) -> dict[str, Tensor]:
+    """The state_dict of a `ViT` of `depth` blocks from that of transformers' model. Raises KeyError for one missing."""
+    return _dinov3_state(hf, depth) if model_type == _DINOV3 else _dinov2_state(hf, depth)
+
+
+def source(config) -> str:
+    """What an error message calls the model of this config."""
+    return config.name_or_path or "the model"
+
+
+def _check_model_type(model_type, where) -> None:
+    if model_type not in _MODEL_TYPES:
+        raise WeightsError(
+            f"{KEY}: {where} holds a model of type {model_type!r}; expected dinov2, dinov2_with_registers or "
+            f"{_DINOV3}, such as facebook/dinov2-base"
+        )
+
+
+def _check(config, has: dict[str, tuple]) -> None:
+    for key, expected in has.items():
+        if getattr(config, key) not in expected:
+            raise WeightsError(
+                f"{KEY}: {key} is {getattr(config, key)!r} in the config of {source(config)}, only "
+                f"{expected[0]!r} works"
+            )
+
+
+def _side(config, key: str) -> int:
+    """A size in pixels; transformers takes (height, width) as well, and ours must be square."""
+    value = getattr(config, key)
+    sides = set(value) if isinstance(value, (list, tuple)) else {value}
+    if len(sides) != 1:
+        raise WeightsError(f"{KEY}: {key} is {value!r} in the config of {source(config)}, only squares work")
+    return sides.pop()
+
+
+def _common_arguments(config) -> dict:
+    return {
+        "patch_size": _side(config, "patch_size"),
+        "dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "image_size": _side(config, "image_size"),
+        "layer_scale": config.layerscale_value,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- DINOv2
+
+
+def _dinov2_arguments(config) -> dict:
+    _check(config, _DINOV2_HAS)
+    if config.model_type == "dinov2_with_registers" and not config.num_register_tokens:
+        # Positions are resized with antialias in that model and without in Dinov2Model; ours asks the registers which.
+        raise WeightsError(f"{KEY}: num_register_tokens is 0 in the config of {source(config)}, only 1 or more works")
+    return {
+        **_common_arguments(config),
+        "mlp_ratio": config.mlp_ratio,
+        "registers": getattr(config, "num_register_tokens", 0),
+        "swiglu": config.use_swiglu_ffn,
+    }
+
+
+# Ours: theirs, where one tensor becomes one tensor. transformers renamed some of them during version 5; both are read.
+_DINOV2_NAMES = {
+    "norm1": ("norm1",),
+    "norm2": ("norm2",),
+    "attn.proj": ("attention.o_proj", "attention.output.dense"),
+    "mlp.fc1": ("mlp.fc1",),
+    "mlp.fc2": ("mlp.fc2",),
+    "mlp.down": ("mlp.down_proj", "mlp.weights_out"),
+    "mlp.gate_up": ("mlp.weights_in",),
+}
+_DINOV2_FUSED = {
+    "attn.qkv": (
+        [f"attention.{n}_proj" for n in "qkv"],
+        [f"attention.attention.{n}" for n in ("query", "key", "value")],
+    ),
+    "mlp.gate_up": (["mlp.gate_proj", "mlp.up_proj"],),
+}
+
+
+def _dinov2_state(hf: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    state = {
+        "embed.cls_token": hf["embeddings.cls_token"],
+        "embed.positions": hf["embeddings.position_embeddings"],
+        "embed.patch.weight": hf["embeddings.patch_embeddings.projection.weight"],
+        "embed.patch.bias": hf["embeddings.patch_embeddings.projection.bias"],
+        "norm.weight": hf["layernorm.weight"],
+        "norm.bias": hf["layernorm.bias"],
+    }
+    # transformers leaves the mask token out where the config says use_mask_token = false.
+    state["embed.mask_token"] = hf.get("embeddings.mask_token", torch.zeros_like(hf["embeddings.cls_token"][0]))
+    if "embeddings.register_tokens" in hf:
+        state["embed.register_tokens"] = hf["embeddings.register_tokens"]
+    for i in range(depth):
+        theirs, ours = f"encoder.layer.{i}", f"blocks.{i}"
+        for n in (1, 2):
+            state[f"{ours}.ls{n}"] = hf[f"{theirs}.layer_scale{n}.lambda1"]
+        for kind in ("weight", "bias"):
+            for name, candidates in _DINOV2_NAMES.items():
+                for candidate in candidates:
+                    if f"{theirs}.{candidate}.{kind}" in hf:
+                        state[f"{ours}.{name}.{kind}"] = hf[f"{theirs}.{candidate}.{kind}"]
+            for name, groups in _DINOV2_FUSED.items():
+                for group in groups:
+                    if f"{theirs}.{group[0]}.{kind}" in hf:
+                        state[f"{ours}.{name}.{kind}"] = torch.cat([hf[f"{theirs}.{part}.{kind}"] for part in group])
+    return state
+
+
+# ------------------------------------------------------------------------------------------------------------- DINOv3
+
+
+def _dinov3_arguments(config) -> dict:
+    _check(config, _DINOV3_HAS | ({"hidden_act": ("silu",)} if config.use_gated_mlp else {}))
+    # `SwiGLU` is two thirds as wide as its MLP would be.
+    widening = config.intermediate_size / config.hidden_size * (1.5 if config.use_gated_mlp else 1.0)
+    return {
+        **_common_arguments(config),
+        "mlp_ratio": widening,
+        "registers": config.num_register_tokens,
+        "swiglu": config.use_gated_mlp,
+        "rope_theta": config.rope_theta,
+        "eps": config.layer_norm_eps,
+    }
+
+
+def _dinov3_state(hf: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    state = {
+        "embed.cls_token": hf["embeddings.cls_token"],
+        "embed.mask_token": hf["embeddings.mask_token"][0],
+        "embed.patch.weight": hf["embeddings.patch_embeddings.weight"],
+        "embed.patch.bias": hf["embeddings.patch_embeddings.bias"],
+        "norm.weight": hf["norm.weight"],
+        "norm.bias": hf["norm.bias"],
+    }
+    if hf["embeddings.register_tokens"].shape[1]:
+        state["embed.register_tokens"] = hf["embeddings.register_tokens"]
+    for i in range(depth):
+        theirs, ours = f"model.layer.{i}", f"blocks.{i}"
+        # Keys have no bias in the published weights, which is one of 0.
+        no_bias = torch.zeros_like(hf[f"{theirs}.attention.q_proj.bias"])
+        state[f"{ours}.attn.qkv.weight"] = torch.cat([hf[f"{theirs}.attention.{n}_proj.weight"] for n in "qkv"])
+        biases = [hf.get(f"{theirs}.attention.{n}_proj.bias", no_bias if n == "k" else None) for n in "qkv"]
+        state[f"{ours}.attn.qkv.bias"] = torch.cat(biases)
+        gated = f"{theirs}.mlp.gate_proj.weight" in hf
+        for n in (1, 2):
+            state[f"{ours}.ls{n}"] = hf[f"{theirs}.layer_scale{n}.lambda1"]
+        for kind in ("weight", "bias"):
+            for n in (1, 2):
+                state[f"{ours}.norm{n}.{kind}"] = hf[f"{theirs}.norm{n}.{kind}"]
+            state[f"{ours}.attn.proj.{kind}"] = hf[f"{theirs}.attention.o_proj.{kind}"]
+            up, down = hf[f"{theirs}.mlp.up_proj.{kind}"], hf[f"{theirs}.mlp.down_proj.{kind}"]
+            if gated:
+                gate = hf[f"{theirs}.mlp.gate_proj.{kind}"]
+                state |= {f"{ours}.mlp.gate_up.{kind}": torch.cat([gate, up]), f"{ours}.mlp.down.{kind}": down}
+            else:
+                state |= {f"{ours}.mlp.fc1.{kind}": up, f"{ours}.mlp.fc2.{kind}": down}
+    return state
