@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 TRAIN = [
     "deepspeed>=0.19.8",
     "transformers>=5.19",
+    "sentencepiece",  # SigLIP's tokenizer, by way of transformers
+    "protobuf",
     "pydantic>=2.7",
     "tqdm",
     "tensorboard",

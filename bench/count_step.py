@@ -125,14 +125,16 @@ def count_step(cfg: Config, bandwidth: float, rate: float) -> Counting:
     equal = cfg.objective.balance == "equal"
     warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")  # it tells a node's line
     with _as_on_a_gpu(upstream_of_one=equal), counting, torch.autograd.detect_anomaly(check_nan=False):
-        for name, teacher in cfg.teachers.items():
-            batch, (height, width) = teacher.data.batch_size, teacher.data.size
-            images = torch.empty(batch, 3, height, width, device=META)
-            valid = torch.empty(batch, height, width, dtype=torch.bool, device=META)
-            counting.part = f"{name}: teacher"
-            target = teachers[name](images)
-            counting.part = f"{name}: student and losses"
-            seen.append((name, images, target, valid if teacher.data.fit == "pad" else None))
+        for stream, names in cfg.streams().items():
+            data = cfg.teachers[stream].data
+            images = torch.empty(data.batch_size, 3, *data.size, device=META)
+            valid = torch.empty(data.batch_size, *data.size, dtype=torch.bool, device=META)
+            targets = {}
+            for name in names:
+                counting.part = f"{name}: teacher"
+                targets[name] = teachers[name](images)
+            counting.part = f"{', '.join(names)}: student and losses"
+            seen.append((images, targets, valid if data.fit == "pad" else None))
             terms |= module(*seen[-1])
         counting.part = "backward"
         shares = None if equal else torch.empty(len(teachers), device=META)

@@ -27,7 +27,7 @@ from kpu_fast.config import ConfigError, load_config
 from kpu_fast.data.pipeline import Batch
 from kpu_fast.engine.build import RunError, build, open_streams
 from kpu_fast.engine.distributed import World, init_distributed
-from kpu_fast.engine.loop import forward, train_step
+from kpu_fast.engine.loop import forward, targets_of, train_step
 from kpu_fast.engine.result import peak_memory
 from kpu_fast.engine.run_folder import circumstances
 from kpu_fast.machine import device_name
@@ -61,7 +61,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.images == "random":
-        streams = {name: _random_batches(teacher.data, world.device) for name, teacher in cfg.teachers.items()}
+        streams = {name: _random_batches(cfg.teachers[name].data, world.device) for name in cfg.streams()}
     else:
         streams = open_streams(cfg, parts.indexes, world, {})
     for _ in range(args.warmup):
@@ -134,7 +134,7 @@ def _backward_in_parts(parts, streams, mark) -> None:
     """
     batches = _batches(streams)
     mark("data")
-    targets = {name: parts.teachers[name](batch.images) for name, batch in batches.items()}
+    targets = targets_of(parts, batches)
     mark("teachers")
     total = parts.engine.module.total(forward(parts.engine, batches, targets))
     mark("student and losses")

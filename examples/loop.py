@@ -24,17 +24,18 @@ def main(config: str = "configs/zoo.json", steps: str = "10", folder: str = "run
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teachers, objective = build_models(cfg, device)  # {name: frozen encoder}, and KPU: the student with its heads
     streams = {
-        name: Stream(teacher.data, load_or_scan(teacher.data.source), rank=0, world_size=1, device=device, seed=number)
-        for number, (name, teacher) in enumerate(cfg.teachers.items())
+        name: Stream(data, load_or_scan(data.source), rank=0, world_size=1, device=device, seed=number)
+        for number, (name, data) in enumerate((name, cfg.teachers[name].data) for name in cfg.streams())
     }
     optimizer = build_optimizer(cfg.optimizer, objective, device)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scheduler = build_scheduler(cfg.optimizer, optimizer, cfg.steps)
     for step in range(1, cfg.steps + 1):
         terms = {}
-        for name, stream in streams.items():  # each teacher has images, a batch and a resolution of its own
+        for name, stream in streams.items():  # each with a batch and a resolution of its own
             batch = next(stream)
-            terms |= objective(name, batch.images, teachers[name](batch.images), batch.valid)
+            targets = {teacher: teachers[teacher](batch.images) for teacher in cfg.streams()[name]}
+            terms |= objective(batch.images, targets, batch.valid)
         objective.total(terms).backward()
         if cfg.optimizer.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(trained, cfg.optimizer.clip_grad_norm)

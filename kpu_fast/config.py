@@ -107,7 +107,8 @@ class TeacherConfig(_Strict):
     arch: dict[str, Any] = {}  # keyword arguments of the transformers config; only with weights "random"
     levels: Annotated[list[int], Field(min_length=1)] | None = None  # kind "backbone": which feature levels
     weight: float = Field(default=1.0, gt=0.0)  # of its losses among the teachers'; the paper has 1
-    data: DataConfig
+    images_of: Name | None = None  # teaches on the images of this teacher, for which the student then runs once
+    data: DataConfig  # with images_of that teacher's: left out
 
     @model_validator(mode="after")
     def _consistent(self) -> TeacherConfig:
@@ -274,6 +275,15 @@ class Config(_Strict):
                 f'objective.balance: found "{self.objective.balance}" with one teacher; a balance needs two, '
                 'set it to "equal"'
             )
+        for name, teacher in self.teachers.items():
+            shares = self.teachers.get(teacher.images_of) if teacher.images_of is not None else None
+            if teacher.images_of is not None and (
+                shares is None or shares.images_of is not None or shares.data != teacher.data
+            ):
+                raise _impossible(
+                    f"teachers.{name}.images_of: found {json.dumps(teacher.images_of)}; expected another teacher with "
+                    "images of its own, and data that is equal to its"
+                )
         weighed = [name for name, teacher in self.teachers.items() if teacher.weight != 1.0]
         if self.objective.balance != "equal" and weighed:
             raise _impossible(
@@ -299,13 +309,21 @@ class Config(_Strict):
             )
         return self
 
+    def streams(self) -> dict[str, list[str]]:
+        """The teachers that have images of their own, each with all that teach on them: itself and its `images_of`."""
+        return {
+            name: [name, *(other for other, its in self.teachers.items() if its.images_of == name)]
+            for name, teacher in self.teachers.items()
+            if teacher.images_of is None
+        }
+
     def images_per_step(self) -> int:
-        """Images of all teachers that one rank sees in a step."""
+        """Images that one rank sees in a step."""
         return self.gradient_accumulation_steps * self.images_per_backward()
 
     def images_per_backward(self) -> int:
-        """Images of all teachers in one backward of one rank."""
-        return sum(teacher.data.batch_size for teacher in self.teachers.values())
+        """Images in one backward of one rank."""
+        return sum(self.teachers[name].data.batch_size for name in self.streams())
 
     def offloads_optimizer(self) -> bool:
         """Whether the optimiser's state and step are the host's, not the device's."""
@@ -416,7 +434,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     tree = _read_tree(Path(path), seen=())
     for override in overrides or []:
         _apply_override(tree, override)
-    _settle_teachers(tree)
+    try:
+        _settle_teachers(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     try:
         text = json.dumps(tree, ensure_ascii=False)
         text.encode()
@@ -466,17 +487,35 @@ def _merge(base: Any, over: Any) -> Any:
 
 
 def _settle_teachers(tree: dict[str, Any]) -> None:
-    """Leave out teachers set to null, and hand the shared source to those that have none."""
+    """Leave out teachers set to null, hand the shared source to those that have none, and `images_of` its data."""
     teachers, source = tree.get("teachers"), tree.get("source")
     if not isinstance(teachers, dict):
         return
     tree["teachers"] = teachers = {name: teacher for name, teacher in teachers.items() if teacher is not None}
-    if not isinstance(source, str | list):
-        return
-    for teacher in teachers.values():
-        data = teacher.get("data") if isinstance(teacher, dict) else None
-        if isinstance(data, dict):
+    found = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, dict)}
+    for teacher in found.values():
+        data = teacher.get("data")
+        if isinstance(data, dict) and isinstance(source, str | list) and teacher.get("images_of") is None:
             data.setdefault("source", source)
+    for name, teacher in found.items():
+        if isinstance(other := teacher.get("images_of"), str):
+            teacher["data"] = _data_of(name, teacher.get("data"), other, found)
+
+
+def _data_of(name: str, own: Any, other: str, teachers: dict[str, dict[str, Any]]) -> Any:
+    """The data of `other`, on whose images `name` teaches. `own`: what `name` says itself, which may say no other."""
+    key, having = f"teachers.{name}.images_of", [n for n, its in teachers.items() if its.get("images_of") is None]
+    if other not in having:
+        names = " or ".join(map(json.dumps, having)) or "none is left"
+        raise ConfigError(f'{key}: found "{other}"; expected a teacher with images of its own: {names}')
+    data = teachers[other].get("data")
+    for field, value in (own if isinstance(own, dict) else {}).items():
+        if not isinstance(data, dict) or field not in data or data[field] != value:
+            raise ConfigError(
+                f'teachers.{name}.data.{field}: found {json.dumps(value)}, but {key} is "{other}", whose images and '
+                "batches it takes as they are; leave data out, or set it to null"
+            )
+    return data
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

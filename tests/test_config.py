@@ -94,6 +94,42 @@ def test_a_teacher_may_have_the_name_of_a_type():
         load_config(ROOT / "configs" / "random.json", ["source=7"])
 
 
+def test_a_teacher_on_anothers_images_has_its_data():
+    shared = ["teachers.dinov2.data=null", "teachers.dinov2.images_of=clip"]
+    cfg = load_config(ROOT / "configs" / "random.json", [*shared, "teachers.*.data.batch_size=6"])
+    assert cfg.teachers["dinov2"].data == cfg.teachers["clip"].data
+    assert cfg.streams() == {"clip": ["clip", "dinov2"], "gdino": ["gdino"]}
+    assert (cfg.images_per_backward(), cfg.deepspeed_config()["train_micro_batch_size_per_gpu"]) == (12, 12)
+    assert load_config(ROOT / "configs" / "random.json").streams() == {n: [n] for n in ("clip", "gdino", "dinov2")}
+    same = load_config(ROOT / "configs" / "random.json", ["teachers.dinov2.images_of=clip"])  # its data is clip's own
+    assert same.teachers["dinov2"].data == same.teachers["clip"].data
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teachers.dinov2.images_of=clap"], 'found "clap"; expected a teacher with images of its own: "clip" or "gdi'),
+        (["teachers.dinov2.images_of=dinov2"], 'found "dinov2"; expected a teacher with images of its own: "clip" or'),
+        (["teachers.dinov2.images_of=clip", "teachers.clip=null"], 'found "clip"; expected .* of its own: "gdino"$'),
+        (
+            ["teachers.dinov2.images_of=clip", "teachers.clip.images_of=gdino", "teachers.clip.data=null"],
+            'teachers.dinov2.images_of: found "clip"; expected a teacher with images of its own: "gdino"$',
+        ),
+        (["teachers.dinov2.images_of=7"], "teachers.dinov2.images_of: found 7"),
+        (["teachers.dinov2.images_of=gdino"], r'dinov2.data.batch_size: found 8, but teachers.dinov2.images_of is "gd'),
+        (
+            ["teachers.dinov2.images_of=clip", "teachers.dinov2.data.source=/elsewhere"],
+            'teachers.dinov2.data.source: found "/elsewhere", but .*; leave data out, or set it to null$',
+        ),
+        (["teachers.dinov2.images_of=clip", "teachers.clip.data=null", "teachers.dinov2.data=null"], "clip.data"),
+    ],
+)
+def test_images_of_what_has_none_and_other_data_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(ROOT / "configs" / "random.json", overrides)
+    assert str(caught.value).startswith(f"{ROOT / 'configs' / 'random.json'}: ")
+
+
 def test_a_wildcard_passes_over_what_is_left_out():
     for name, left in (("clip_only", "clip"), ("gdino_only", "gdino")):
         cfg = load_config(ROOT / "configs" / f"{name}.json", ["teachers.*.data.batch_size=8"])
@@ -261,6 +297,10 @@ def test_an_objective_of_x_alone_needs_a_teacher_with_an_x():
     message = r"objective\.cos_weight: found 0 for cos_weight and l1_weight, but no teacher has an x \(kind "
     with pytest.raises(ConfigError, match=message + r'"grounding_dino"\)'):
         load_config(random, [*gdino, *x_alone])
+    for kind in ("siglip", "dinov3", "dinov2"):
+        load_config(random, ["teachers.clip=null", f"teachers.dinov2.kind={kind}", *x_alone])
+    with pytest.raises(ConfigError, match=message + r'"grounding_dino" and "sam"\)'):
+        load_config(random, ["teachers.clip=null", "teachers.dinov2.kind=sam", *x_alone])
     swin = ["teachers.clip=null", "teachers.dinov2.kind=backbone", "teachers.dinov2.levels=[1]"]
     with pytest.raises(ConfigError, match=message + r'"backbone" and "grounding_dino"\)'):
         load_config(random, [*swin, "teachers.dinov2.arch.model_type=swin", *x_alone])

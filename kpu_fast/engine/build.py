@@ -35,7 +35,8 @@ class RunError(ValueError):
 class Parts(NamedTuple):
     """What a run is made of."""
 
-    indexes: dict[str, Index]
+    indexes: dict[str, Index]  # by stream, as `streams`
+    streams: dict[str, list[str]]  # Config.streams(): of each teacher with images of its own, all that teach on them
     teachers: dict[str, Teacher]
     engine: Any  # deepspeed.DeepSpeedEngine around KPU
     balance: TeacherDrop | FAMO | None  # None: equal teachers
@@ -81,7 +82,8 @@ def build(cfg: Config, world: World, indexes: dict[str, Index] | None = None) ->
         optimizer.state.clear()
         for group in optimizer.param_groups:  # where apex counts
             group.pop("step", None)
-    return Parts(indexes, teachers, engine, build_balance(cfg.objective.balance, len(teachers), world.device))
+    balance = build_balance(cfg.objective.balance, len(teachers), world.device)
+    return Parts(indexes, cfg.streams(), teachers, engine, balance)
 
 
 def build_models(cfg: Config, device: torch.device) -> tuple[dict[str, Teacher], KPU]:
@@ -109,7 +111,7 @@ def open_streams(
     seed: int | None = None,
     skip: int = 0,
 ) -> dict[str, Stream]:
-    """One stream per teacher; `states` are what the streams of an earlier run returned from state().
+    """One stream per teacher with images of its own; `states` are what those of an earlier run returned from state().
 
     seed: of the first stream, the others count on from it, and no step is accumulated; None: from cfg.seed, for
     training. skip: batches to pass over.
@@ -119,14 +121,15 @@ def open_streams(
     first = cfg.seed * len(cfg.teachers) if seed is None else seed
     streams = {}
     for i, (name, teacher) in enumerate(cfg.teachers.items()):
-        # Teachers on the same source see it in different orders.
-        streams[name] = Stream(teacher.data, indexes[name], seed=first + i, state=states.get(name), **place)
+        if teacher.images_of is None:
+            # Teachers on the same source see it in different orders.
+            streams[name] = Stream(teacher.data, indexes[name], seed=first + i, state=states.get(name), **place)
     return streams
 
 
 def find_images(cfg: Config, world: World) -> dict[str, Index]:
-    """The index of every teacher's source; each source is looked through once, however many teachers share it."""
-    sources = {str(teacher.data.source): teacher.data.source for teacher in cfg.teachers.values()}
+    """The index of every stream's source; each source is looked through once, however many of them share it."""
+    sources = {str(source): source for source in (cfg.teachers[name].data.source for name in cfg.streams())}
     found: dict[str, Index] = {}
     with together(world):
         if world.rank == 0:
@@ -147,7 +150,7 @@ def find_images(cfg: Config, world: World) -> dict[str, Index]:
                             "equal, and nothing may write to them while a run starts"
                         )
                 found[key] = index
-    return {name: found[str(teacher.data.source)] for name, teacher in cfg.teachers.items()}
+    return {name: found[str(cfg.teachers[name].data.source)] for name in cfg.streams()}
 
 
 def networks(cfg: Config, student: Student) -> dict[str, Any]:
@@ -179,6 +182,8 @@ def announce(cfg: Config, world: World, parts: Parts) -> None:
         in_turns = f", {data.batch_size} at once" if times > 1 else ""
         epochs = cfg.steps * world.size * each / len(index)
         print(f"{name}: {each} images of {data.size[0]}x{data.size[1]} per rank and step{all_ranks}{in_turns}")
+        if len(parts.streams[name]) > 1:
+            print(f"  {' and '.join(parts.streams[name][1:])} on the same images")
         print(f"  {epochs:,.2f} epochs in {cfg.steps:,} steps, from {source}")
         print(f"  {index.summary()}")
         shapes = canvases_of(data)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from kpu_fast.config import Config
-from kpu_fast.data.pipeline import Stream
+from kpu_fast.data.pipeline import Batch, Stream
 from kpu_fast.engine.build import Parts, RunError, announce, build, networks, open_streams, together
 from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints, is_finite, resolve_resume
 from kpu_fast.engine.distributed import World, first_problem, from_rank0, init_distributed, shared
@@ -33,6 +33,7 @@ from kpu_fast.engine.terminal import say_from_handler, terminal_may_go
 from kpu_fast.machine import is_out_of_memory
 from kpu_fast.models.features import Features
 from kpu_fast.objectives.balance import FAMO
+from kpu_fast.objectives.standardize import Seen, merged
 
 log = logging.getLogger(__name__)
 
@@ -103,11 +104,14 @@ def _calibrate(cfg: Config, world: World, parts: Parts) -> None:
     count, standardize = cfg.objective.standardize_batches, parts.engine.module.standardize
     with together(world):  # nothing in here waits for another rank
         streams = open_streams(cfg, parts.indexes, world, {}, seed=cfg.seed * len(cfg.teachers) + CALIBRATION_SEED)
-        seen = {}
-        for name, stream in streams.items():
-            batches = (_next_batch(name, stream) for _ in range(count))
-            batches = tqdm(batches, f"statistics of {name}", count, unit="batch", disable=world.rank != 0)
-            seen[name] = standardize[name].look((parts.teachers[name](b.images), b.valid) for b in batches)
+        seen: dict[str, list[Seen]] = {}
+        for stream, names in cfg.streams().items():
+            batches = (_next_batch(stream, streams[stream]) for _ in range(count))
+            what = f"statistics of {', '.join(names)}"
+            for batch in tqdm(batches, what, count, unit="batch", disable=world.rank != 0):
+                for name in names:
+                    new = standardize[name].look([(parts.teachers[name](batch.images), batch.valid)])
+                    seen[name] = merged(seen[name], new) if name in seen else new
     with together(world):
         for name, statistics in seen.items():
             standardize[name].fit(statistics)
@@ -135,23 +139,32 @@ def _resume(cfg: Config, world: World, parts: Parts, checkpoints: Checkpoints, c
     return state
 
 
-def forward(engine, batches: dict[str, Any], targets: dict[str, Features]) -> dict[str, torch.Tensor]:
-    """One forward per teacher over its own batch; the loss terms of all, as the objective returns them."""
+def targets_of(parts: Parts, batches: dict[str, Batch]) -> dict[str, dict[str, Features]]:
+    """What the teachers see: for each batch, by the name of its stream, {teacher: features}."""
+    return {
+        stream: {name: parts.teachers[name](batch.images) for name in parts.streams[stream]}
+        for stream, batch in batches.items()
+    }
+
+
+def forward(engine, batches: dict[str, Batch], targets: dict[str, dict[str, Features]]) -> dict[str, torch.Tensor]:
+    """One forward of the student per batch; the loss terms of all teachers, as the objective returns them."""
     terms = {}
-    for name, batch in batches.items():
-        terms |= engine(name, batch.images, targets[name], batch.valid)
+    for stream, batch in batches.items():
+        terms |= engine(batch.images, targets[stream], batch.valid)
     return terms
 
 
 def train_step(
-    parts: Parts, batches: dict[str, Any]
+    parts: Parts, batches: dict[str, Batch]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
     """Forwards, one backward, one step: (loss terms, total, the teachers' shares in it or None if all are equal).
 
+    batches: by the names of the teachers that have images of their own.
     With `gradient_accumulation_steps` k it is every k-th call that takes the step, along the mean of k gradients.
     """
     engine, objective, balance = parts.engine, parts.engine.module, parts.balance
-    targets = {name: parts.teachers[name](batch.images) for name, batch in batches.items()}
+    targets = targets_of(parts, batches)
     terms = forward(engine, batches, targets)
     shares = None if balance is None else balance.shares(objective.losses(terms))
     total = objective.total(terms, shares)
@@ -185,7 +198,7 @@ def _run_steps(cfg, world, parts: Parts, streams: dict[str, Stream], checkpoints
                 now = time.perf_counter()
                 facts = {"lr": lr, "step_seconds": now - began, "data_wait_percent": 100.0 * waited / (now - began)}
                 began = now
-                named = {} if shares is None else dict(zip(batches, shares.unbind(), strict=True))
+                named = {} if shares is None else dict(zip(cfg.teachers, shares.unbind(), strict=True))
                 norm = engine.get_global_grad_norm()
                 monitor.push(step, engine.module.unweighed(terms), total, norm, named, bool(asked), facts)
                 if not engine.was_step_applied():  # some of DeepSpeed's optimisers leave out what is not finite

@@ -3,7 +3,6 @@
 import logging
 import resource
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,7 +40,7 @@ def write_result(cfg: Config, folder: Path, world: World, objective: KPU, teache
         # From the export, not from memory: what is pictured is what the user gets.
         exported = Student.from_pretrained(folder / "student").to(world.device).eval()
         with torch.compiler.set_stance("force_eager"):  # compiled teachers would be compiled anew for the few images
-            panels = [_panel(cfg, name, net, exported, indexes[name], world.device) for name, net in teachers.items()]
+            panels = [_panel(cfg, name, net, exported, indexes, world.device) for name, net in teachers.items()]
     except (OSError, RuntimeError, MemoryError) as error:  # images that went away or were damaged; a full GPU
         _LOG.warning("features.png could not be made: %s", " ".join(str(error).split())[:300])
     else:
@@ -61,9 +60,10 @@ def peak_memory(device: torch.device) -> str:
 
 
 @torch.no_grad()
-def _panel(cfg: Config, name: str, teacher, student: Student, index: Any, device: torch.device) -> Panel:
+def _panel(cfg: Config, name: str, teacher, student: Student, indexes: dict, device: torch.device) -> Panel:
     changes = {"batch_size": PICTURED, "crop_scale": (1.0, 1.0), "flip": False, "buckets": []}
     whole = cfg.teachers[name].data.model_copy(update=changes)
+    index = indexes[cfg.teachers[name].images_of or name]
     batch = next(Stream(whole, index, rank=0, world_size=1, device=device, seed=cfg.seed))
     target: Features = teacher(batch.images)
     features = student(batch.images)

@@ -61,7 +61,7 @@ TASKS = {
 }
 
 
-SIZE = "of the images, in pixels, a multiple of 32 (default: the model's own, at most 224)"
+SIZE = "of the images, in pixels, a multiple of 32 (default: the model's own, at most 224; a SAM's own)"
 SIZES = {
     "detect": "shorter side of an image, in pixels (default: 800 with --annotations, mosaics as they are)",
     "segment": "that images are resized to, in pixels a side, a multiple of 32 (default: 512)",

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from kpu_fast.evaluate.result import EvaluateError
+from kpu_fast.machine import is_out_of_memory
 from kpu_fast.models.features import Features
 from kpu_fast.models.hf_files import usual_size
-from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, read_json
+from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_config, read_json
 from kpu_fast.models.student import Student
-from kpu_fast.models.teachers import MODEL_TYPES, backbone_types, build_teacher
+from kpu_fast.models.teachers import MODEL_TYPES, Teacher, backbone_types, build_teacher
 from kpu_fast.models.vit import ViT
 
 _STUDENT = "kpu_fast.student"
@@ -41,9 +42,11 @@ class Encoder(nn.Module):
         """Features of the encoder's own or, of a student, in the space and on the grids of teacher `space`."""
         try:
             features = self.net(images.to(self.device))
-        except ValueError as error:  # how a network of transformers refuses a size
-            size = "×".join(map(str, images.shape[-2:]))
-            raise EvaluateError(f"{self.name}: does not take images of {size}: {error}") from error
+        except Exception as error:  # each network of transformers has its own way of refusing a size
+            if is_out_of_memory(error) or not isinstance(self.net, Teacher):
+                raise
+            size, reason = "×".join(map(str, images.shape[-2:])), " ".join(str(error).split())[:300]
+            raise EvaluateError(f"{self.name}: fails on images of {size}: {type(error).__name__}: {reason}") from error
         return features if space is None else self.net.project(features, space)
 
     def space(self, name: str | None, *, x_dim: int | None = None, map_dims: Sequence[int] | None = None) -> str | None:
@@ -122,13 +125,18 @@ def load_encoder(
                 )
             if kind in ("clip", "siglip", "sam"):
                 vision = _checked(file, "vision_config", config.get("vision_config", config), dict)
-                size = _checked(file, "image_size", vision.get("image_size", _LARGEST), int)
+                if "image_size" not in vision:  # as older versions of transformers saved what is usual
+                    whole = load_config(key, folder)
+                    vision = getattr(whole, "vision_config", whole).to_dict()
+                size = _checked(file, "image_size", vision["image_size"], int)
             asked = SimpleNamespace(kind=kind, weights=str(folder), arch={}, levels=None)
             net = build_teacher("model", asked, device=device, dtype=dtype, image_size=(size, size))
     except WeightsError as error:
         # The loaders name the configuration's keys.
-        message = str(error).replace("teachers.model.weights", key).replace("student.vit.weights", key)
-        raise EvaluateError(message) from error
+        message = str(error).replace("student.vit.weights", key)
+        raise EvaluateError(message.replace("teachers.model.weights", key).replace("teachers.model", key)) from error
+    except EvaluateError:
+        raise
     except (OSError, ValueError) as error:
         raise EvaluateError(f"{key}: {error}") from error
     if kind != "sam":  # which takes no other size

@@ -21,9 +21,15 @@ from kpu_fast.evaluate.result import EvaluateError, replaced
 _COLUMN_INCHES = 2.3
 _COUNT = 4
 # What the head for a teacher of a kind is usually called, in part.
-_USUAL = {kind: kind for kind in ("clip", "siglip", "sam")} | dict.fromkeys(
-    ("grounding_dino", "dinov2", "dinov3", "sentinel"), "dino"
-)
+_USUAL = {
+    "clip": "clip",
+    "siglip": "siglip",
+    "sam": "sam",
+    "grounding_dino": "dino",
+    "dinov2": "dino",
+    "dinov3": "dino",
+    "sentinel": "dino",
+}
 
 
 def pca(

@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 IMAGENET_MEAN_STD = IMAGENET_MEAN, IMAGENET_STD
 CLIP_MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_USUAL_MEAN_STD = {"clip": CLIP_MEAN_STD, "siglip": ((0.5,) * 3, (0.5,) * 3)}  # other kinds: ImageNet's
+_USUAL_MEAN_STD = {"clip": ("CLIP", *CLIP_MEAN_STD), "siglip": ("SigLIP", (0.5,) * 3, (0.5,) * 3)}
+_OTHERS_MEAN_STD = "ImageNet", *IMAGENET_MEAN_STD
 
 # What config.json may call itself; None: every model type transformers has a backbone class for.
 MODEL_TYPES = {
@@ -46,6 +47,16 @@ MODEL_TYPES = {
 }
 # Kinds with an x and a map of patch tokens: which output of transformers is x.
 _X = {"clip": "image_embeds", "siglip": "pooler_output", "dinov2": "pooler_output", "dinov3": "pooler_output"}
+# Kind or model type → configuration and network in transformers; "backbone" has one of each for every model type.
+_CLASSES = {
+    "clip": ("CLIPVisionConfig", "CLIPVisionModelWithProjection"),
+    "siglip": ("SiglipVisionConfig", "SiglipVisionModel"),
+    "dinov2": ("Dinov2Config", "Dinov2Model"),
+    "dinov2_with_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"),
+    "dinov3": ("DINOv3ViTConfig", "DINOv3ViTModel"),
+    "sam": ("SamVisionConfig", "SamVisionModel"),
+    "grounding_dino": ("SwinConfig", "SwinBackbone"),  # random ones; a checkpoint brings its own backbone
+}
 # Random networks take the sizes of CLIP-B/16, SigLIP-B/16, Swin-T, DINOv2-B/14, DINOv3-B/16 and SAM-B where
 # transformers' own defaults differ.
 _RANDOM_SIZES = {
@@ -159,13 +170,18 @@ class Teacher(nn.Module):
         except Exception as error:  # each network of transformers has its own way of refusing a size
             if is_out_of_memory(error):
                 raise
-            raise WeightsError(
-                f"teachers.{self.name}: does not take images of {height}×{width}: "
-                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            ) from error
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".")
+            if self.kind == "sam" and {height, width} != {side := self.net.config.image_size}:
+                reason = f"a SAM takes one size, and this one was made for {side}×{side}"
+            raise WeightsError(f"teachers.{self.name}: does not take images of {height}×{width}: {reason}") from error
 
     def _probe(self, image_size: tuple[int, int]) -> FeatureSpec:
         x, maps = self._look(image_size)
+        if x is None and self.kind in _X:
+            raise WeightsError(
+                f"teachers.{self.name}.weights: this {self.kind} has no vector for the image as a whole "
+                "(vision_use_head is false in its config.json)"
+            )
         for m in maps:
             if m.ndim != 4:
                 raise WeightsError(
@@ -187,9 +203,9 @@ def _stride(size: tuple[int, int], grid: tuple[int, int], patch_size: int) -> fl
 def build_teacher(name: str, cfg, *, device, dtype: torch.dtype, image_size: tuple[int, int], seed: int = 0) -> Teacher:
     """The teacher `teachers.NAME` of a configuration, frozen, on `device` and in `dtype`.
 
-    cfg: kind (one of MODEL_TYPES); weights: a local folder, a hub id (the local cache
-    is asked first) or "random"; arch: keyword arguments of transformers' configuration class, for random weights only;
-    levels: stage indices of a "backbone" (None: its last). image_size: (H, W) in pixels of the images to come, for
+    cfg: kind (one of MODEL_TYPES); weights: a local folder, a hub id (the local cache is asked first) or "random";
+    arch: keyword arguments of transformers' configuration class, for random weights only; levels: stage indices of a
+    "backbone" (None: its last). image_size: (H, W) in pixels of the images to come, for
     `spec`. seed: of random weights, mixed with `name`; torch's global generator is left as it was.
 
     Raises WeightsError when the key, the files or the weights are not right.
@@ -207,7 +223,7 @@ def build_teacher(name: str, cfg, *, device, dtype: torch.dtype, image_size: tup
         )
     if cfg.weights == "random":
         net = _random_net(name, cfg, seed)
-        mean, std = _USUAL_MEAN_STD.get(cfg.kind, IMAGENET_MEAN_STD)
+        _, mean, std = _USUAL_MEAN_STD.get(cfg.kind, _OTHERS_MEAN_STD)
     else:
         folder = find_folder(f"teachers.{name}.weights", cfg.weights, processor=True)
         net = _load_net(name, cfg, folder, dtype)
@@ -247,20 +263,10 @@ def _random_net(name: str, cfg, seed: int) -> nn.Module:
             )
         config_class = hf.CONFIG_MAPPING[model_type]
         net_class = hf.MODEL_FOR_BACKBONE_MAPPING[config_class]
-    elif cfg.kind == "dinov2" and "num_register_tokens" in arch:
-        config_class, net_class = hf.Dinov2WithRegistersConfig, hf.Dinov2WithRegistersModel
-    elif cfg.kind == "dinov2":
-        config_class, net_class = hf.Dinov2Config, hf.Dinov2Model
-    elif cfg.kind == "clip":
-        config_class, net_class = hf.CLIPVisionConfig, hf.CLIPVisionModelWithProjection
-    elif cfg.kind == "siglip":
-        config_class, net_class = hf.SiglipVisionConfig, hf.SiglipVisionModel
-    elif cfg.kind == "dinov3":
-        config_class, net_class = hf.DINOv3ViTConfig, hf.DINOv3ViTModel
-    elif cfg.kind == "sam":
-        config_class, net_class = hf.SamVisionConfig, hf.SamVisionModel
     else:
-        config_class, net_class = hf.SwinConfig, hf.SwinBackbone
+        registers = cfg.kind == "dinov2" and "num_register_tokens" in arch
+        names = _CLASSES["dinov2_with_registers" if registers else cfg.kind]
+        config_class, net_class = (getattr(hf, name) for name in names)
 
     known = inspect.signature(config_class.__init__).parameters.keys() | config_class.attribute_map.keys()
     known = {key for key in known - inspect.signature(hf.PreTrainedConfig.__init__).parameters.keys() if key[0] != "_"}
@@ -346,14 +352,8 @@ def _load_net(name: str, cfg, folder: Path, dtype: torch.dtype) -> nn.Module:
         net_class = hf.GroundingDinoModel if model_type == "grounding-dino" else hf.MMGroundingDinoModel
         net = load_net(key, net_class, folder, dtype=dtype, part=_DINO_BACKBONE, optional=norm)
         return net.backbone.conv_encoder.model
-    net_class = {
-        "clip": hf.CLIPVisionModelWithProjection,
-        "siglip": hf.SiglipVisionModel,
-        "dinov2": hf.Dinov2Model if model_type == "dinov2" else hf.Dinov2WithRegistersModel,
-        "dinov3": hf.DINOv3ViTModel,
-        "sam": hf.SamVisionModel,
-    }[cfg.kind]
-    return load_net(key, net_class, folder, dtype=dtype)
+    _, net_class = _CLASSES[model_type if cfg.kind == "dinov2" else cfg.kind]
+    return load_net(key, getattr(hf, net_class), folder, dtype=dtype)
 
 
 def read_mean_std(key: str, kind: str, folder: Path) -> tuple:
@@ -363,7 +363,7 @@ def read_mean_std(key: str, kind: str, folder: Path) -> tuple:
     in [0, 1] that is (image − mean/scale) / (std/scale) with scale = 255 · factor.
     key: what error messages begin with. Raises WeightsError for values that cannot be used.
     """
-    mean, std = _USUAL_MEAN_STD.get(kind, IMAGENET_MEAN_STD)
+    whose, mean, std = _USUAL_MEAN_STD.get(kind, _OTHERS_MEAN_STD)
     for file in PROCESSORS:
         if not (folder / file).is_file():
             continue
@@ -382,7 +382,7 @@ def read_mean_std(key: str, kind: str, folder: Path) -> tuple:
         return tuple(m / scale for m in mean), tuple(s / scale for s in std)
     log.warning(
         "%s: %s has no image processor (%s) that says how; images are normalised with %s's, mean %s and std %s",
-        key, folder, PROCESSORS[0], {"clip": "CLIP", "siglip": "SigLIP"}.get(kind, "ImageNet"), mean, std,
+        key, folder, PROCESSORS[0], whose, mean, std,
     )  # fmt: skip
     return mean, std
 

@@ -64,33 +64,42 @@ class KPU(nn.Module):
             kind = cfg.standardize
             self.standardize.update({name: FeatureStandardizer(name, specs[name], kind) for name in specs})
 
-    def forward(self, name: str, images: Tensor, target: Features, valid: Tensor | None = None) -> dict[str, Tensor]:
-        """What one teacher adds to L_KPU: {"<name>/s2t", "<name>/t2s", "<name>/rec"}, fp32 scalars.
+    def forward(
+        self, images: Tensor, targets: Mapping[str, Features], valid: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What some teachers add to L_KPU: {"<name>/s2t", "<name>/t2s", "<name>/rec"} of each, fp32 scalars.
 
-        images: (B, 3, H, W) in [0, 1]. target: the teacher's features of the same images.
+        images: (B, 3, H, W) in [0, 1]. targets: teacher name → its features of these images; the student runs once.
         valid: (B, H, W) bool, False where the image is padding; None: all of it counts.
         The terms carry their weights, w_t/T and lambda: `total` sums them, `unweighed` gives the bare L_align.
         """
+        features = self.student(images)
+        cells = _Cells(valid)
+        terms = {name: self._terms_of(name, features, target, cells) for name, target in targets.items()}
+        losses = align_losses([term for of_one in terms.values() for some in of_one.values() for term in some])
+        found: dict[str, Tensor] = {}
+        counts = [sum(map(len, of_one.values())) for of_one in terms.values()]
+        for (name, of_one), values in zip(terms.items(), losses.split(counts), strict=True):
+            sums = values.view(len(of_one), -1).sum(1)  # s2t, t2s and rec compare the same maps, and x or not
+            found |= {f"{name}/{term}": value for term, value in zip(of_one, sums.unbind(), strict=True)}
+        return found
+
+    def _terms_of(self, name: str, features: Features, target: Features, cells: "_Cells") -> dict[str, list[AlignTerm]]:
+        """{"s2t": …, "t2s": …, "rec": …} of one teacher, as far as the objective has them."""
         if name in self.standardize:
             target = self.standardize[name](target)
-        features = self.student(images)
         teacher_grid = [grid(v) for v in target.maps]
-        own_grid = [grid(features.maps[level]) for level in self.levels[name]] if self.cfg.t2s else []
-        # Of equal grids one mask: then the losses count its cells once, too.
-        cells = {size: valid_cells(valid, size) for size in dict.fromkeys(teacher_grid + own_grid)}
-        on_teacher_grid, on_own_grid = ([cells[size] for size in sizes] for sizes in (teacher_grid, own_grid))
         ours = self.student.project(features, name, teacher_grid)
-        terms = {"s2t": self._terms(ours, target, on_teacher_grid, self.weights[f"{name}/s2t"])}
+        terms = {"s2t": self._terms(ours, target, cells.on(teacher_grid), self.weights[f"{name}/s2t"])}
         if self.cfg.t2s:
             ours = Features(features.x, tuple(features.maps[level] for level in self.levels[name]))
+            own_grid = [grid(v) for v in ours.maps]
             unified = self.h_t2s[name](target, own_grid)
-            terms["t2s"] = self._terms(ours, unified, on_own_grid, self.weights[f"{name}/t2s"])
+            terms["t2s"] = self._terms(ours, unified, cells.on(own_grid), self.weights[f"{name}/t2s"])
             if self.cfg.rec:
                 back = self.h_rec[name](unified, teacher_grid)
-                terms["rec"] = self._terms(back, target, on_teacher_grid, self.weights[f"{name}/rec"])
-        losses = align_losses([term for some in terms.values() for term in some])
-        sums = losses.view(len(terms), -1).sum(1)  # s2t, t2s and rec compare the same maps, and x or not
-        return {f"{name}/{term}": value for term, value in zip(terms, sums.unbind(), strict=True)}
+                terms["rec"] = self._terms(back, target, cells.on(teacher_grid), self.weights[f"{name}/rec"])
+        return terms
 
     def after_step(self, batches: int = 1) -> None:
         """What is not learned by gradient moves on: the centres. Every rank calls this once a step.
@@ -157,6 +166,19 @@ class KPU(nn.Module):
         if source.x is not None and target.x is not None:
             terms.append(AlignTerm(source.x, target.x, weight * cfg.x_weight, 0.0))
         return terms
+
+
+class _Cells:
+    """Which cells of a grid count, made once for each grid: then the losses count them once, too."""
+
+    def __init__(self, valid: Tensor | None):
+        self.valid, self.known = valid, {}
+
+    def on(self, grids: Sequence[tuple[int, int]]) -> list[Tensor | None]:
+        for size in grids:
+            if size not in self.known:
+                self.known[size] = valid_cells(self.valid, size)
+        return [self.known[size] for size in grids]
 
 
 def _common_spec(student: Student, spec: FeatureSpec, levels: Sequence[int]) -> FeatureSpec:

@@ -101,8 +101,7 @@ class FeatureStandardizer(nn.Module):
         batches: at least one; features with the mask of pixels (B, H, W), or None. Cells of padding do not count.
         """
         return functools.reduce(
-            lambda total, new: [one.merge(other) for one, other in zip(total, new, strict=True)],
-            ([_see(part, cells, self.kind) for part, cells in _tokens(*batch)] for batch in batches),
+            merged, ([_see(part, cells, self.kind) for part, cells in _tokens(*batch)] for batch in batches)
         )
 
     @torch.no_grad()
@@ -123,6 +122,11 @@ class FeatureStandardizer(nn.Module):
 
     def _ones(self) -> list[Standardizer]:
         return [*([self.x] if self.x is not None else []), *self.maps]
+
+
+def merged(seen: "list[Seen]", more: "list[Seen]") -> "list[Seen]":
+    """What `look` found in some batches and in others → in all of them."""
+    return [one.merge(other) for one, other in zip(seen, more, strict=True)]
 
 
 class Seen(NamedTuple):

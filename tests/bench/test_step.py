@@ -94,7 +94,7 @@ def test_each_part_is_marked_when_it_has_been_issued(step, monkeypatch):
 
     engine, teacher, stream = Issued("engine"), Issued("teacher"), iter([SimpleNamespace(images=None)])
     monkeypatch.setattr(step, "forward", lambda *_: done.append("forward"))
-    parts = SimpleNamespace(engine=engine, teachers={"clip": teacher})
+    parts = SimpleNamespace(engine=engine, teachers={"clip": teacher}, streams={"clip": ["clip"]})
     step._backward_in_parts(parts, {"clip": stream}, lambda part: done.append([part]))
     expected = [
         ["data"], "teacher", ["teachers"], "forward", "engine.module.total", ["student and losses"], "engine.backward",

@@ -14,7 +14,9 @@ RUNS = {  # balance, standardize, ZeRO stage, precision, backwards per step
     "famo, phi_s, ZeRO 3, fp32": ("famo", "phi_s", 3, "fp32", 1),
     "teacher_drop, meanstd, ZeRO 2, bf16": ("teacher_drop", "meanstd", 2, "bf16", 1),
     "teacher_drop, meanstd, ZeRO 3, bf16, two backwards": ("teacher_drop", "meanstd", 3, "bf16", 2),
+    "famo, meanstd, ZeRO 2, fp32, on the same images": ("famo", "meanstd", 2, "fp32", 1),
 }
+SHARED = ",teachers.gdino.data=null,teachers.gdino.images_of=clip"
 
 
 def rows(run: Path) -> list[dict]:
@@ -38,7 +40,8 @@ def runs(tiny, environment, tmp_path_factory) -> Path:
         f"{COMMON},objective.balance={balance},objective.standardize={standardize},objective.standardize_batches=3,"
         f"deepspeed.zero_optimization.stage={stage},precision={precision},gradient_accumulation_steps={turns},"
         "deepspeed.zero_optimization.enable_sanity_checks=true"  # an export that wrote to gathered weights would end it
-        for balance, standardize, stage, precision, turns in RUNS.values()
+        + (SHARED if "same images" in name else "")
+        for name, (balance, standardize, stage, precision, turns) in RUNS.items()
     ]
     finish(Run(HELPERS / "resume_worker.py", [str(tiny), str(folder), *switches], environment, folder, ranks=2))
     return folder
@@ -52,6 +55,7 @@ def test_resumed_equals_never_stopped(number, runs):
     assert (cut / "student/model.safetensors").read_bytes() == (whole / "student/model.safetensors").read_bytes()
     ours, theirs = (torch.load(run / "checkpoints/step-00000004/rank-1.pt", weights_only=True) for run in (whole, cut))
     assert str(ours) == str(theirs)
+    assert list(ours["streams"]) == (["clip"] if "same images" in list(RUNS)[number] else ["clip", "gdino"])
     if "famo" in ours:
         first = torch.load(whole / "checkpoints/step-00000004/rank-0.pt", weights_only=True)
         assert torch.equal(first["famo"]["w"], ours["famo"]["w"])  # ranks agree

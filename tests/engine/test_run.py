@@ -229,6 +229,23 @@ def test_siglip_dinov3_and_sam_teach(start, tmp_path):
     }
 
 
+def test_a_teacher_on_anothers_images(start, tmp_path):
+    vit = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56}
+    dino = {"kind": "dinov2", "weights": "random", "arch": vit, "images_of": "clip"}
+    out, _ = finish(start("steps=3", "checkpoint.every=3", f"teachers.dino={json.dumps(dino)}"))
+    assert "clip: 4 images of 64x64 per rank and step\n  dino on the same images\n" in out
+    assert "\ndino: " not in out
+    rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["dino/s2t"] > 0 and row["dino/t2s"] > 0 and row["dino/rec"] > 0 for row in rows)
+    assert all(row["images_per_second"] * row["step_seconds"] == pytest.approx(6) for row in rows)  # not 10
+    rank = torch.load(tmp_path / "tiny" / "checkpoints" / "step-00000003" / "rank-0.pt", weights_only=True)
+    assert list(rank["streams"]) == ["clip", "gdino"]
+    resolved = json.loads((tmp_path / "tiny" / "config.resolved.json").read_text())["config"]
+    assert resolved["teachers"]["dino"]["data"] == resolved["teachers"]["clip"]["data"]
+    (tmp_path / "again.json").write_text(json.dumps(resolved))
+    assert load_config(tmp_path / "again.json").streams() == {"clip": ["clip", "dino"], "gdino": ["gdino"]}
+
+
 def test_an_offloaded_optimizer_takes_the_same_steps(whole, start, tmp_path):
     """torch's, without a compiler."""
     finish(start('deepspeed.zero_optimization.offload_optimizer={"device": "cpu"}'))

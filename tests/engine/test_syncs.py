@@ -56,7 +56,7 @@ def parts(balance, standardize="none", adapter=None, device=DEVICE):
         return lambda images: features
 
     teachers = {name: teacher(spec) for name, spec in SPECS.items()}
-    return Parts({}, teachers, Engine(module), build_balance(balance, 2, device))
+    return Parts({}, {name: [name] for name in SPECS}, teachers, Engine(module), build_balance(balance, 2, device))
 
 
 def batches(device=DEVICE):
@@ -108,7 +108,7 @@ def test_a_step_keeps_to_its_device(balance, standardize, adapter):
     terms, total, _ = train_step(made, batches("meta"))
     assert {tensor.device.type for tensor in (*terms.values(), total)} == {"meta"}
     assert all(p.grad.device.type == "meta" for p in made.engine.module.parameters() if p.requires_grad)
-    made.engine.module.register_forward_pre_hook(lambda _, args: (args[0], args[1] * torch.ones(96), *args[2:]))
+    made.engine.module.register_forward_pre_hook(lambda _, args: (args[0] * torch.ones(96), *args[1:]))
     with pytest.raises(RuntimeError, match="device"):
         train_step(made, batches("meta"))
 

@@ -49,7 +49,7 @@ def plain(tiny) -> tuple[dict, dict, list]:
     for step in range(STEPS):
         terms = {}
         for name, batch in fixed_batches(cfg, step, ranks=2, rank=None).items():
-            terms |= module(name, batch.images, teachers[name](batch.images), batch.valid)
+            terms |= module(batch.images, {name: teachers[name](batch.images)}, batch.valid)
         optimizer.zero_grad()
         sum(terms.values()).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(trainable, cfg.optimizer.clip_grad_norm).item())

@@ -156,6 +156,45 @@ def test_siglips_predictions_are_transformers(zoo, images):
     assert found["top1"] == pytest.approx(0.75)
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_text_tower_alone_will_do_and_an_image_tower_will_not(zoo, kind, tmp_path):
+    names = {
+        "clip": ("CLIPTextModelWithProjection", "CLIPVisionModel"),
+        "siglip": ("SiglipTextModel", "SiglipVisionModel"),
+    }
+    for name, part in zip(names[kind], ("text", "vision"), strict=True):
+        shutil.copytree(zoo[kind], tmp_path / part)  # with its tokenizer
+        getattr(transformers, name).from_pretrained(zoo[kind]).save_pretrained(tmp_path / part)
+    expected, found = (embed_texts(folder, ("red", "green")) for folder in (zoo[kind], tmp_path / "text"))
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(
+        EvaluateError, match=f"of type '{kind}_vision_model', expected CLIP or SigLIP with its text tower"
+    ):
+        embed_texts(tmp_path / "vision", ("red", "green"))
+
+
+def test_clips_texts_keep_their_capitals(zoo):
+    found = embed_texts(zoo["clip"], ("red", "Red"))  # the second is no word of its tokenizer
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+def test_siglip_1_has_its_own_tokenizer(zoo, tmp_path):
+    """Of sentencepiece, which the `train` extra brings."""
+    spm = pytest.importorskip("sentencepiece")
+    (tmp_path / "text.txt").write_text("a photo of a red ball\nthe sky is blue and the ball is red\n" * 20)
+    spm.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=40, pad_id=-1, unk_id=2,
+        bos_id=-1, eos_id=1, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    folder = shutil.copytree(zoo["siglip"], tmp_path / "siglip", ignore=shutil.ignore_patterns("*token*"))
+    shutil.copy(tmp_path / "spiece.model", folder)
+    settings = {"tokenizer_class": "SiglipTokenizer", "model_max_length": 32, "pad_token": "</s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = embed_texts(folder, ("red ball", "RED, ball", "blue sky"))
+    torch.testing.assert_close(found[0], found[1])  # capitals and punctuation count for nothing
+    assert (found[0] - found[2]).abs().max() > 1e-3
+
+
 def test_one_towers_texts_are_not_the_others(zoo, images):
     texts = embed_texts(zoo["siglip"], class_names(images, None))
     with pytest.raises(EvaluateError, match="is a clip, whose x is not in SigLIP's space; give a student or SigLIP"):

@@ -32,6 +32,7 @@ from kpu_fast.evaluate.encoder import load_encoder
 from kpu_fast.evaluate.knn import knn
 from kpu_fast.evaluate.linear import linear
 from kpu_fast.evaluate.zero_shot import class_names, embed_texts, zero_shot
+from kpu_fast.models import FeatureSpec, Student
 from kpu_fast.models.teachers import build_teacher
 
 COMMON = ["--device", "cpu", "--workers", "0"]
@@ -85,10 +86,48 @@ def test_a_siglip_is_asked_by_its_own_text_tower(zoo, coloured, evaluate, refuse
     assert line.endswith("holds a model of type 'dinov2_with_registers', expected CLIP or SigLIP with its text tower")
 
 
+def test_a_student_is_read_through_its_head_for_a_siglip(zoo, coloured, tmp_path, capsys):
+    vit = {"patch_size": 16, "dim": 32, "depth": 1, "heads": 2, "image_size": 64}
+    for head, warned in (("siglip2", False), ("clip", True)):
+        torch.manual_seed(1)
+        heads = {head: FeatureSpec(32, (32,), (16.0,)), "other": FeatureSpec(24, (32,), (16.0,))}
+        Student(vit=vit, adapter=None, heads=heads, head_hidden=8).save_pretrained(tmp_path / head)
+        words = ["--model", tmp_path / head, "--images", coloured, "--clip", zoo["siglip"], *COMMON]
+        assert main([*map(str, ["zero-shot", *words])]) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out)["head"] == head
+        assert (
+            "its head 'clip', the only one with an x of 32 channels; if that teacher was no SigLIP" in err
+        ) == warned
+
+
+@pytest.mark.parametrize(("config", "size"), [({}, 288), ({"image_size": None}, 1024)])
+def test_a_sams_size_is_transformers_where_its_config_has_none(zoo, tmp_path, config, size, refused, coloured, copied):
+    shutil.copytree(zoo["sam"], tmp_path / "sam")
+    tree = json.loads((tmp_path / "sam" / "config.json").read_text()) | config
+    (tmp_path / "sam" / "config.json").write_text(json.dumps({k: v for k, v in tree.items() if v is not None}))
+    if size == 288:
+        assert load_encoder(tmp_path / "sam").image_size == size
+    else:  # the weights are those of a smaller one
+        line = refused("knn", "--model", tmp_path / "sam", "--train-images", coloured, "--test-images", copied)
+        assert line.startswith("--model: ")
+        assert "(1, 64, 64, 32)" in line
+
+
 def test_a_sam_is_shown_images_of_its_own_size(zoo, coloured, copied, evaluate, refused):
     command = ["knn", "--model", zoo["sam"], "--train-images", coloured, "--test-images", copied, "--features", "map"]
     assert evaluate(*command, "--k", 1, *COMMON)["size"] == 288
-    assert "sam: does not take images of 64×64: Input image size (64*64)" in refused(*command, "--size", 64)
+    line = refused(*command, "--size", 64)
+    assert "sam: fails on images of 64×64: ValueError: Input image size (64*64)" in line
+
+
+def test_a_size_that_a_backbone_refuses_in_its_own_way_is_one_line(coloured, copied, refused, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    net = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "image_size": [224, 224]}
+    transformers.HieraBackbone(transformers.HieraConfig(**net)).save_pretrained(tmp_path / "hiera")
+    command = ["knn", "--model", tmp_path / "hiera", "--train-images", coloured, "--test-images", copied]
+    line = refused(*command, "--features", "map", "--size", 96, *COMMON)
+    assert "hiera: fails on images of 96×96: RuntimeError: " in line
 
 
 def test_zero_shot_takes_a_name_twice_with_a_warning(zoo, coloured, tmp_path, capsys):

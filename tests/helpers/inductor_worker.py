@@ -74,7 +74,8 @@ def main() -> None:
     module = KPU(student, specs, ObjectiveConfig()).bfloat16()
     target = Features(None, (torch.randn(2, 8, 12, 32, dtype=torch.bfloat16),))
     valid = torch.ones(2, 64, 96, dtype=torch.bool)
-    terms = torch.compile(module, dynamic=False, fullgraph=True)("gdino", torch.rand(2, 3, 64, 96), target, valid)
+    images = torch.rand(2, 3, 64, 96)
+    terms = torch.compile(module, dynamic=False, fullgraph=True)(images, {"gdino": target}, valid)
     module.total(terms).backward()
     refused = {}
     for function, meta in kept:

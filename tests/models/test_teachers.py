@@ -171,8 +171,10 @@ def test_sam_is_what_its_mask_decoder_reads_and_takes_one_size(saved, checkpoint
     torch.testing.assert_close(maps, (wanted.permute(0, 2, 3, 1),))
     assert teacher.spec == FeatureSpec(None, (24,), (16.0,))
     text = message("sam", folder, image_size=WIDE)
-    assert text.startswith("teachers.t: does not take images of 64×96: ValueError: ")
-    assert "(64*64)" in text
+    one = "teachers.t: does not take images of 64×96: a SAM takes one size, and this one was made for 64×64"
+    assert text == one
+    with pytest.raises(WeightsError, match=re.escape(f"{one}; set teachers.t.data.aspect_ratio_grouping to false")):
+        teacher.check_sizes([SQUARE, WIDE])
 
 
 @pytest.mark.parametrize("size", [SQUARE, WIDE])
@@ -477,11 +479,24 @@ def test_real_sizes_of_the_random_defaults():
     assert sum(p.numel() for p in siglip.parameters()) == 92_884_224  # the image half of SigLIP B/16 at 224
     assert sum(p.numel() for p in dinov3.parameters()) == 85_660_416  # DINOv3 ViT-B/16 and its mask token
     assert (dinov3.config.num_register_tokens, sam.config.image_size) == (4, 1024)
+    assert dinov3.config.num_attention_heads == 12
     assert sum(p.numel() for p in sam.parameters()) == 89_670_912  # the image encoder of SAM ViT-B
 
 
 def build_net(kind):
     return teachers._random_net("t", config(kind), seed=0)
+
+
+def test_random_networks_are_shown_images_as_their_kind_usually_is():
+    assert build("siglip", arch=SIGLIP).mean_std == ((0.5,) * 3, (0.5,) * 3)
+    assert build("clip", arch=CLIP).mean_std == (CLIP_MEAN, CLIP_STD)
+    assert build("sam", arch=SAM).mean_std == (IMAGENET_MEAN, IMAGENET_STD)
+
+
+def test_a_siglip_without_a_pooling_head_has_no_x():
+    assert "weights: this siglip has no vector for the image" in message(
+        "siglip", arch=SIGLIP | {"vision_use_head": False}
+    )
 
 
 def test_two_register_tokens_make_the_model_with_registers():
@@ -546,12 +561,14 @@ def test_folder_missing_or_without_a_model(tmp_path):
     assert "hub id" in message("clip", "no/such/folder")
 
 
-def test_wrong_model_in_the_folder(saved):
+def test_wrong_model_in_the_folder(saved, tmp_path):
     text = message("grounding_dino", saved["clip"][1])
     assert "'clip'" in text
     assert "teachers.t.kind to 'clip'" in text
     assert "'grounding-dino'" in text
     assert "'resnet'" in message("dinov2", saved["resnet"][1])
+    siglip2 = edited(saved, "siglip", tmp_path, edit_config=lambda values: values.update(model_type="siglip2"))
+    assert "'siglip2'" in message("siglip", siglip2)  # reads its images in another way
     assert "'clip'" in message("backbone", saved["clip"][1])
     text = message("backbone", saved["grounding_dino"][1])
     assert text.endswith("or give weights of a type that has a backbone, such as 'swin'")

@@ -48,6 +48,12 @@ def batch(name: str, size=(96, 96), pad=False):
     return images, Features(x, maps), valid if pad else None
 
 
+def given(name: str, *args, **kwargs):
+    """`batch` as KPU takes it."""
+    images, target, valid = batch(name, *args, **kwargs)
+    return images, {name: target}, valid
+
+
 # -- the second writing ------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +99,7 @@ def written_out(model: KPU, name: str, images, target: Features, valid) -> dict:
 def test_terms_and_gradients_equal_the_equations(name, pad):
     model = make()
     images, target, valid = batch(name, (96, 128) if name == "many" else (96, 96), pad)
-    terms = model(name, images, target, valid)
+    terms = model(images, {name: target}, valid)
     expected = written_out(model, name, images, target, valid)
     assert terms.keys() == expected.keys()
     for key in terms:
@@ -114,7 +120,7 @@ def test_terms_and_gradients_equal_the_equations(name, pad):
 def test_t2s_gives_gradient_to_both_sides():
     model = make()
     images, target, _ = batch("one")
-    loss = model("one", images, target)["one/t2s"]
+    loss = model(images, {"one": target})["one/t2s"]
     loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.student.adapter.parameters())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.h_t2s["one"].parameters())
@@ -123,7 +129,7 @@ def test_t2s_gives_gradient_to_both_sides():
 def test_h_t2s_runs_once_per_forward():
     model, calls = make(), []
     model.h_t2s["many"].register_forward_hook(lambda *_: calls.append(1))
-    model("many", *batch("many", (96, 128)))
+    model(*given("many", (96, 128)))
     assert len(calls) == 1
 
 
@@ -140,7 +146,7 @@ def test_four_recipes(adapter, switches, terms):
     model = make(adapter, **switches)
     found, loss = {}, 0.0
     for name in SPECS:
-        found |= model(name, *batch(name, (96, 128) if name == "many" else (96, 96)))
+        found |= model(*given(name, (96, 128) if name == "many" else (96, 96)))
     assert list(found) == [f"{name}/{term}" for name in SPECS for term in terms]
     loss = model.total(found)
     torch.testing.assert_close(loss, sum(model.unweighed(found).values()) / 3)
@@ -152,20 +158,40 @@ def test_four_recipes(adapter, switches, terms):
 def test_a_teachers_weight_is_of_all_its_terms_and_of_no_others():
     plain, heavy = make(), make(weights={"many": 2.5})
     for name, factor in (("many", 2.5), ("one", 1.0)):
-        given = batch(name, (96, 128) if name == "many" else (96, 96))
-        terms, weighed = plain(name, *given), heavy(name, *given)
+        one = given(name, (96, 128) if name == "many" else (96, 96))
+        terms, weighed = plain(*one), heavy(*one)
         for key, value in terms.items():
             torch.testing.assert_close(weighed[key], factor * value)
         torch.testing.assert_close(heavy.unweighed(weighed), plain.unweighed(terms))
 
 
 def test_rec_weight_and_equal_teachers():
-    plain, light, batches = make(), make(rec_weight=0.25), {name: batch(name, (96, 128)) for name in ("many",)}
-    terms, lighter = ({k: v for n, b in batches.items() for k, v in m(n, *b).items()} for m in (plain, light))
+    plain, light, many = make(), make(rec_weight=0.25), given("many", (96, 128))
+    terms, lighter = plain(*many), light(*many)
     assert lighter["many/s2t"] == terms["many/s2t"]
     torch.testing.assert_close(lighter["many/rec"], 0.25 * terms["many/rec"])
     torch.testing.assert_close(light.unweighed(lighter)["many/rec"], plain.unweighed(terms)["many/rec"])
     torch.testing.assert_close(light.total(lighter), sum(lighter.values()))
+
+
+@pytest.mark.parametrize("objective", [{}, {"rec": False}, {"t2s": False, "rec": False}])
+def test_teachers_on_the_same_images_add_what_each_adds_alone(objective):
+    model, runs = make(**objective), []
+    model.student.register_forward_hook(lambda *_: runs.append(1))
+    (images, one, valid), (_, odd, _) = batch("one", pad=True), batch("odd")
+    together = model(images, {"one": one, "odd": odd}, valid)
+    assert len(runs) == 1
+    apart = model(images, {"one": one}, valid) | model(images, {"odd": odd}, valid)
+    assert list(together) == list(apart)
+    torch.testing.assert_close(together, apart, rtol=1e-12, atol=0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found, expected = (
+        torch.autograd.grad(sum(terms.values()), parameters, allow_unused=True) for terms in (together, apart)
+    )
+    assert [a is None for a in found] == [b is None for b in expected]
+    for a, b in zip(found, expected, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
 def test_terms_on_equal_grids_share_a_mask(monkeypatch):
@@ -177,7 +203,7 @@ def test_terms_on_equal_grids_share_a_mask(monkeypatch):
         return torch.zeros(len(terms))
 
     monkeypatch.setattr("kpu_fast.objectives.kpu.align_losses", align_losses)
-    model("many", images, target, valid)
+    model(images, {"many": target}, valid)
     assert len(found) == 9
     assert len({id(term.valid) for term in found}) == 3
     for term in found:
@@ -187,10 +213,11 @@ def test_terms_on_equal_grids_share_a_mask(monkeypatch):
 def test_padding_does_not_count():
     model = make()
     images, target, valid = batch("many", (96, 128), pad=True)
-    expected = model("many", images, target, valid)
+    expected = model(images, {"many": target}, valid)
     for v, grid in zip(target.maps, GRIDS["many"], strict=True):
         v[~valid_cells(valid, grid)] = 1e6
-    found = model("many", images, target, valid)  # the teacher's grids are the student's: nothing is mixed by a resize
+    # The teacher's grids are the student's: nothing is mixed by a resize.
+    found = model(images, {"many": target}, valid)
     for key in expected:
         torch.testing.assert_close(found[key], expected[key])
 
@@ -206,10 +233,10 @@ def test_valid_cells_follows_the_cell_centre():
 def test_a_teacher_without_x_has_no_x_term():
     model = make(x_weight=0.0, t2s=False, rec=False)
     images, target, _ = batch("one")
-    weightless = model("one", images, target)["one/s2t"]
+    weightless = model(images, {"one": target})["one/s2t"]
     model.cfg = ObjectiveConfig(t2s=False, rec=False)
-    torch.testing.assert_close(model("one", images, Features(None, target.maps))["one/s2t"], weightless)
-    assert model("one", images, target)["one/s2t"] > weightless + 0.1
+    torch.testing.assert_close(model(images, {"one": Features(None, target.maps)})["one/s2t"], weightless)
+    assert model(images, {"one": target})["one/s2t"] > weightless + 0.1
 
 
 def test_centres_change_what_is_learned_from_and_nothing_else():
@@ -218,7 +245,7 @@ def test_centres_change_what_is_learned_from_and_nothing_else():
     batches = {name: batch(name) for name in SPECS}
     for _ in range(3):
         for name, (images, target, _) in batches.items():
-            model(name, images, target)
+            model(images, {name: target})
         if model.steps == 0:
             seen = [head.centre.seen.clone() for head in model._projectors()]
         model.after_step()
@@ -243,7 +270,7 @@ def test_centres_change_what_is_learned_from_and_nothing_else():
         for head in model._projectors():
             head.centre.mean.zero_()
     for name, (images, target, valid) in batches.items():
-        found, expected = (m(name, images, target, valid) for m in (model, plain))
+        found, expected = (m(images, {name: target}, valid) for m in (model, plain))
         assert all(torch.equal(found[key], expected[key]) for key in expected)
         gradients = [
             torch.autograd.grad(sum(terms.values()), [p for p in m.parameters() if p.requires_grad], allow_unused=True)
@@ -255,7 +282,7 @@ def test_centres_change_what_is_learned_from_and_nothing_else():
 
 def test_without_t2s_nothing_is_centred():
     model = make(t2s=False, rec=False)
-    model("one", *batch("one"))
+    model(*given("one"))
     model.after_step()
     assert not any("centre" in name or name == "steps" for name, _ in model.named_buffers())
 

@@ -224,6 +224,12 @@ def batch(name: str, dtype=torch.float64, seed: int = 1):
     return images, Features(None if x is None else x.to(dtype), tuple(v.to(dtype) for v in maps)), valid
 
 
+def given(name: str):
+    """`batch` as KPU takes it."""
+    images, target, valid = batch(name)
+    return images, {name: target}, valid
+
+
 def calibrated(kind: str, dtype=torch.float64, **objective) -> KPU:
     model = make(dtype, standardize=kind, **objective)
     for name, one in model.standardize.items():
@@ -238,7 +244,7 @@ def test_all_three_losses_see_the_standardised_teacher(name, kind):
     images, target, valid = batch(name)
     standardised = model.standardize[name](target)
     assert (standardised.maps[0] - target.maps[0]).abs().max() > 1
-    found, expected = model(name, images, target, valid), plain(name, images, standardised, valid)
+    found, expected = model(images, {name: target}, valid), plain(images, {name: standardised}, valid)
     assert found.keys() == expected.keys()
     for key in found:
         torch.testing.assert_close(found[key], expected[key])
@@ -249,8 +255,8 @@ def test_statistics_travel_with_the_state_dict(kind):
     model, other = calibrated(kind), make(standardize=kind)
     other.load_state_dict(model.state_dict())
     for name in SPECS:
-        for key, value in model(name, *batch(name)).items():
-            assert torch.equal(other(name, *batch(name))[key], value)
+        for key, value in model(*given(name)).items():
+            assert torch.equal(other(*given(name))[key], value)
     with pytest.raises(RuntimeError, match="standardize"):
         make().load_state_dict(model.state_dict())
 
@@ -295,7 +301,7 @@ def test_without_standardisation_an_export_is_the_student_as_it_is():
 
 def test_shares_take_the_place_of_equal_weights():
     model = make()
-    terms = {key: value for name in SPECS for key, value in model(name, *batch(name)).items()}
+    terms = {key: value for name in SPECS for key, value in model(*given(name)).items()}
     bare = model.unweighed(terms)
     one, many = (sum(value for key, value in bare.items() if key.startswith(f"{name}/")) for name in SPECS)
     torch.testing.assert_close(model.losses(terms).detach(), torch.stack([one, many]))
@@ -317,7 +323,7 @@ def test_fullgraph_compile():
     wanted = [p for p in model.parameters() if p.requires_grad]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     images, target, valid = batch("one", torch.float32)
-    found, expected = (m("one", images, target, valid) for m in (compiled, model))
+    found, expected = (m(images, {"one": target}, valid) for m in (compiled, model))
     for key in expected:
         torch.testing.assert_close(found[key], expected[key])
     grads = (torch.autograd.grad(sum(t.values()), wanted, allow_unused=True) for t in (found, expected))
