@@ -1,4 +1,4 @@
-"""The training loop: one forward per teacher, losses weighed and summed, one backward; a step after one or more."""
+"""The training loop: one forward per stream, losses weighed and summed, one backward; a step after one or more."""
 
 import logging
 import os

@@ -37,8 +37,9 @@ def load_same(source, digest, look):
 
 
 build.load_or_scan, build.load_same = load_or_scan, load_same
+cfg = SimpleNamespace(teachers=teachers, streams=lambda: {name: [name] for name in teachers})
 try:
-    print(sorted(build.find_images(SimpleNamespace(teachers=teachers), world)), work["/same"], "|", work["/grown"])
+    print(sorted(build.find_images(cfg, world)), work["/same"], "|", work["/grown"])
 except build.RunError as error:
     print(error)
 distributed.destroy_process_group()
