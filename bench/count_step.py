@@ -160,6 +160,7 @@ def _as_on_a_gpu(upstream_of_one: bool):
                 put(room, "choose_impl", lambda impl, *tensors, supported: "triton" if supported() else "torch")
         if upstream_of_one:  # leaves the losses' kept gradients as they are
             put(sys.modules["kpu_fast.kernels.align_group"], "scaled", lambda grad, factor: grad)
+        put(kpu_fast.models.vit, "is_plain", lambda *_: True)
         put(torch.nn.functional, "scaled_dot_product_attention", _fused_attention)
         yield
 

@@ -23,9 +23,10 @@ def main(config: str = "configs/zoo.json", steps: str = "10", folder: str = "run
     cfg = load_config(config, [f"steps={steps}", "optimizer.warmup_steps=1", "precision=fp32"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teachers, objective = build_models(cfg, device)  # {name: frozen encoder}, and KPU: the student with its heads
+    shared = cfg.streams()  # {name: teachers that see its images}, most often itself alone
     streams = {
         name: Stream(data, load_or_scan(data.source), rank=0, world_size=1, device=device, seed=number)
-        for number, (name, data) in enumerate((name, cfg.teachers[name].data) for name in cfg.streams())
+        for number, (name, data) in enumerate((name, cfg.teachers[name].data) for name in shared)
     }
     optimizer = build_optimizer(cfg.optimizer, objective, device)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -34,7 +35,7 @@ def main(config: str = "configs/zoo.json", steps: str = "10", folder: str = "run
         terms = {}
         for name, stream in streams.items():  # each with a batch and a resolution of its own
             batch = next(stream)
-            targets = {teacher: teachers[teacher](batch.images) for teacher in cfg.streams()[name]}
+            targets = {teacher: teachers[teacher](batch.images) for teacher in shared[name]}
             terms |= objective(batch.images, targets, batch.valid)
         objective.total(terms).backward()
         if cfg.optimizer.clip_grad_norm is not None:

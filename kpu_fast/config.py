@@ -56,7 +56,7 @@ def _changed(model: BaseModel, *keys: str) -> list[str]:
 
 
 class DataConfig(_Strict):
-    """Images of one teacher: where from, how many at once, how large, how fitted."""
+    """Images of a teacher, or of several: where from, how many at once, how large, how fitted."""
 
     source: Source  # left out: the config's own `source`
     batch_size: int = Field(ge=1)  # images per rank and step
@@ -123,7 +123,7 @@ class TeacherConfig(_Strict):
 
 
 class ViTConfig(_Strict):
-    """The sentinel: a DINOv2 checkpoint, or random weights of a given shape."""
+    """The sentinel: a DINOv2 or DINOv3 checkpoint, or random weights of a given shape."""
 
     weights: str = Field(min_length=1)
     arch: dict[str, Any] = {}  # keyword arguments of ViT; only with weights "random"
@@ -446,7 +446,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate_json(text)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in explain(error, Config))) from None
+        # What is wrong with images that several teachers share is said once, of the one they belong to.
+        teachers = tree["teachers"].items() if isinstance(tree.get("teachers"), dict) else ()
+        shared = [f"teachers.{n}.data" for n, its in teachers if isinstance(its, dict) and its.get("images_of")]
+        lines = [line for line in explain(error, Config) if not line.startswith(tuple(shared))]
+        raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
 def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -498,18 +502,20 @@ def _settle_teachers(tree: dict[str, Any]) -> None:
         if isinstance(data, dict) and isinstance(source, str | list) and teacher.get("images_of") is None:
             data.setdefault("source", source)
     for name, teacher in found.items():
-        if isinstance(other := teacher.get("images_of"), str):
+        if (other := teacher.get("images_of")) is not None:
             teacher["data"] = _data_of(name, teacher.get("data"), other, found)
 
 
-def _data_of(name: str, own: Any, other: str, teachers: dict[str, dict[str, Any]]) -> Any:
+def _data_of(name: str, own: Any, other: Any, teachers: dict[str, dict[str, Any]]) -> Any:
     """The data of `other`, on whose images `name` teaches. `own`: what `name` says itself, which may say no other."""
     key, having = f"teachers.{name}.images_of", [n for n, its in teachers.items() if its.get("images_of") is None]
     if other not in having:
         names = " or ".join(map(json.dumps, having)) or "none is left"
-        raise ConfigError(f'{key}: found "{other}"; expected a teacher with images of its own: {names}')
+        raise ConfigError(f"{key}: found {json.dumps(other)}; expected a teacher with images of its own: {names}")
     data = teachers[other].get("data")
-    for field, value in (own if isinstance(own, dict) else {}).items():
+    if own is not None and not isinstance(own, dict):
+        raise ConfigError(f"teachers.{name}.data: found {json.dumps(own)} with {key}; leave data out")
+    for field, value in (own or {}).items():
         if not isinstance(data, dict) or field not in data or data[field] != value:
             raise ConfigError(
                 f'teachers.{name}.data.{field}: found {json.dumps(value)}, but {key} is "{other}", whose images and '

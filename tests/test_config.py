@@ -115,7 +115,16 @@ def test_a_teacher_on_anothers_images_has_its_data():
             ["teachers.dinov2.images_of=clip", "teachers.clip.images_of=gdino", "teachers.clip.data=null"],
             'teachers.dinov2.images_of: found "clip"; expected a teacher with images of its own: "gdino"$',
         ),
-        (["teachers.dinov2.images_of=7"], "teachers.dinov2.images_of: found 7"),
+        (["teachers.dinov2.images_of=7"], "teachers.dinov2.images_of: found 7; expected a teacher with images of its"),
+        (['teachers.dinov2.images_of={"a": 1}'], 'dinov2.images_of: found {"a": 1}; expected a teacher with images of'),
+        (
+            ["teachers.dinov2.images_of=clip", "teachers.dinov2.data=hello"],
+            'dinov2.data: found "hello" with teachers.d',
+        ),
+        (
+            ["teachers.dinov2.images_of=clip", "teachers.dinov2.data.flop=1"],
+            "dinov2.data.flop: found 1, but teachers.d",
+        ),
         (["teachers.dinov2.images_of=gdino"], r'dinov2.data.batch_size: found 8, but teachers.dinov2.images_of is "gd'),
         (
             ["teachers.dinov2.images_of=clip", "teachers.dinov2.data.source=/elsewhere"],
@@ -128,6 +137,28 @@ def test_images_of_what_has_none_and_other_data_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(ROOT / "configs" / "random.json", overrides)
     assert str(caught.value).startswith(f"{ROOT / 'configs' / 'random.json'}: ")
+
+
+def test_what_is_wrong_with_shared_data_is_said_once():
+    shared = ["teachers.dinov2.data=null", "teachers.dinov2.images_of=clip"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(ROOT / "configs" / "random.json", [*shared, "teachers.clip.data.size=[100,128]"])
+    (line,) = str(caught.value).splitlines()
+    assert "teachers.clip.data.size.0: found 100" in line
+
+
+def test_a_config_made_in_python_is_held_to_the_same():
+    cfg = load_config(ROOT / "configs" / "random.json", ["teachers.dinov2.images_of=clip"]).model_dump()
+    assert Config(**cfg).streams()["clip"] == ["clip", "dinov2"]
+    for other, size in (("gdino", None), ("nobody", None), ("dinov2", None), ("clip", (64, 64))):
+        teachers = {name: dict(teacher) for name, teacher in cfg["teachers"].items()}
+        teachers["dinov2"]["images_of"] = other
+        if size is not None:
+            teachers["dinov2"]["data"] = teachers["dinov2"]["data"] | {"size": size}
+        with pytest.raises(
+            ValueError, match=r"teachers.dinov2.images_of: found .*; expected another teacher with images"
+        ):
+            Config(**(cfg | {"teachers": teachers}))
 
 
 def test_a_wildcard_passes_over_what_is_left_out():

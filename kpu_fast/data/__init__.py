@@ -1,4 +1,4 @@
-"""Images for the teachers: a scan that finds what decodes, and one endless DALI stream per teacher."""
+"""Images for the teachers: a scan that finds what decodes, and endless DALI streams of it."""
 
 from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""One endless stream of image batches per teacher: bytes read ahead by threads, decoded and cut by DALI.
+"""An endless stream of image batches: bytes read ahead by threads, decoded and cut by DALI.
 
 DALI holds no state here. The order, the crops and the flips come from `sampler.py`, which needs only the position; so
 a stream continues exactly from a position, whatever DALI had in flight, and shards are shuffled as thoroughly as files.

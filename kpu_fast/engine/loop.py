@@ -45,7 +45,7 @@ def train(cfg: Config, resume: str | None = None, skip: int = 0) -> None:
     """Train `cfg` to its last step and write the result; every rank calls it.
 
     resume: None (a new run), "auto" (the run's newest checkpoint, or a new run) or a checkpoint's folder. skip: batches
-    of each teacher to pass over before the first step.
+    of each stream to pass over before the first step.
     Raises RunError where data, models or output cannot be used, Diverged where a loss or the gradient is not finite,
     CheckpointError or OutputError when a checkpoint or another file cannot be written.
     """
@@ -78,7 +78,7 @@ def train(cfg: Config, resume: str | None = None, skip: int = 0) -> None:
         if checkpoint is not None:
             others = f", which {state['ranks']} rank{'s' * (state['ranks'] > 1)} wrote" * (state["ranks"] != world.size)
             begin = f"from step {state['step']} of {checkpoint}{others}"
-        after = f", passing over {skip:,} batches of each teacher" * (skip > 0)
+        after = f", passing over {skip:,} batches of each stream" * (skip > 0)
         print(begin + after)
         if changes:
             print(f"  with other settings than before: {', '.join(changes)}", flush=True)
@@ -105,7 +105,7 @@ def _calibrate(cfg: Config, world: World, parts: Parts) -> None:
     with together(world):  # nothing in here waits for another rank
         streams = open_streams(cfg, parts.indexes, world, {}, seed=cfg.seed * len(cfg.teachers) + CALIBRATION_SEED)
         seen: dict[str, list[Seen]] = {}
-        for stream, names in cfg.streams().items():
+        for stream, names in parts.streams.items():
             batches = (_next_batch(stream, streams[stream]) for _ in range(count))
             what = f"statistics of {', '.join(names)}"
             for batch in tqdm(batches, what, count, unit="batch", disable=world.rank != 0):

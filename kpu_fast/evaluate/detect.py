@@ -17,7 +17,7 @@ from kpu_fast.evaluate.images import progress, read_images
 from kpu_fast.evaluate.result import EvaluateError, replaced
 from kpu_fast.evaluate.zero_shot import class_names, load_tokenizer, repeated
 from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_net, read_json
-from kpu_fast.models.teachers import read_mean_std
+from kpu_fast.models.mean_std import read_mean_std
 
 _CLASSES = {  # of transformers, by what config.json calls itself
     "grounding-dino": "GroundingDinoForObjectDetection",

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kpu_fast.models.mean_std import IMAGENET_MEAN, IMAGENET_STD
 from kpu_fast.models.student import Student
-from kpu_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
 STRIDE = 32  # the student's coarsest map: sides are multiples of it
 MOST = 300  # boxes of an image, as GroundingDINO is evaluated on COCO; COCO then takes 100 of each class

@@ -22,7 +22,7 @@ from kpu_fast.models.vit import ViT, check_images, resize_to_stride_16
 _LOG = logging.getLogger(__name__)
 
 _FORMAT = "kpu_fast.student"
-_VERSION = 1
+_VERSIONS = 1, 2  # 2: the ViT's config says more than a DINOv2's
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
 
 
@@ -201,7 +201,8 @@ class Student(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().contiguous() for name, tensor in (own if state is None else state).items()}
-        config = {"format": _FORMAT, "version": _VERSION, "student": self.config}
+        version = _VERSIONS["eps" in self.vit.config]
+        config = {"format": _FORMAT, "version": version, "student": self.config}
         config.update(auto_keys(tensor.dtype for tensor in state.values()))
         code = code_files(self.vit.config)
         temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (_WEIGHTS, _CARD, *code, _CONFIG)}
@@ -286,10 +287,10 @@ def _read_config(path: Path) -> dict:
         raise ValueError(f"{path} is not valid JSON ({error}); export the student again.") from error
     if not isinstance(config, dict) or config.get("format") != _FORMAT or "student" not in config:
         raise ValueError(f'{path} is not a student of kpu_fast (no "format": "{_FORMAT}").')
-    if config.get("version") != _VERSION:
+    if config.get("version") not in _VERSIONS:
         raise ValueError(
-            f"{path} has format version {config.get('version')!r}, this kpu_fast reads {_VERSION}; "
-            "install the version that wrote it."
+            f"{path} has format version {config.get('version')!r}, this kpu_fast reads {_VERSIONS[0]} to "
+            f"{_VERSIONS[-1]}; install the version that wrote it."
         )
     return config["student"]
 

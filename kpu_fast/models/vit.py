@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kpu_fast.kernels.launch import is_plain
 from kpu_fast.models.attention import activate_backend, attention
 from kpu_fast.models.hub import WeightsError
+from kpu_fast.models.mean_std import IMAGENET_MEAN, IMAGENET_STD
 from kpu_fast.models.vit_weights import KEY, read_arguments, read_model, read_state, source
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _EPS = 1e-6
 
@@ -58,9 +57,10 @@ def rotations(height: int, width: int, channels: int, *, theta: float, prefix: i
     A patch's centre has coordinates (y, x) in [-1, 1] over the image. Pairs of the `channels` of a head turn by
     2π·y·f or 2π·x·f, f = theta^(-4i/channels); i = 0, 1, … for y, then for x. The `prefix` tokens do not turn.
     """
-    y, x = ((torch.arange(n, device=device) + 0.5) * (2 / n) - 1 for n in (height, width))
+    exact = {"dtype": torch.float32, "device": device}
+    y, x = ((torch.arange(n, **exact) + 0.5) * (2 / n) - 1 for n in (height, width))
     at = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)  # (N, 2)
-    frequencies = theta ** (torch.arange(channels // 4, device=device) * (-4 / channels))
+    frequencies = theta ** (torch.arange(channels // 4, **exact) * (-4 / channels))
     angles = (2 * math.pi * at[:, :, None] * frequencies).flatten(1)  # (N, channels / 2)
     angles = F.pad(angles, (0, 0, prefix, 0))
     return angles.cos(), angles.sin()
@@ -68,7 +68,7 @@ def rotations(height: int, width: int, channels: int, *, theta: float, prefix: i
 
 def rotate(x: Tensor, turn: Rotations) -> Tensor:
     """x (B, heads, N, d), channel i and i + d/2 of every head turned together as a pair, in fp32."""
-    if not torch.compiler.is_compiling():
+    if is_plain(x):
         return _Rotate.apply(x, *turn)
     cos, sin = turn
     a, b = x.chunk(2, dim=-1)
@@ -86,7 +86,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin), None, None
+        return rotate(grad, (cos, -sin)), None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -220,6 +220,7 @@ class ViT(nn.Module):
 
     patch_size: pixels. dim, depth, heads: width, blocks, attention heads. registers: extra tokens after cls.
     image_size: pixels a side of the square the learned positions were made for; they are resized to any other grid.
+    With rope_theta the side that is usual for its images.
     swiglu: SwiGLU instead of the GELU MLP (ViT-g, ViT-H+). layer_scale: start value. eps: of the LayerNorms.
     rope_theta: queries and keys are turned by where their patch is (`rotations`), and no position is learned.
     attention: see `models.attention`.
@@ -263,7 +264,7 @@ class ViT(nn.Module):
             raise ValueError(f"ViT: with rope_theta each head must have a multiple of 4 channels, got {dim // heads}.")
         if rope_theta is not None and not rope_theta > 0:
             raise ValueError(f"ViT: rope_theta must be above 0, got {rope_theta}.")
-        if image_size % patch_size:
+        if rope_theta is None and image_size % patch_size:
             raise ValueError(f"ViT: image_size {image_size} must be a multiple of patch_size {patch_size}.")
         activate_backend(attention)
         self.config = {

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_net, read_json
+from kpu_fast.models.hub import PROCESSORS, WeightsError, find_folder, import_transformers, load_net, read_json
+from kpu_fast.models.mean_std import IMAGENET_MEAN_STD, read_mean_std
 
 KEY = "student.vit.weights"
 
@@ -22,9 +23,20 @@ _DINOV3_HAS = {
 
 def read_model(weights: str | Path) -> nn.Module:
     """transformers' model from a folder or hub id. Raises WeightsError, naming `KEY`, where it cannot be had."""
-    folder = find_folder(KEY, weights)
+    folder = find_folder(KEY, weights, processor=True)
     model_type = read_json(KEY, folder / "config.json").get("model_type")
     _check_model_type(model_type, folder)
+    if any((folder / file).is_file() for file in PROCESSORS):
+        found = read_mean_std(KEY, model_type, folder)
+        if any(
+            abs(a - b) > 1e-3
+            for ours, theirs in zip(IMAGENET_MEAN_STD, found, strict=True)
+            for a, b in zip(ours, theirs, strict=True)
+        ):
+            raise WeightsError(
+                f"{KEY}: {folder} normalises images with mean {found[0]} and std {found[1]}, the student's ViT with "
+                f"ImageNet's, {IMAGENET_MEAN_STD[0]} and {IMAGENET_MEAN_STD[1]}; take weights made for those"
+            )
     hf = import_transformers(KEY)
     net_class = {
         "dinov2": hf.Dinov2Model,
@@ -184,8 +196,8 @@ def _dinov3_state(hf: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
         # Keys have no bias in the published weights, which is one of 0.
         no_bias = torch.zeros_like(hf[f"{theirs}.attention.q_proj.bias"])
         state[f"{ours}.attn.qkv.weight"] = torch.cat([hf[f"{theirs}.attention.{n}_proj.weight"] for n in "qkv"])
-        biases = [hf.get(f"{theirs}.attention.{n}_proj.bias", no_bias if n == "k" else None) for n in "qkv"]
-        state[f"{ours}.attn.qkv.bias"] = torch.cat(biases)
+        q, k, v = (f"{theirs}.attention.{n}_proj.bias" for n in "qkv")
+        state[f"{ours}.attn.qkv.bias"] = torch.cat([hf[q], hf.get(k, no_bias), hf[v]])
         gated = f"{theirs}.mlp.gate_proj.weight" in hf
         for n in (1, 2):
             state[f"{ours}.ls{n}"] = hf[f"{theirs}.layer_scale{n}.lambda1"]

@@ -79,7 +79,8 @@ class KPU(nn.Module):
         losses = align_losses([term for of_one in terms.values() for some in of_one.values() for term in some])
         found: dict[str, Tensor] = {}
         counts = [sum(map(len, of_one.values())) for of_one in terms.values()]
-        for (name, of_one), values in zip(terms.items(), losses.split(counts), strict=True):
+        of_each = losses.split(counts) if len(counts) > 1 else (losses,)  # whose backward is a launch
+        for (name, of_one), values in zip(terms.items(), of_each, strict=True):
             sums = values.view(len(of_one), -1).sum(1)  # s2t, t2s and rec compare the same maps, and x or not
             found |= {f"{name}/{term}": value for term, value in zip(of_one, sums.unbind(), strict=True)}
         return found

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kpu_fast.data.labelled import to_batch
-from kpu_fast.models.teachers import CLIP_MEAN_STD
+from kpu_fast.models.mean_std import CLIP_MEAN_STD
 from kpu_fast.zoo.fit import ZooError, fit
 from kpu_fast.zoo.locality import start_local
 from kpu_fast.zoo.pixels import Pixels, crop_and_flip, generator, rows_of_step

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kpu_fast.data.labelled import to_batch
 from kpu_fast.evaluate.knn import TEMPERATURE, K, vote
-from kpu_fast.models.teachers import IMAGENET_MEAN_STD
+from kpu_fast.models.mean_std import IMAGENET_MEAN_STD
 from kpu_fast.zoo.clip import attention, centre_crop, write_processor
 from kpu_fast.zoo.fit import fit
 from kpu_fast.zoo.locality import start_local

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kpu_fast.data.labelled import LabelledImages, to_batch
 from kpu_fast.evaluate.boxes import Mosaics, average_precision
-from kpu_fast.models.teachers import IMAGENET_MEAN_STD
+from kpu_fast.models.mean_std import IMAGENET_MEAN_STD
 from kpu_fast.zoo.clip import save_tokenizer, write_processor
 from kpu_fast.zoo.fit import ZooError, fit
 from kpu_fast.zoo.mosaic import make_mosaic

@@ -87,6 +87,19 @@ def test_what_a_balance_adds(tool):
     assert famo.by(0)[("backward",)].bytes > plain.by(0)[("backward",)].bytes  # kept gradients times their shares
 
 
+def test_teachers_on_the_same_images_cost_one_student(tool):
+    apart, shared = (
+        tool.count_step(tool.load_config(ROOT / "configs/random.json", more), 3e12, 790e12).by(0)
+        for more in ([], ["teachers.dinov2.images_of=clip"])
+    )
+    teachers = [(f"{name}: teacher",) for name in ("clip", "gdino", "dinov2")]
+    assert all(apart[part].flop == shared[part].flop for part in teachers)
+    clip, dinov2 = (apart[(f"{name}: student and losses",)] for name in ("clip", "dinov2"))
+    both = shared[("clip, dinov2: student and losses",)]
+    assert clip.flop < both.flop < 0.7 * (clip.flop + dinov2.flop)
+    assert shared[("backward",)].launches < 0.8 * apart[("backward",)].launches
+
+
 def test_command():
     command = [sys.executable, str(ROOT / "bench/count_step.py"), "--config", str(ROOT / "configs/random.json")]
     command += ["--set", "precision=bf16"]

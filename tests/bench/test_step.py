@@ -116,16 +116,20 @@ def test_images_of_all_ranks_are_counted(step, monkeypatch, tmp_path):
     world = step.World(0, 4, torch.device("cpu"), 0, None)
     monkeypatch.setattr(step, "init_distributed", lambda: world)
     monkeypatch.setattr(step, "build", lambda *_, **__: None)
-    monkeypatch.setattr(step, "_step", lambda *_: None)
+    seen = []
+    monkeypatch.setattr(step, "_step", lambda _, streams: seen.append(list(streams)))
     monkeypatch.setattr(step, "_time_whole", lambda *_: 0.5)
     monkeypatch.setattr(step, "_time_parts", lambda *_: dict.fromkeys(step.PARTS, 1.0))
     monkeypatch.setattr(step, "_count_flop", lambda *_: 0)
     config = Path(__file__).resolve().parents[2] / "configs/random.json"
     command = ["step.py", "--config", str(config), "--images", "random", "--out", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", [*command, "--set", "gradient_accumulation_steps=2"])
+    monkeypatch.setattr(
+        "sys.argv", [*command, "--set", "gradient_accumulation_steps=2", "teachers.dinov2.images_of=clip"]
+    )
     assert step.main() == 0
     (file,) = tmp_path.iterdir()
     result = json.loads(file.read_text())
-    of_a_rank = sum(teacher["data"]["batch_size"] for teacher in result["config"]["teachers"].values())
+    assert seen[0] == ["clip", "gdino"]
+    of_a_rank = sum(result["config"]["teachers"][name]["data"]["batch_size"] for name in seen[0])
     assert result["images_per_second"] == 4 * 2 * of_a_rank / 0.5
     assert (result["ranks"], result["images"], result["device"]) == (4, "random", device_name(world.device))

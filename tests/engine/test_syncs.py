@@ -46,6 +46,8 @@ class Engine(nn.Module):
 def parts(balance, standardize="none", adapter=None, device=DEVICE):
     torch.manual_seed(0)
     vit = {"dim": 32, "depth": 2, "heads": 2, "patch_size": 16, "image_size": 64}
+    if adapter is None or adapter["cross_attention"] == "deformable":
+        vit["rope_theta"] = 100.0
     student = Student(vit=vit, adapter=adapter, heads=SPECS, head_hidden=16, freeze_vit=adapter is not None)
     module = KPU(student, SPECS, ObjectiveConfig(balance=balance, standardize=standardize)).to(device)
 

@@ -13,12 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_a_loop_of_ones_own_learns_what_train_py_learns(tmp_path):
     """The example and train.py begin with the same weights and images, and take the same steps."""
-    loop = [sys.executable, "examples/loop.py", "configs/zoo.json", "3", str(tmp_path / "own")]
+    config, dino = tmp_path / "three.json", {"kind": "dinov2", "weights": "zoo/dinov2", "images_of": "clip"}
+    config.write_text(json.dumps({"extends": str(ROOT / "configs" / "zoo.json"), "teachers": {"dino": dino}}))
+    loop = [sys.executable, "examples/loop.py", str(config), "3", str(tmp_path / "own")]
     done = subprocess.run(loop, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     own = [json.loads(re.search(r"\{.*\}", line)[0].replace("'", '"')) for line in done.stdout.splitlines()]
     changes = ["steps=3", "optimizer.warmup_steps=1", "precision=fp32", "name=run"]
-    train = ["kpu_fast/train.py", "--config", "configs/zoo.json", "--set", *changes, f"output={tmp_path}"]
+    train = ["kpu_fast/train.py", "--config", str(config), "--set", *changes, f"output={tmp_path}"]
     done = subprocess.run([sys.executable, *train], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

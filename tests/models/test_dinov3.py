@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from kpu_fast import export
 from kpu_fast.models import Student, ViT
 from kpu_fast.models.hub import WeightsError
-from kpu_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD, rotate, rotations
+from kpu_fast.models.mean_std import IMAGENET_MEAN, IMAGENET_STD
+from kpu_fast.models.vit import rotate, rotations
 
 transformers = pytest.importorskip("transformers", reason="the reference is transformers' DINOv3ViTModel")
 
@@ -110,6 +111,7 @@ def test_loads_a_folder_and_names_what_is_missing(tmp_path):
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert not any(found[f"blocks.{i}.attn.qkv.bias"][48:96].any() for i in range(3))
+    assert torch.equal(found["embed.mask_token"], model.embeddings.mask_token[0])
     weights = load_file(tmp_path / "model.safetensors")
     lost = next(name for name in weights if name.endswith("layer.1.mlp.up_proj.weight"))
     del weights[lost]
@@ -119,8 +121,30 @@ def test_loads_a_folder_and_names_what_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("mean", "std", "taken"),
+    [
+        (IMAGENET_MEAN, IMAGENET_STD, True),
+        ((0.43, 0.411, 0.296), (0.213, 0.156, 0.143), False),
+        ((0.5,) * 3, (0.5,) * 3, False),
+    ],
+)
+def test_weights_for_images_normalised_otherwise_are_refused(mean, std, taken, tmp_path):
+    reference().save_pretrained(tmp_path)
+    processor = {"do_normalize": True, "image_mean": mean, "image_std": std}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    if taken:
+        ViT.from_hf(tmp_path)
+    else:
+        with pytest.raises(
+            WeightsError, match=r"student\.vit\.weights: .* normalises images with mean .*take weights made"
+        ):
+            ViT.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "message"),
     [
+        ("value_bias", False, "value_bias is False in the config of the model, only True works"),
         ("query_bias", False, "query_bias is False in the config of the model, only True works"),
         ("hidden_act", "silu", "hidden_act is 'silu' in the config of the model, only 'gelu' works"),
         ("use_gated_mlp", True, "hidden_act is 'gelu' in the config of the model, only 'silu' works"),
@@ -164,6 +188,30 @@ def test_turning_has_the_gradient_of_turning_back_and_is_compiled_alike():
     torch.testing.assert_close(rotate(v, turn).square().sum(-1), v.square().sum(-1))
 
 
+def test_turning_goes_through_what_transforms_and_traces():
+    turn = rotations(2, 3, 8, theta=16.0, prefix=1, device="cpu")
+    v = torch.randn(2, 2, 7, 8)
+    eager = rotate(v, turn)
+    torch.testing.assert_close(torch.vmap(lambda x: rotate(x, turn))(v), eager)
+    torch.testing.assert_close(torch.func.grad(lambda x: rotate(x, turn).square().sum())(v), 2 * v)
+    traced = torch.jit.trace(lambda x: rotate(x, turn), v)
+    torch.testing.assert_close(traced(v), eager)
+    exact = tuple(part.double() for part in turn)
+    torch.autograd.gradgradcheck(lambda x: rotate(x, exact), v.double().requires_grad_())
+
+
+def test_angles_are_fp32_whatever_is_usual():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        turn = rotations(2, 3, 8, theta=16.0, prefix=1, device="cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {part.dtype for part in turn} == {torch.float32}
+    v = torch.randn(1, 1, 7, 8).bfloat16()
+    compiled = torch.compile(rotate, backend="aot_eager")(v, turn)
+    assert torch.equal(compiled, rotate(v.float(), turn).bfloat16())
+
+
 def test_in_bf16_the_result_is_rounded_twice_at_most():
     turn = rotations(8, 8, 16, theta=100.0, prefix=0, device="cpu")
     v = torch.randn(1, 2, 64, 16).bfloat16()
@@ -179,6 +227,7 @@ def test_in_bf16_the_result_is_rounded_twice_at_most():
 def test_a_dinov2_is_configured_as_before():
     assert "eps" not in ViT(patch_size=4, dim=16, depth=1, heads=2, image_size=16).config
     assert ViT(**{**ROPE, "eps": 1e-5}).config["eps"] == 1e-5
+    assert ViT(**{key: value for key, value in ROPE.items() if key != "image_size"}).config["image_size"] == 518
     assert ViT(patch_size=4, dim=16, depth=1, heads=2, image_size=16, eps=1e-5).config["eps"] == 1e-5
 
 
@@ -193,7 +242,8 @@ def test_inside_an_adapter_that_has_learned_nothing_it_is_itself():
 def test_comes_back_from_a_folder_and_compiles_in_one_graph(adapter, tmp_path):
     made = student(adapter)
     made.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["student"]["vit"]["rope_theta"] == 100.0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["version"], config["student"]["vit"]["rope_theta"]) == (2, 100.0)
     with torch.no_grad():
         expected, found = made(images(64, 96)), Student.from_pretrained(tmp_path)(images(64, 96))
         compiled = torch.compile(made, fullgraph=True, backend="aot_eager")(images(64, 96))

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kpu_fast.models.hub import WeightsError
-from kpu_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD, ViT, normalise, resize_to_stride_16
+from kpu_fast.models.mean_std import IMAGENET_MEAN, IMAGENET_STD
+from kpu_fast.models.vit import ViT, normalise, resize_to_stride_16
 
 transformers = pytest.importorskip("transformers", reason="the reference is transformers' Dinov2")
 

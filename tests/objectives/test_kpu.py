@@ -178,10 +178,12 @@ def test_rec_weight_and_equal_teachers():
 def test_teachers_on_the_same_images_add_what_each_adds_alone(objective):
     model, runs = make(**objective), []
     model.student.register_forward_hook(lambda *_: runs.append(1))
-    (images, one, valid), (_, odd, _) = batch("one", pad=True), batch("odd")
-    together = model(images, {"one": one, "odd": odd}, valid)
+    (images, many, valid), (_, one, _), (_, odd, _) = batch("many", pad=True), batch("one"), batch("odd")
+    together = model(images, {"many": many, "one": one, "odd": odd}, valid)  # 9, 6 and 6 terms
     assert len(runs) == 1
-    apart = model(images, {"one": one}, valid) | model(images, {"odd": odd}, valid)
+    apart = {}
+    for name, target in (("many", many), ("one", one), ("odd", odd)):
+        apart |= model(images, {name: target}, valid)
     assert list(together) == list(apart)
     torch.testing.assert_close(together, apart, rtol=1e-12, atol=0)
     parameters = [p for p in model.parameters() if p.requires_grad]

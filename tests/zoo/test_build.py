@@ -119,7 +119,7 @@ def test_the_reported_figures_are_those_of_the_saved_weights(made, shapes):
     """Zero-shot once more, by transformers alone."""
     from transformers import AutoTokenizer, CLIPModel
 
-    from kpu_fast.models.teachers import CLIP_MEAN_STD
+    from kpu_fast.models.mean_std import CLIP_MEAN_STD
     from kpu_fast.zoo.clip import TEMPLATES
 
     out, figures, _ = made

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from kpu_fast.data.labelled import LabelledImages, to_batch
-from kpu_fast.models.teachers import CLIP_MEAN_STD, build_teacher
+from kpu_fast.models.mean_std import CLIP_MEAN_STD
+from kpu_fast.models.teachers import build_teacher
 from kpu_fast.models.vit import ViT
 from kpu_fast.zoo import gdino
 from kpu_fast.zoo.clip import embed_text
