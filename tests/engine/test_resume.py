@@ -135,7 +135,7 @@ def test_settings_changed_on_resume_hold(whole, start, tmp_path):
     out, err = finish(start(*changed, resume="auto", skip=3))
     assert "its run had another objective.rec_weight, student.vit.arch.registers; this config's holds" in err
     assert "with other settings than before: objective.rec_weight 1.0 → 0.5, optimizer.betas [0.9, 0.999] → " in out
-    assert "step-00000008, passing over 3 batches of each teacher\n" in out
+    assert "step-00000008, passing over 3 batches of each stream\n" in out
     rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
     expected = [0.5e-4 * (1 + math.cos(math.pi * (step - 2) / 10)) for step in range(8, 12)]
     assert [row["lr"] for row in rows[8:]] == pytest.approx(expected)
