@@ -25,8 +25,9 @@ def main(config: str = "configs/zoo.json", steps: str = "10", folder: str = "run
     teachers, objective = build_models(cfg, device)  # {name: frozen encoder}, and KPU: the student with its heads
     shared = cfg.streams()  # {name: teachers that see its images}, most often itself alone
     streams = {
-        name: Stream(data, load_or_scan(data.source), rank=0, world_size=1, device=device, seed=number)
-        for number, (name, data) in enumerate((name, cfg.teachers[name].data) for name in shared)
+        name: Stream(teacher.data, load_or_scan(teacher.data.source), rank=0, world_size=1, device=device, seed=number)
+        for number, (name, teacher) in enumerate(cfg.teachers.items())
+        if name in shared
     }
     optimizer = build_optimizer(cfg.optimizer, objective, device)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -273,10 +273,10 @@ class Config(_Strict):
                 'set it to "equal"'
             )
         for name, teacher in self.teachers.items():
-            shares = self.teachers.get(teacher.images_of) if teacher.images_of is not None else None
-            if teacher.images_of is not None and (
-                shares is None or shares.images_of is not None or shares.data != teacher.data
-            ):
+            if teacher.images_of is None:
+                continue
+            other = self.teachers.get(teacher.images_of)
+            if other is None or other.images_of is not None or other.data != teacher.data:
                 raise _impossible(
                     f"teachers.{name}.images_of: found {json.dumps(teacher.images_of)}; expected another teacher with "
                     "images of its own, and data that is equal to its"

@@ -56,7 +56,7 @@ def build(cfg: Config, world: World, indexes: dict[str, Index] | None = None) ->
         optimizer = build_optimizer(cfg.optimizer, module, where)
         scheduler = build_scheduler(cfg.optimizer, optimizer, cfg.steps)
     if cfg.compile:
-        # torch stops compiling a module after 8 graphs, without an error. Each of a stream's canvases is one, and
+        # torch stops compiling a module after 8 graphs, without an error. Each of a teacher's canvases is one, and
         # FAMO's second look one more.
         graphs = 2 * sum(len(canvases_of(teacher.data)) for teacher in cfg.teachers.values())
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)

@@ -22,7 +22,7 @@ from kpu_fast.models.vit import ViT, check_images, resize_to_stride_16
 _LOG = logging.getLogger(__name__)
 
 _FORMAT = "kpu_fast.student"
-_VERSIONS = 1, 2  # 2: the ViT's config says more than a DINOv2's
+_VERSIONS = 1, 2  # 2 where the ViT's config says more than a DINOv2's
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
 
 
@@ -201,7 +201,7 @@ class Student(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().contiguous() for name, tensor in (own if state is None else state).items()}
-        version = _VERSIONS["eps" in self.vit.config]
+        version = 2 if "eps" in self.vit.config else 1
         config = {"format": _FORMAT, "version": version, "student": self.config}
         config.update(auto_keys(tensor.dtype for tensor in state.values()))
         code = code_files(self.vit.config)

@@ -175,8 +175,8 @@ class Embeddings(nn.Module):
         self.patch = nn.Conv2d(3, dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
-        positions = torch.zeros(1, 1 + self.grid**2, dim) if learned_positions else None  # cls, then the patches
-        self.positions = None if positions is None else nn.Parameter(positions)
+        # Of cls, then of the patches.
+        self.positions = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim)) if learned_positions else None
         # Only their own pre-training reads it; kept, never trained, so that a checkpoint comes out as it went in.
         self.mask_token = nn.Parameter(torch.zeros(1, dim), requires_grad=False)
 

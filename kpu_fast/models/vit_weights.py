@@ -11,13 +11,17 @@ from kpu_fast.models.mean_std import IMAGENET_MEAN_STD, read_mean_std
 KEY = "student.vit.weights"
 
 _DINOV3 = "dinov3_vit"
-_MODEL_TYPES = ("dinov2", "dinov2_with_registers", _DINOV3)
+_NETS = {
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    _DINOV3: "DINOv3ViTModel",
+}
 # What `ViT` has no argument for.
-_DINOV2_HAS = {"hidden_act": ("gelu",), "qkv_bias": (True,), "layer_norm_eps": (1e-6,), "num_channels": (3,)}
+_DINOV2_HAS = {"hidden_act": "gelu", "qkv_bias": True, "layer_norm_eps": 1e-6, "num_channels": 3}
 _DINOV3_HAS = {
-    "hidden_act": ("gelu",),
-    **dict.fromkeys(("query_bias", "value_bias", "proj_bias", "mlp_bias"), (True,)),
-    "num_channels": (3,),
+    "hidden_act": "gelu",
+    **dict.fromkeys(("query_bias", "value_bias", "proj_bias", "mlp_bias"), True),
+    "num_channels": 3,
 }
 
 
@@ -27,23 +31,9 @@ def read_model(weights: str | Path) -> nn.Module:
     model_type = read_json(KEY, folder / "config.json").get("model_type")
     _check_model_type(model_type, folder)
     if any((folder / file).is_file() for file in PROCESSORS):
-        found = read_mean_std(KEY, model_type, folder)
-        if any(
-            abs(a - b) > 1e-3
-            for ours, theirs in zip(IMAGENET_MEAN_STD, found, strict=True)
-            for a, b in zip(ours, theirs, strict=True)
-        ):
-            raise WeightsError(
-                f"{KEY}: {folder} normalises images with mean {found[0]} and std {found[1]}, the student's ViT with "
-                f"ImageNet's, {IMAGENET_MEAN_STD[0]} and {IMAGENET_MEAN_STD[1]}; take weights made for those"
-            )
+        _check_mean_std(read_mean_std(KEY, model_type, folder), folder)
     hf = import_transformers(KEY)
-    net_class = {
-        "dinov2": hf.Dinov2Model,
-        "dinov2_with_registers": hf.Dinov2WithRegistersModel,
-        _DINOV3: hf.DINOv3ViTModel,
-    }[model_type]
-    return load_net(KEY, net_class, folder, dtype=torch.float32)
+    return load_net(KEY, getattr(hf, _NETS[model_type]), folder, dtype=torch.float32)
 
 
 def read_arguments(config) -> dict:
@@ -63,20 +53,25 @@ def source(config) -> str:
 
 
 def _check_model_type(model_type, where) -> None:
-    if model_type not in _MODEL_TYPES:
+    if model_type not in tuple(_NETS):  # of a damaged config it may be no string
         raise WeightsError(
             f"{KEY}: {where} holds a model of type {model_type!r}; expected dinov2, dinov2_with_registers or "
             f"{_DINOV3}, such as facebook/dinov2-base"
         )
 
 
-def _check(config, has: dict[str, tuple]) -> None:
+def _check_mean_std(found: tuple, folder: Path) -> None:
+    if any(abs(a - b) > 1e-3 for a, b in zip(sum(IMAGENET_MEAN_STD, ()), sum(found, ()), strict=True)):
+        raise WeightsError(
+            f"{KEY}: {folder} normalises images with mean {found[0]} and std {found[1]}, the student's ViT with "
+            f"ImageNet's, {IMAGENET_MEAN_STD[0]} and {IMAGENET_MEAN_STD[1]}; take weights made for those"
+        )
+
+
+def _check(config, has: dict) -> None:
     for key, expected in has.items():
-        if getattr(config, key) not in expected:
-            raise WeightsError(
-                f"{KEY}: {key} is {getattr(config, key)!r} in the config of {source(config)}, only "
-                f"{expected[0]!r} works"
-            )
+        if (value := getattr(config, key)) != expected:
+            raise WeightsError(f"{KEY}: {key} is {value!r} in the config of {source(config)}, only {expected!r} works")
 
 
 def _side(config, key: str) -> int:
@@ -167,7 +162,7 @@ def _dinov2_state(hf: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 
 def _dinov3_arguments(config) -> dict:
-    _check(config, _DINOV3_HAS | ({"hidden_act": ("silu",)} if config.use_gated_mlp else {}))
+    _check(config, _DINOV3_HAS | ({"hidden_act": "silu"} if config.use_gated_mlp else {}))
     # `SwiGLU` is two thirds as wide as its MLP would be.
     widening = config.intermediate_size / config.hidden_size * (1.5 if config.use_gated_mlp else 1.0)
     return {

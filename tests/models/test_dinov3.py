@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vit_inputs import imagenet, images
 
 from kpu_fast import export
 from kpu_fast.models import Student, ViT
@@ -41,15 +42,6 @@ def reference(**changes):
             start = torch.zeros_like(parameter) if "register" in name else parameter  # those are left as memory was
             parameter.copy_(start + 0.05 * torch.randn_like(parameter))
     return model.eval()
-
-
-def images(height, width, batch=2):
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
-def imagenet(pixels):
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pixels - mean) / std
 
 
 def student(adapter=DEFORMABLE, **changes):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from vit_inputs import imagenet, images
 
 from kpu_fast.models.hub import WeightsError
-from kpu_fast.models.mean_std import IMAGENET_MEAN, IMAGENET_STD
+from kpu_fast.models.mean_std import IMAGENET_MEAN
 from kpu_fast.models.vit import ViT, normalise, resize_to_stride_16
 
 transformers = pytest.importorskip("transformers", reason="the reference is transformers' Dinov2")
@@ -44,15 +45,6 @@ def reference(with_registers, **arch):
 @pytest.fixture(scope="module")
 def tiny():
     return reference(True, **TINY)
-
-
-def images(height, width, batch=2):
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
-def imagenet(pixels):
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pixels - mean) / std
 
 
 # The grid of the learned positions (7×7), a larger square, 3:5, and 49 patches in another shape than 7×7.
