@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationError, model_validator
 
 from kpu_fast.config_errors import explain
+from kpu_fast.config_objective import GKDConfig, KPUConfig, ObjectiveBlock
+from kpu_fast.config_strict import Strict, changed, impossible
 from kpu_fast.config_tree import ConfigError, apply_override, read_tree, settle_teachers
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$")]
@@ -38,21 +40,7 @@ _DEEPSPEED_KEYS = (
 )  # fmt: skip
 
 
-def _impossible(message: str) -> PydanticCustomError:
-    # PydanticCustomError formats with {}; the message is final already.
-    return PydanticCustomError("impossible", "{message}", {"message": message})
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-def _changed(model: BaseModel, *keys: str) -> list[str]:
-    """Those of `keys` that differ from their defaults; a config.resolved.json names them all."""
-    return [key for key in keys if getattr(model, key) != type(model).model_fields[key].default]
-
-
-class DataConfig(_Strict):
+class DataConfig(Strict):
     """Images of a teacher, or of several: where from, how many at once, how large, how fitted."""
 
     source: Source  # left out: the config's own `source`
@@ -62,7 +50,8 @@ class DataConfig(_Strict):
     crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)  # share of the image's area that a crop keeps
     flip: bool = True  # left and right change places in half of the images
     aspect_ratio_grouping: bool = True  # fit "pad": images that lie otherwise than size get batches of (W, H)
-    buckets: list[tuple[Multiple32, Multiple32]] = []  # … and those that a smaller (H, W) shows as large, batches of it
+    # … and those that a smaller (H, W) shows as large get batches of it
+    buckets: list[tuple[Multiple32, Multiple32]] = Field(default=[])
     threads: int = Field(default=4, ge=1)  # decoding threads
     hw_decoder_load: Fraction = 0.65  # share of JPEGs for the GPU's hardware decoder
 
@@ -70,38 +59,38 @@ class DataConfig(_Strict):
     def _scale_fits(self) -> DataConfig:
         low, high = self.crop_scale
         if not 0.0 < low <= high:
-            raise _impossible(f"crop_scale: found [{low}, {high}]; expected 0 < low <= high <= 1")
-        if self.fit == "pad" and _changed(self, "crop_scale"):
-            raise _impossible('crop_scale: belongs to fit "crop"; found "pad"')
-        if self.fit == "crop" and (changed := _changed(self, "aspect_ratio_grouping", "buckets")):
-            raise _impossible(f'{changed[0]}: belongs to fit "pad"; found "crop"')
+            raise impossible(f"crop_scale: found [{low}, {high}]; expected 0 < low <= high <= 1")
+        if self.fit == "pad" and changed(self, "crop_scale"):
+            raise impossible('crop_scale: belongs to fit "crop"; found "pad"')
+        if self.fit == "crop" and (others := changed(self, "aspect_ratio_grouping", "buckets")):
+            raise impossible(f'{others[0]}: belongs to fit "pad"; found "crop"')
         return self
 
     @model_validator(mode="after")
     def _buckets_are_smaller(self) -> DataConfig:
         if self.buckets and not self.aspect_ratio_grouping:
-            raise _impossible("buckets: belongs to aspect_ratio_grouping true; found false: set buckets to [] as well")
+            raise impossible("buckets: belongs to aspect_ratio_grouping true; found false: set buckets to [] as well")
         for height, width in self.buckets:
             if height > self.size[0] or width > self.size[1] or (height, width) == self.size:
-                raise _impossible(
+                raise impossible(
                     f"buckets: [{height}, {width}] is not smaller than size {list(self.size)}: one side is to be "
                     "shorter and none longer (portraits get each bucket turned); take it out, or set buckets to []"
                 )
             for large in (self.size, self.size[::-1]):
                 if large[0] > height and large[1] > width:
-                    raise _impossible(
+                    raise impossible(
                         f"buckets: [{height}, {width}] suits no image, each is larger on {list(large)}; make one side "
                         "as long as one of size"
                     )
         return self
 
 
-class TeacherConfig(_Strict):
+class TeacherConfig(Strict):
     """One frozen teacher and the images it teaches on."""
 
     kind: Literal["clip", "siglip", "grounding_dino", "dinov2", "dinov3", "sam", "backbone"]
     weights: str = Field(min_length=1)  # hub id, local folder, or "random"
-    arch: dict[str, Any] = {}  # keyword arguments of the transformers config; only with weights "random"
+    arch: dict[str, Any] = Field(default={})  # keyword arguments of the transformers config; only with weights "random"
     levels: Annotated[list[int], Field(min_length=1)] | None = None  # kind "backbone": which feature levels
     weight: float = Field(default=1.0, gt=0.0)  # of its losses among the teachers'; the paper has 1
     images_of: Name | None = None  # teaches on the images of this teacher, for which the student then runs once
@@ -111,19 +100,19 @@ class TeacherConfig(_Strict):
     def _consistent(self) -> TeacherConfig:
         _arch_only_with_random(self.weights, self.arch)
         if (self.kind == "backbone") != (self.levels is not None):
-            raise _impossible(
+            raise impossible(
                 f'levels: found {self.levels} with kind "{self.kind}"; kind "backbone" needs it, no other takes it'
             )
         if self.kind == "backbone" and self.weights == "random" and "model_type" not in self.arch:
-            raise _impossible('arch: random weights of kind "backbone" need arch.model_type, e.g. "swin"')
+            raise impossible('arch: random weights of kind "backbone" need arch.model_type, e.g. "swin"')
         return self
 
 
-class ViTConfig(_Strict):
+class ViTConfig(Strict):
     """The sentinel: a DINOv2 or DINOv3 checkpoint, or random weights of a given shape."""
 
     weights: str = Field(min_length=1)
-    arch: dict[str, Any] = {}  # keyword arguments of ViT; only with weights "random"
+    arch: dict[str, Any] = Field(default={})  # keyword arguments of ViT; only with weights "random"
 
     @model_validator(mode="after")
     def _consistent(self) -> ViTConfig:
@@ -133,12 +122,12 @@ class ViTConfig(_Strict):
 
 def _arch_only_with_random(weights: str, arch: dict[str, Any]) -> None:
     if arch and weights != "random":
-        raise _impossible(
+        raise impossible(
             f'arch: found with weights "{weights}", which bring their own; remove it or set weights to "random"'
         )
 
 
-class AdapterConfig(_Strict):
+class AdapterConfig(Strict):
     """ViT-Adapter (arXiv 2205.08534); "flash" is dense softmax cross-attention, another architecture."""
 
     cross_attention: Literal["flash", "deformable"] = "flash"
@@ -152,13 +141,13 @@ class AdapterConfig(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> AdapterConfig:
-        changed = _changed(self, "heads", "points")
-        if self.cross_attention == "flash" and changed:
-            raise _impossible(f'{changed[0]}: belongs to cross_attention "deformable"; found "flash"')
+        others = changed(self, "heads", "points")
+        if self.cross_attention == "flash" and others:
+            raise impossible(f'{others[0]}: belongs to cross_attention "deformable"; found "flash"')
         return self
 
 
-class StudentConfig(_Strict):
+class StudentConfig(Strict):
     """The model that is trained."""
 
     vit: ViTConfig
@@ -170,53 +159,13 @@ class StudentConfig(_Strict):
     @model_validator(mode="after")
     def _something_to_train(self) -> StudentConfig:
         if self.adapter is None and self.freeze_vit:
-            raise _impossible(
+            raise impossible(
                 "freeze_vit: true without an adapter leaves no encoder to train; set it to false or give an adapter"
             )
         return self
 
 
-class ObjectiveConfig(_Strict):
-    """L_s2t + L_t2s + rec_weight L_rec, each x_weight Lcos(x) + cos_weight Lcos(V) + l1_weight SmoothL1_beta(V)."""
-
-    t2s: bool = True  # L_t2s: in the common space
-    rec: bool = True  # L_rec: from there back to the teacher's; needs t2s
-    rec_weight: float = Field(default=1.0, gt=0.0)  # the paper's lambda
-    x_weight: float = Field(default=1.0, ge=0.0)
-    cos_weight: float = Field(default=0.9, ge=0.0)
-    l1_weight: float = Field(default=0.1, ge=0.0)
-    beta: float = Field(default=1.0, ge=0.0)
-    centre: bool = True  # where t2s is on, the heads subtract a running mean from what comes in
-    balance: Literal["equal", "famo", "teacher_drop"] = "equal"  # how much each teacher's loss counts
-    standardize: Literal["none", "meanstd", "phi_s"] = "none"  # teachers' features, before they are targets
-    standardize_batches: int = Field(default=50, ge=1)  # of each teacher, read before step 1 for the statistics
-
-    @model_validator(mode="after")
-    def _batches_need_statistics(self) -> ObjectiveConfig:
-        if self.standardize == "none" and _changed(self, "standardize_batches"):
-            raise _impossible('standardize_batches: belongs to standardize "meanstd" or "phi_s"; found "none"')
-        return self
-
-    @model_validator(mode="after")
-    def _some_loss_counts(self) -> ObjectiveConfig:
-        if not (self.x_weight or self.cos_weight or self.l1_weight):
-            raise _impossible(
-                "x_weight: found 0 for x_weight, cos_weight and l1_weight, which trains nothing; set one above 0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _rec_fits(self) -> ObjectiveConfig:
-        if self.rec and not self.t2s:
-            raise _impossible(
-                "rec: reconstruction starts from the common space; set objective.t2s to true or rec to false"
-            )
-        if not self.rec and _changed(self, "rec_weight"):
-            raise _impossible("rec_weight: belongs to rec true; found false")
-        return self
-
-
-class OptimizerConfig(_Strict):
+class OptimizerConfig(Strict):
     """AdamW with linear warm-up and cosine decay."""
 
     impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"  # whose fused AdamW; auto: torch's
@@ -231,18 +180,18 @@ class OptimizerConfig(_Strict):
     @model_validator(mode="after")
     def _decays(self) -> OptimizerConfig:
         if self.min_lr > self.lr:
-            raise _impossible(f"min_lr: found {self.min_lr}, more than lr = {self.lr}")
+            raise impossible(f"min_lr: found {self.min_lr}, more than lr = {self.lr}")
         return self
 
 
-class CheckpointConfig(_Strict):
+class CheckpointConfig(Strict):
     """How often to keep the state of the run, and how many of them."""
 
     every: int = Field(default=1000, ge=1)  # steps
     keep: int = Field(default=3, ge=1)  # the newest
 
 
-class Config(_Strict):
+class Config(Strict):
     """A whole run."""
 
     name: Name  # of the run, and of its folder
@@ -256,19 +205,19 @@ class Config(_Strict):
     source: Source | None = None  # images for every teacher that names none of its own
     student: StudentConfig
     teachers: dict[Name, TeacherConfig] = Field(min_length=1)
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveBlock = KPUConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    deepspeed: dict[str, Any] = {}  # handed on to DeepSpeed; docs/running.md
+    deepspeed: dict[str, Any] = Field(default={})  # handed on to DeepSpeed; docs/running.md
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if self.optimizer.warmup_steps > self.steps:
-            raise _impossible(
+            raise impossible(
                 f"optimizer.warmup_steps: found {self.optimizer.warmup_steps}, more than steps = {self.steps}"
             )
         if self.objective.balance != "equal" and len(self.teachers) == 1:
-            raise _impossible(
+            raise impossible(
                 f'objective.balance: found "{self.objective.balance}" with one teacher; a balance needs two, '
                 'set it to "equal"'
             )
@@ -277,30 +226,28 @@ class Config(_Strict):
                 continue
             other = self.teachers.get(teacher.images_of)
             if other is None or other.images_of is not None or other.data != teacher.data:
-                raise _impossible(
+                raise impossible(
                     f"teachers.{name}.images_of: found {json.dumps(teacher.images_of)}; expected another teacher with "
                     "images of its own, and data that is equal to its"
                 )
         weighed = [name for name, teacher in self.teachers.items() if teacher.weight != 1.0]
         if self.objective.balance != "equal" and weighed:
-            raise _impossible(
+            raise impossible(
                 f'teachers.{weighed[0]}.weight: belongs to objective.balance "equal"; found '
                 f'"{self.objective.balance}", which weighs the teachers itself'
             )
         if self.objective.balance == "famo" and self.gradient_accumulation_steps > 1:
-            raise _impossible(
+            raise impossible(
                 f"gradient_accumulation_steps: found {self.gradient_accumulation_steps}; objective.balance "
                 '"famo" compares a batch before and after its own step; set it to 1, or take another balance'
             )
-        kinds = {teacher.kind for teacher in self.teachers.values()}
-        if not (self.objective.cos_weight or self.objective.l1_weight or kinds & _WITH_X):
-            raise _impossible(
-                "objective.cos_weight: found 0 for cos_weight and l1_weight, but no teacher has an x "
-                f"(kind {' and '.join(map(json.dumps, sorted(kinds)))}), which trains nothing; set one above 0"
-            )
+        if isinstance(self.objective, GKDConfig):
+            _check_gkd(self, self.objective)
+        else:
+            _check_kpu(self, self.objective)
         _check_deepspeed(self)
         if patterns := sorted(set(self.output) & set("*?[")):
-            raise _impossible(
+            raise impossible(
                 f"output: found {self.output!r}; DeepSpeed takes {' '.join(patterns)} in a checkpoint's path for a "
                 "pattern, choose another folder"
             )
@@ -353,56 +300,96 @@ class Config(_Strict):
         return ours | self.deepspeed | {"bf16": half | self.deepspeed.get("bf16", {})}
 
 
+def _check_kpu(cfg: Config, objective: KPUConfig) -> None:
+    kinds = {teacher.kind for teacher in cfg.teachers.values()}
+    if not (objective.cos_weight or objective.l1_weight or kinds & _WITH_X):
+        raise impossible(
+            "objective.cos_weight: found 0 for cos_weight and l1_weight, but no teacher has an x "
+            f"(kind {' and '.join(map(json.dumps, sorted(kinds)))}), which trains nothing; set one above 0"
+        )
+
+
+def _check_gkd(cfg: Config, objective: GKDConfig) -> None:
+    if cfg.student.adapter is not None:
+        raise impossible(
+            'student.adapter: objective.recipe "gkd" trains a bare ViT; set adapter to null and freeze_vit to false'
+        )
+    if changed(cfg.student, "head_hidden"):
+        raise impossible(
+            'student.head_hidden: found with objective.recipe "gkd", whose heads have no hidden layer; leave it out'
+        )
+    for name, teacher in cfg.teachers.items():
+        data = teacher.data
+        if data.fit != "crop":
+            raise impossible(f'teachers.{name}.data.fit: objective.recipe "gkd" knows no padding; set it to "crop"')
+        if not (objective.feature_weight or objective.patch_weight or teacher.kind in _WITH_X):
+            raise impossible(
+                f'objective.feature_weight: found 0 for feature_weight and patch_weight, but teacher "{name}" has '
+                f'no x (kind "{teacher.kind}"), which trains nothing; set one above 0'
+            )
+        if objective.patch_weight and int(data.batch_size * objective.mask_images) < 1:
+            raise impossible(
+                f"objective.mask_images: {objective.mask_images} of teachers.{name}.data.batch_size {data.batch_size} "
+                "is not one image; raise either, or set patch_weight to 0"
+            )
+        patches = math.prod(side // 16 for side in data.size)
+        if objective.patch_weight and int(patches * objective.mask_patches) < 1:
+            raise impossible(
+                f"objective.mask_patches: {objective.mask_patches} of the {patches} patches of teachers.{name}.data."
+                f"size {list(data.size)} is not one; raise either"
+            )
+
+
 def _check_deepspeed(cfg: Config) -> None:
     """The block goes through untouched, so what would silently fight the rest of the config is an error here."""
     block = cfg.deepspeed
     for key in block:
         close = difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1, cutoff=0.85)
         if close and key not in _DEEPSPEED_KEYS:
-            raise _impossible(f"deepspeed.{key}: unknown key; did you mean {close[0]!r}?")
+            raise impossible(f"deepspeed.{key}: unknown key; did you mean {close[0]!r}?")
     managed = {"optimizer": "optimizer", "scheduler": "optimizer.warmup_steps and min_lr", "bfloat16": "precision"}
     for key, instead in managed.items():
         if key in block:
-            raise _impossible(f"deepspeed.{key}: set it through {instead}")
+            raise impossible(f"deepspeed.{key}: set it through {instead}")
     ours = cfg.gradient_accumulation_steps
     if (found := block.get("gradient_accumulation_steps", ours)) != ours:
-        raise _impossible(
+        raise impossible(
             f"deepspeed.gradient_accumulation_steps: found {found}, but gradient_accumulation_steps = {ours}; "
             "leave it out"
         )
     if "train_batch_size" in block:
-        raise _impossible(
+        raise impossible(
             f"deepspeed.train_batch_size: found {block['train_batch_size']}; it depends on the number of ranks, and "
             "one that does not fit turns into gradient accumulation; leave it out"
         )
     batch = cfg.images_per_backward()
     if block.get("train_micro_batch_size_per_gpu", batch) != batch:
         found = block["train_micro_batch_size_per_gpu"]
-        raise _impossible(
+        raise impossible(
             f"deepspeed.train_micro_batch_size_per_gpu: found {found}; the teachers' batches make {batch}, leave it out"
         )
     for key in ("fp16", "amp", "torch_autocast"):
         if _enabled(block, key):
-            raise _impossible(f'deepspeed.{key}: not supported; set precision to "bf16" or "fp32"')
+            raise impossible(f'deepspeed.{key}: not supported; set precision to "bf16" or "fp32"')
     if "bf16" in block and _enabled(block, "bf16") != (cfg.precision == "bf16"):
-        raise _impossible(f'deepspeed.bf16: found {block["bf16"]}, which contradicts precision = "{cfg.precision}"')
+        raise impossible(f'deepspeed.bf16: found {block["bf16"]}, which contradicts precision = "{cfg.precision}"')
     if (found := block.get("bf16", {}).get("immediate_grad_update", True)) is not True:
-        raise _impossible(
+        raise impossible(
             f"deepspeed.bf16.immediate_grad_update: found {json.dumps(found)}; unless it is true, DeepSpeed's "
             "BF16_Optimizer keeps the gradient of one of several forwards; leave it out"
         )
     if "gradient_clipping" in block and (block["gradient_clipping"] or None) != cfg.optimizer.clip_grad_norm:
         found = block["gradient_clipping"]
-        raise _impossible(
+        raise impossible(
             f"deepspeed.gradient_clipping: found {found}, but optimizer.clip_grad_norm = {cfg.optimizer.clip_grad_norm}"
         )
     zero = block.get("zero_optimization", {})
     if not isinstance(zero, dict) or isinstance(zero.get("stage"), bool) or zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise _impossible(f"deepspeed.zero_optimization: found {zero}; expected an object with stage 0, 1, 2 or 3")
+        raise impossible(f"deepspeed.zero_optimization: found {zero}; expected an object with stage 0, 1, 2 or 3")
     if "cpu_offload" in zero:
-        raise _impossible('deepspeed.zero_optimization.cpu_offload: set "offload_optimizer": {"device": "cpu"} instead')
+        raise impossible('deepspeed.zero_optimization.cpu_offload: set "offload_optimizer": {"device": "cpu"} instead')
     if zero.get("compute_grad_norm", True) is not True and cfg.optimizer.clip_grad_norm is not None:
-        raise _impossible(
+        raise impossible(
             "deepspeed.zero_optimization.compute_grad_norm: not true, but clipping needs the norm; "
             "set optimizer.clip_grad_norm to null with it"
         )
@@ -416,7 +403,7 @@ def unknown_deepspeed_keys(cfg: Config) -> list[str]:
 def _enabled(block: dict[str, Any], key: str) -> bool:
     value = block.get(key, {})
     if not isinstance(value, dict):
-        raise _impossible(f'deepspeed.{key}: found {value!r}; expected an object such as {{"enabled": true}}')
+        raise impossible(f'deepspeed.{key}: found {value!r}; expected an object such as {{"enabled": true}}')
     return bool(value.get("enabled", False))
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+# key → the branches of its union
+_BRANCHES = {"source": ("str", "list[str]"), "objective": ("kpu", "gkd")}
+
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line per mistake in values for `model`: the key, what was found, what would do."""
@@ -18,7 +21,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
         loc = _keys(item["loc"])
         key, found = ".".join(str(part) for part in loc), kind_of(item.get("input"))
         if item["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key{_suggest(model, loc)}")
+            lines.append(f"{key}: unknown key{_suggest(model, item['loc'])}")
         elif item["type"] == "missing" and isinstance(loc[-1], int):  # the second of two numbers
             lines.append(f"{key.rpartition('.')[0]}: found {found}; it should be a list of two numbers")
         elif item["type"] in ("tuple_type", "too_long"):
@@ -39,23 +42,23 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 
 def _keys(loc: tuple[Any, ...]) -> list[Any]:
-    # pydantic names the branch of a union as if it were a key; `source` is the only union of types.
-    branch = ("str", "list[str]")
+    # pydantic names the branch as if it were a key.
     pairs = zip((None, *loc), loc, strict=False)
-    return [key for before, key in pairs if key != "[key]" and not (before == "source" and key in branch)]
+    return [key for before, key in pairs if key != "[key]" and key not in _BRANCHES.get(before, ())]
 
 
-def _suggest(model: type[BaseModel], loc: list[Any]) -> str:
+def _suggest(model: type[BaseModel], loc: tuple[Any, ...]) -> str:
     fields = _fields_at(model, loc[:-1])
     close = difflib.get_close_matches(str(loc[-1]), fields, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(fields)}"
 
 
-def _fields_at(model: type[BaseModel], loc: list[Any]) -> list[str]:
-    for part in loc:
+def _fields_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    for part, branch in zip(loc, (*loc, None)[1:], strict=True):
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
         for nested in _models_in(annotation):
-            model = nested
+            if part not in _BRANCHES or branch in typing.get_args(nested.model_fields["recipe"].annotation):
+                model = nested
     return list(model.model_fields)
 
 

@@ -209,7 +209,12 @@ def test_deepspeed_block_goes_through_untouched():
 MISTAKES = [
     ("stepz=3", "stepz: unknown key; did you mean 'steps'?"),
     ("teachers.clip.data.batchsize=3", "teachers.clip.data.batchsize: unknown key; did you mean 'batch_size'?"),
-    ("objective.zzz=3", "objective.zzz: unknown key; known here: t2s, rec"),
+    ("objective.zzz=3", "objective.zzz: unknown key; known here: recipe, t2s, rec"),
+    ('objective={"recipe": "gkd", "zzz": 3}', "objective.zzz: unknown key; known here: recipe, query, token_weight"),
+    ("objective.recipe=kup", 'objective.recipe: not known; expected "kpu" or "gkd"'),
+    ('objective={"recipe": "gkd", "token_weight": "a"}', 'objective.token_weight: found "a" (a string); it should be'),
+    ("objective.t2s=1", "objective.t2s: found 1 (an integer); it should be a valid boolean"),
+    ("objective=null", "objective: found null (null); it should be an object"),
     ('steps="100"', 'steps: found "100" (a string); it should be a valid integer'),
     ("steps=true", "steps: found true (a boolean)"),
     ("steps=0", "steps: found 0 (an integer); it should be greater than or equal to 1"),

@@ -23,7 +23,8 @@ from kpu_fast.models.attention import BackendError, describe
 from kpu_fast.models.student import Student
 from kpu_fast.models.teachers import Teacher, build_teacher
 from kpu_fast.objectives.balance import FAMO, TeacherDrop, build_balance
-from kpu_fast.objectives.kpu import KPU
+from kpu_fast.objectives.objective import Objective
+from kpu_fast.objectives.recipe import build_objective
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Parts(NamedTuple):
     indexes: dict[str, Index]  # by stream, as `streams`
     streams: dict[str, list[str]]  # Config.streams(): of each teacher with images of its own, all that teach on them
     teachers: dict[str, Teacher]
-    engine: Any  # deepspeed.DeepSpeedEngine around KPU
+    engine: Any  # deepspeed.DeepSpeedEngine around the objective
     balance: TeacherDrop | FAMO | None  # None: equal teachers
 
 
@@ -86,7 +87,7 @@ def build(cfg: Config, world: World, indexes: dict[str, Index] | None = None) ->
     return Parts(indexes, cfg.streams(), teachers, engine, balance)
 
 
-def build_models(cfg: Config, device: torch.device) -> tuple[dict[str, Teacher], KPU]:
+def build_models(cfg: Config, device: torch.device) -> tuple[dict[str, Teacher], Objective]:
     """The teachers, in the run's precision, and the trainable module, in fp32. Raises as what builds them does."""
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     teachers = {
@@ -98,9 +99,12 @@ def build_models(cfg: Config, device: torch.device) -> tuple[dict[str, Teacher],
             teachers[name].check_sizes(sizes)
     specs = {name: teacher.spec for name, teacher in teachers.items()}
     torch.manual_seed(cfg.seed)  # all ranks start from the same weights
-    student = Student.from_config(cfg.student, specs, activation_checkpointing=cfg.activation_checkpointing)
     weights = {name: teacher.weight for name, teacher in cfg.teachers.items()}
-    return teachers, KPU(student, specs, cfg.objective, weights).to(device)
+
+    def new_student(heads):
+        return Student.from_config(cfg.student, heads, activation_checkpointing=cfg.activation_checkpointing)
+
+    return teachers, build_objective(cfg.objective, specs, new_student, weights).to(device)
 
 
 def open_streams(

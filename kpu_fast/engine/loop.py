@@ -61,11 +61,11 @@ def train(cfg: Config, resume: str | None = None, skip: int = 0) -> None:
         see_claim(folder, claim)
     parts = build(cfg, world)
     checkpoints.constants |= networks(cfg, parts.engine.module.student)
-    checkpoints.notes |= {"heads": parts.engine.module.student.config["heads"]}
+    checkpoints.notes |= {"heads": {name: spec._asdict() for name, spec in parts.engine.module.specs.items()}}
     state = {"step": 0, "streams": {}}
     if checkpoint is not None:
         state = _resume(cfg, world, parts, checkpoints, checkpoint)
-    elif cfg.objective.standardize != "none":  # a checkpoint has the statistics
+    elif parts.engine.module.standardize:  # a checkpoint has the statistics
         _calibrate(cfg, world, parts)
     with together(world):
         streams = open_streams(cfg, parts.indexes, world, state["streams"], skip=skip)

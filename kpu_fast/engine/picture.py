@@ -16,20 +16,20 @@ class Panel(NamedTuple):
     """One teacher's part of the picture: n images of one size, and three feature maps of each.
 
     name: title. images: (n, 3, H, W) in [0, 1]. valid: (n, H, W) bool, False on padding, or None.
-    teacher: (n, h, w, C). projected: the student's map in the teacher's space, (n, h', w', C). student: its own map,
-    (n, h'', w'', D). Each may have its own grid over the whole image, padding included.
+    teacher: (n, h, w, C). projected: the student's map in the teacher's space, (n, h', w', C), None where no head leads
+    there. student: its own map, (n, h'', w'', D). Each may have its own grid over the whole image, padding included.
     """
 
     name: str
     images: Tensor
     valid: Tensor | None
     teacher: Tensor
-    projected: Tensor
+    projected: Tensor | None
     student: Tensor
 
 
 def save_feature_picture(path: str | os.PathLike, panels: list[Panel], title: str = "Features") -> None:
-    """Write a PNG: a block per panel, a row per image: image | teacher | student in the teacher's space | student.
+    """Write a PNG: a block per panel, a row per image: image | teacher | (student in the teacher's space) | student.
 
     Colours are the first three principal components. Teacher and projected student share one basis and one scale,
     fitted on the teacher's valid cells, so that their colours compare; the student's own map has its own. A constant
@@ -43,14 +43,18 @@ def save_feature_picture(path: str | os.PathLike, panels: list[Panel], title: st
     boxes = [[_box(panel, i) for i in range(len(panel.images))] for panel in panels]
     ratios = [[min((y1 - y0) / (x1 - x0), _TALLEST) for y0, y1, x0, x1 in rows] for rows in boxes]
     heights = [_COLUMN_INCHES * sum(rows) + 0.6 + 0.08 * len(rows) for rows in ratios]
-    figure = Figure(figsize=(4 * _COLUMN_INCHES + 0.3, sum(heights) + 0.85), layout="constrained", dpi=110)
+    columns = 3 + any(panel.projected is not None for panel in panels)
+    figure = Figure(figsize=(columns * _COLUMN_INCHES + 0.3, sum(heights) + 0.85), layout="constrained", dpi=110)
     figure.suptitle(title, fontsize=14, fontweight="bold")
-    figure.supxlabel(
-        "Colours: the first three principal components of the features. “Teacher” and “student as teacher” share\n"
-        "one basis: the same colour is the same feature, and the closer the two look, the more has been inherited.",
-        fontsize=9,
-        color="0.35",
-    )
+    caption = "Colours: the first three principal components of the features"
+    if columns == 4:
+        caption += (
+            ". “Teacher” and “student as teacher” share\n"
+            "one basis: the same colour is the same feature, and the closer the two look, the more has been inherited."
+        )
+    else:
+        caption += ",\neach map's its own: what belongs together has one colour."
+    figure.supxlabel(caption, fontsize=9, color="0.35")
     blocks = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for block, panel, panel_boxes, panel_ratios in zip(blocks, panels, boxes, ratios, strict=True):
         _draw(block, panel, panel_boxes, panel_ratios)
@@ -68,11 +72,13 @@ def save_feature_picture(path: str | os.PathLike, panels: list[Panel], title: st
 def _check(panel: Panel) -> None:
     n, _, height, width = panel.images.shape
     for part in ("teacher", "projected", "student"):
+        if getattr(panel, part) is None:
+            continue
         if getattr(panel, part).ndim != 4 or len(getattr(panel, part)) != n:
             raise ValueError(
                 f"panel {panel.name!r}: {part} is {tuple(getattr(panel, part).shape)}, expected ({n}, h, w, channels)"
             )
-    if panel.projected.shape[3] != panel.teacher.shape[3]:
+    if panel.projected is not None and panel.projected.shape[3] != panel.teacher.shape[3]:
         raise ValueError(
             f"panel {panel.name!r}: projected has {panel.projected.shape[3]} channels, "
             f"the teacher {panel.teacher.shape[3]}; project the student into the teacher's space first"
@@ -82,18 +88,20 @@ def _check(panel: Panel) -> None:
 
 
 def _draw(block, panel: Panel, boxes: list, ratios: list[float]) -> None:
-    teacher, projected, student = (_array(m) for m in (panel.teacher, panel.projected, panel.student))
+    teacher, student = _array(panel.teacher), _array(panel.student)
     in_space = fit_colours(teacher[_cells(panel, teacher)])
     own = fit_colours(student[_cells(panel, student)])
     columns = {
         "image": _array(panel.images).clip(0, 1).transpose(0, 2, 3, 1),
         f"teacher, {_size(teacher)}": in_space(teacher),
-        f"student as teacher, {_size(projected)}": in_space(projected),
-        f"student’s own map, {_size(student)}": own(student),
     }
+    if panel.projected is not None:
+        projected = _array(panel.projected)
+        columns[f"student as teacher, {_size(projected)}"] = in_space(projected)
+    columns[f"student’s own map, {_size(student)}"] = own(student)
     block.suptitle(panel.name, fontsize=12, fontweight="bold", x=0.01, ha="left")
     height, width = panel.images.shape[-2:]
-    axes = block.subplots(len(boxes), 4, squeeze=False, gridspec_kw={"height_ratios": ratios})
+    axes = block.subplots(len(boxes), len(columns), squeeze=False, gridspec_kw={"height_ratios": ratios})
     for i, (row, (y0, y1, x0, x1)) in enumerate(zip(axes, boxes, strict=True)):
         for axis, (heading, pictures) in zip(row, columns.items(), strict=True):
             # Every map spans the whole image, so that the crop cuts through cells where padding does.

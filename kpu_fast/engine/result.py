@@ -16,14 +16,14 @@ from kpu_fast.models.features import Features
 from kpu_fast.models.hf_files import front_matter
 from kpu_fast.models.hub import HUB_ID
 from kpu_fast.models.student import Student
-from kpu_fast.objectives.kpu import KPU
+from kpu_fast.objectives.objective import Objective
 
 _LOG = logging.getLogger(__name__)
 
 PICTURED = 3  # images per teacher in features.png
 
 
-def write_result(cfg: Config, folder: Path, world: World, objective: KPU, teachers: dict, indexes: dict) -> None:
+def write_result(cfg: Config, folder: Path, world: World, objective: Objective, teachers: dict, indexes: dict) -> None:
     """Write student/, features.png and losses.png into the run's folder, print where they are; all ranks call it."""
     from deepspeed import zero
 
@@ -67,9 +67,11 @@ def _panel(cfg: Config, name: str, teacher, student: Student, indexes: dict, dev
     batch = next(Stream(whole, index, rank=0, world_size=1, device=device, seed=cfg.seed))
     target: Features = teacher(batch.images)
     features = student(batch.images)
-    projected = student.project(features, name, [(v.shape[1], v.shape[2]) for v in target.maps])
+    projected = None
+    if name in student.head_specs:
+        projected = student.project(features, name, [(v.shape[1], v.shape[2]) for v in target.maps]).maps[0]
     level = student.level_for(teacher.spec.strides[0])
-    return Panel(name, batch.images, batch.valid, target.maps[0], projected.maps[0], features.maps[level])
+    return Panel(name, batch.images, batch.valid, target.maps[0], projected, features.maps[level])
 
 
 def student_card(cfg: Config, rows: list[dict], steps: int) -> str:
@@ -81,12 +83,18 @@ def student_card(cfg: Config, rows: list[dict], steps: int) -> str:
     if cfg.student.adapter:
         adapter = cfg.student.adapter.cross_attention + ", with x_injector" * cfg.student.adapter.x_injector
     teachers = "\n".join(f"- {name}: {t.kind}, weights `{t.weights}`" for name, t in cfg.teachers.items())
+    recipe, project = "KPU (arXiv 2508.14707)", ""
+    if cfg.objective.recipe == "gkd":
+        recipe = "GKD (arXiv 2603.02554)"
+    else:
+        first_teacher = next(iter(cfg.teachers))
+        project = f'\n    features = student.project(features, "{first_teacher}")  # in that teacher\'s space'
     vit = cfg.student.vit.weights
     on_hub = HUB_ID.fullmatch(vit) and not Path(vit).is_dir()
     return f"""{front_matter(vit if on_hub else None)}
 # {cfg.name}
 
-A vision student trained with kpu_fast by KPU (arXiv 2508.14707).
+A vision student trained with kpu_fast by {recipe}.
 
 - ViT: weights `{vit}`, {"frozen" if cfg.student.freeze_vit else "trained"}; adapter: {adapter}
 - {steps} steps, {cfg.precision}, seed {cfg.seed}
@@ -98,8 +106,7 @@ from kpu_fast.models import Student
 
 student = Student.from_pretrained("path/to/this/folder")
 with torch.no_grad():
-    features = student(images)  # (B, 3, H, W) in [0, 1], H and W multiples of 32
-    features = student.project(features, "{next(iter(cfg.teachers))}")  # in that teacher's space
+    features = student(images)  # (B, 3, H, W) in [0, 1], H and W multiples of 32{project}
 ```
 
 or, beside kpu_fast, `transformers.AutoModel.from_pretrained("path/to/this/folder", trust_remote_code=True)`.

@@ -119,7 +119,9 @@ def changed_settings(folder: Path, cfg: Config) -> list[str]:
     before, now = _recorded(folder), cfg.model_dump(mode="json")
     if before is None:
         return []
-    changes = differences(*({part: tree.get(part) for part in _SHAPING} for tree in (before, now)))
+    changes = set(differences(*({part: tree.get(part) for part in _SHAPING} for tree in (before, now))))
+    if "objective.recipe" in changes:  # the rest of the block belongs to one of them
+        changes = {key for key in changes if not key.startswith("objective.")} | {"objective.recipe"}
     return sorted(key for key in changes if not re.match(r"teachers\.[^.]+\.data\.", key))
 
 
@@ -129,7 +131,8 @@ def read_recorded(folder: Path) -> dict:
     Of keys that an older version had not, what it did is filled in, where that is not the default or the key is read.
     """
     tree = json.loads((folder / RESOLVED).read_text(encoding="utf-8"))["config"]
-    tree["objective"].setdefault("centre", False)
+    if tree["objective"].setdefault("recipe", "kpu") == "kpu":
+        tree["objective"].setdefault("centre", False)
     for teacher in tree["teachers"].values():
         teacher["data"].setdefault("aspect_ratio_grouping", teacher["data"].get("fit") != "pad")
         teacher["data"].setdefault("buckets", [])

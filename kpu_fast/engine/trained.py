@@ -11,8 +11,9 @@ from kpu_fast.engine.monitor import METRICS, read_metrics
 from kpu_fast.engine.result import student_card
 from kpu_fast.engine.run_folder import UNREADABLE, read_recorded
 from kpu_fast.engine.shards import module_state
+from kpu_fast.models.features import FeatureSpec
 from kpu_fast.models.student import Student
-from kpu_fast.objectives.kpu import KPU
+from kpu_fast.objectives.recipe import build_objective
 
 
 class TrainedError(ValueError):
@@ -28,8 +29,9 @@ def load_student(run: Path, checkpoint: str | None = None) -> tuple[Student, str
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         cfg = Config.model_validate_json(json.dumps(read_recorded(run)))
-        student = Student(**meta["networks"]["student"], heads=meta["heads"])
-        module = KPU(student, student.head_specs, cfg.objective)
+        specs = {name: FeatureSpec(**spec) for name, spec in meta["heads"].items()}
+        own = meta["networks"]["student"]
+        module = build_objective(cfg.objective, specs, lambda heads: Student(**own, heads=heads))
     except UNREADABLE as error:
         _see_pruned(folder)
         raise TrainedError(

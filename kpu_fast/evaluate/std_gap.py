@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from kpu_fast.config import ObjectiveConfig
+from kpu_fast.config_objective import KPUConfig
 from kpu_fast.engine.run_folder import RESOLVED, UNREADABLE, read_recorded
 from kpu_fast.engine.trained import TrainedError, find_checkpoint, load_state
 from kpu_fast.evaluate.result import EvaluateError
@@ -131,12 +131,15 @@ def _read_settings(run: Path) -> SimpleNamespace:
         teachers = {name: SimpleNamespace(**teacher) for name, teacher in tree["teachers"].items()}
         for teacher in teachers.values():
             teacher.data = SimpleNamespace(**{**teacher.data, "size": tuple(teacher.data["size"])})
-        objective = SimpleNamespace(**{**ObjectiveConfig().model_dump(), **tree["objective"]})
-        return SimpleNamespace(student=student, teachers=teachers, objective=objective)
+        objective = SimpleNamespace(**{**KPUConfig().model_dump(), **tree["objective"]})
+        settings = SimpleNamespace(student=student, teachers=teachers, objective=objective)
     except UNREADABLE as error:
         raise EvaluateError(
             f"--run {run}: {run / RESOLVED} cannot be used ({type(error).__name__}: {error}); name the folder of a run"
         ) from error
+    if objective.recipe != "kpu":
+        raise EvaluateError(f'--run {run}: a run of recipe "{objective.recipe}"; only KPU has a common space')
+    return settings
 
 
 def _load(module: KPU, state: dict[str, torch.Tensor], folder: Path) -> None:

@@ -15,9 +15,10 @@ from kpu_fast.models.adapter import STRIDES, Adapter
 from kpu_fast.models.attention import BackendError, activate_backend
 from kpu_fast.models.features import Features, FeatureSpec, cells
 from kpu_fast.models.hf_files import auto_keys, code_files
-from kpu_fast.models.hub import HUB_ID, find_folder
+from kpu_fast.models.hub import HUB_ID, WeightsError, find_folder
 from kpu_fast.models.projector import FeatureHeads
 from kpu_fast.models.vit import ViT, check_images, resize_to_stride_16
+from kpu_fast.models.vit_weights import KEY
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,8 +37,9 @@ class Student(nn.Module):
 
     forward(images (B, 3, H, W) in [0, 1]) → Features: x (B, D) is the ViT's normed cls; maps are channels-last, at
     strides 4, 8, 16, 32 with an adapter (H, W multiples of 32), else the ViT's normed patches at stride 16 (H, W
-    multiples of 16). spec describes them. Raises ValueError for sizes that do not fit, images that are not floating
-    point, and teacher names PyTorch keeps.
+    multiples of 16). spec describes them. masked: (B, H/16·W/16) bool, patches that a bare ViT is not to see. Raises
+    ValueError for sizes that do not fit, images that are not floating point, masks with an adapter, and teacher names
+    PyTorch keeps.
     """
 
     def __init__(
@@ -88,13 +90,15 @@ class Student(nn.Module):
     def freeze(self) -> None:
         """Mark what is trained and what is not, as `freeze_vit` says; a new student has this done."""
         self.vit.requires_grad_(not self.config["freeze_vit"])
-        self.vit.embed.mask_token.requires_grad_(False)  # nothing reads it
+        self.vit.embed.mask_token.requires_grad_(False)  # most recipes mask nothing
 
-    def forward(self, images: Tensor) -> Features:
+    def forward(self, images: Tensor, masked: Tensor | None = None) -> Features:
         check_images(images)
         if self.adapter is not None:
+            if masked is not None:
+                raise ValueError("Student: only a bare ViT (adapter None) can have patches masked.")
             return self.adapter(images, self.vit, self.levels)
-        x, patches = self.vit(resize_to_stride_16(images, self.vit.patch_size))
+        x, patches = self.vit(resize_to_stride_16(images, self.vit.patch_size), masked)
         return Features(x, (patches,))
 
     def level_for(self, stride: float) -> int:
@@ -149,8 +153,9 @@ class Student(nn.Module):
     ) -> "Student":
         """A student to train, from the `student` block of a config; its ViT's weights are loaded or random.
 
-        cfg: has vit.weights ("random", a hub id or a folder), vit.arch (keyword arguments of `ViT`, used when random),
-        freeze_vit, adapter (None, or what makes a dict of `Adapter`'s settings), attention, head_hidden.
+        cfg: has vit.weights ("random", a hub id, a folder of such a model, or that of an exported student without an
+        adapter), vit.arch (keyword arguments of `ViT`, used when random), freeze_vit, adapter (None, or what makes a
+        dict of `Adapter`'s settings), attention, head_hidden.
         specs: teacher name → FeatureSpec; one head each. Raises as `ViT.from_hf` does.
         """
         try:
@@ -158,7 +163,7 @@ class Student(nn.Module):
         except BackendError as error:
             raise BackendError(f"student.attention: {error}") from error
         weights = cfg.vit.weights
-        loaded = None if weights == "random" else ViT.from_hf(weights)
+        loaded = None if weights == "random" else _load_vit(weights)
         try:
             student = cls(
                 vit=cfg.vit.arch if loaded is None else loaded.config,
@@ -259,6 +264,24 @@ class Student(nn.Module):
             )
         student.load_state_dict(state, assign=True)
         return student.eval()
+
+
+def _load_vit(weights: str) -> ViT:
+    """A ViT of transformers, or that of an exported student without an adapter. Raises WeightsError."""
+    folder = Path(weights)
+    try:
+        ours = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["format"] == _FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        return ViT.from_hf(weights)
+    try:
+        student = Student.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{KEY}: {error}") from error
+    if student.adapter is not None:
+        raise WeightsError(f"{KEY}: {folder} is a student with an adapter; only one that was trained without can go on")
+    return student.vit
 
 
 def _as_spec(name: str, spec: FeatureSpec | Mapping) -> FeatureSpec:

@@ -177,7 +177,7 @@ class Embeddings(nn.Module):
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
         # Of cls, then of the patches.
         self.positions = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim)) if learned_positions else None
-        # Only their own pre-training reads it; kept, never trained, so that a checkpoint comes out as it went in.
+        # Stands for what `masked` hides; kept, also where nothing does, so that a checkpoint comes out as it went in.
         self.mask_token = nn.Parameter(torch.zeros(1, dim), requires_grad=False)
 
     def positions_on(self, height: int, width: int) -> Tensor:
@@ -191,9 +191,10 @@ class Embeddings(nn.Module):
         maps = F.interpolate(maps, (height, width), mode="bicubic", align_corners=False, antialias=antialias)
         return torch.cat([cls, maps.permute(0, 2, 3, 1).flatten(1, 2).to(cls.dtype)], dim=1)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
         """Normalise images (B, 3, H, W) in [0, 1] and turn them into tokens (B, prefix + H/p·W/p, D).
 
+        masked: (B, H/p·W/p) bool, patches that the mask token takes the place of; their positions stay.
         Raises ValueError unless H and W are multiples of the patch size p.
         """
         if images.ndim != 4 or images.shape[1] != 3:
@@ -206,6 +207,8 @@ class Embeddings(nn.Module):
         patches = self.patch(normalise(images, self.patch.weight.dtype))  # (B, D, H/p, W/p)
         grid = patches.shape[-2:]
         patches, cls = patches.flatten(2).transpose(1, 2), self.cls_token  # (B, N, D), (1, 1, D)
+        if masked is not None:
+            patches = torch.where(masked[..., None], self.mask_token.to(patches.dtype), patches)
         if self.positions is not None:
             positions = self.positions_on(*grid)
             patches, cls = patches + positions[:, 1:], cls + positions[:, :1]
@@ -311,9 +314,12 @@ class ViT(nn.Module):
         channels = self.dim // self.heads
         return rotations(height, width, channels, theta=self.rope_theta, prefix=self.prefix, device=device)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Final-normed cls (B, D) and patch map (B, H/p, W/p, D) of images (B, 3, H, W) in [0, 1]."""
-        tokens = self.embed(images)
+    def forward(self, images: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Final-normed cls (B, D) and patch map (B, H/p, W/p, D) of images (B, 3, H, W) in [0, 1].
+
+        masked: (B, H/p·W/p) bool, True for patches that are not to be seen.
+        """
+        tokens = self.embed(images, masked)
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         turn = self.turn(*grid, images.device)
         for block in self.blocks:

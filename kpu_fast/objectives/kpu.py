@@ -25,10 +25,11 @@ from kpu_fast.models.features import Features, FeatureSpec
 from kpu_fast.models.projector import Centre, FeatureHeads, Projector, move_centres
 from kpu_fast.models.student import Student
 from kpu_fast.objectives.cells import grid, valid_cells
+from kpu_fast.objectives.objective import Objective
 from kpu_fast.objectives.standardize import FeatureStandardizer
 
 
-class KPU(nn.Module):
+class KPU(Objective):
     """Everything trainable: the student with its heads h_s2t, and the heads h_t2s and h_rec.
 
     student: its `heads` name the teachers; the maps that none of them reads are dropped, and its heads may get centres,
@@ -40,13 +41,9 @@ class KPU(nn.Module):
     def __init__(
         self, student: Student, specs: Mapping[str, FeatureSpec], cfg, weights: Mapping[str, float] | None = None
     ):
-        super().__init__()
+        super().__init__(student, specs, {"s2t": 1.0, "t2s": 1.0, "rec": cfg.rec_weight}, weights)
         student.drop_unused_levels()
-        self.student = student
         self.cfg = cfg
-        factors = {"s2t": 1.0, "t2s": 1.0, "rec": cfg.rec_weight}
-        shares = {name: (weights or {}).get(name, 1.0) / len(specs) for name in specs}
-        self.weights = {f"{name}/{term}": share * f for name, share in shares.items() for term, f in factors.items()}
         self.levels = {name: tuple(student.level_for(s) for s in spec.strides) for name, spec in specs.items()}
         common = {name: _common_spec(student, spec, self.levels[name]) for name, spec in specs.items()}
         hidden = student.config["head_hidden"]
@@ -59,7 +56,6 @@ class KPU(nn.Module):
             for head in self._projectors():
                 head.centre = Centre(head.fc1.in_features)
             self.register_buffer("steps", torch.zeros(()))
-        self.standardize = nn.ModuleDict()
         if cfg.standardize != "none":
             kind = cfg.standardize
             self.standardize.update({name: FeatureStandardizer(name, specs[name], kind) for name in specs})
@@ -103,29 +99,11 @@ class KPU(nn.Module):
         return terms
 
     def after_step(self, batches: int = 1) -> None:
-        """What is not learned by gradient moves on: the centres. Every rank calls this once a step.
-
-        batches: of each teacher since the last call, as many as backwards.
-        """
+        """The centres move on; see `Objective.after_step`."""
         centres = [head.centre for head in self._projectors() if head.centre is not None]
         if centres:
             self.steps += 1
             move_centres(centres, self.steps, batches)
-
-    def total(self, terms: Mapping[str, Tensor], shares: Tensor | None = None) -> Tensor:
-        """L_KPU: the sum of all teachers' terms; with shares (T,), those take the place of 1/T each."""
-        if shares is None:
-            return torch.stack(list(terms.values())).sum()
-        return (shares * self.losses(terms)).sum()
-
-    def losses(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """(T,) L_t2s + L_s2t + lambda L_rec of each teacher alone, without the 1/T."""
-        sums = [sum(v for key, v in terms.items() if key.rpartition("/")[0] == name) for name in self.levels]
-        return len(sums) * torch.stack(sums)
-
-    def unweighed(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same terms as L_align of eq. 1, without their weights in L_KPU and without gradient."""
-        return {key: value.detach() / self.weights[key] for key, value in terms.items()}
 
     def in_own_spaces(self) -> Student:
         """The student as others use it: `project` ends in each teacher's own space, not in the standardised one.

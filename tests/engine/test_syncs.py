@@ -7,7 +7,7 @@ import torch
 from syncs import no_syncs
 from torch import nn
 
-from kpu_fast.config import ObjectiveConfig
+from kpu_fast.config_objective import KPUConfig
 from kpu_fast.engine.build import Parts
 from kpu_fast.engine.loop import train_step
 from kpu_fast.models.features import Features, FeatureSpec
@@ -49,7 +49,7 @@ def parts(balance, standardize="none", adapter=None, device=DEVICE):
     if adapter is None or adapter["cross_attention"] == "deformable":
         vit["rope_theta"] = 100.0
     student = Student(vit=vit, adapter=adapter, heads=SPECS, head_hidden=16, freeze_vit=adapter is not None)
-    module = KPU(student, SPECS, ObjectiveConfig(balance=balance, standardize=standardize)).to(device)
+    module = KPU(student, SPECS, KPUConfig(balance=balance, standardize=standardize)).to(device)
 
     def teacher(spec):
         x = None if spec.x_dim is None else torch.randn(2, spec.x_dim, device=device)

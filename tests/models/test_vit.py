@@ -75,6 +75,19 @@ def test_equals_transformers_at_the_size_of_vit_b():
     torch.testing.assert_close(patches.flatten(1, 2), expected.last_hidden_state[:, 5:], rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("with_registers", [True, False])
+def test_masked_patches_are_transformers_masked_patches(with_registers):
+    model = reference(with_registers, **TINY)
+    hidden = torch.rand(2, 60, generator=torch.Generator().manual_seed(0)) < 0.4
+    x, patches = ViT.from_hf(model)(images(84, 140), hidden)
+    expected = model(pixel_values=imagenet(images(84, 140)), bool_masked_pos=hidden)
+    torch.testing.assert_close(x, expected.pooler_output, rtol=0, atol=1e-5)
+    tokens = expected.last_hidden_state[:, 5 if with_registers else 1 :]
+    torch.testing.assert_close(patches.flatten(1, 2), tokens, rtol=0, atol=1e-5)
+    assert (patches - ViT.from_hf(model)(images(84, 140))[1]).abs().max() > 0.1
+
+
 class OldNames(nn.Module):
     """The same weights under the names that transformers had before it renamed them."""
 

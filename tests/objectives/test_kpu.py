@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kpu_fast.config import ObjectiveConfig
+from kpu_fast.config_objective import KPUConfig
 from kpu_fast.models import Student
 from kpu_fast.models.features import Features, FeatureSpec
 from kpu_fast.objectives.kpu import KPU, valid_cells
@@ -28,7 +28,7 @@ def make(adapter: bool = True, weights=None, **objective) -> KPU:
         heads={name: spec._asdict() for name, spec in SPECS.items()},
         head_hidden=16,
     )
-    model = KPU(student, SPECS, ObjectiveConfig(**objective), weights).double()
+    model = KPU(student, SPECS, KPUConfig(**objective), weights).double()
     with torch.no_grad():  # γ = 0 at the start would hide the injectors
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -236,7 +236,7 @@ def test_a_teacher_without_x_has_no_x_term():
     model = make(x_weight=0.0, t2s=False, rec=False)
     images, target, _ = batch("one")
     weightless = model(images, {"one": target})["one/s2t"]
-    model.cfg = ObjectiveConfig(t2s=False, rec=False)
+    model.cfg = KPUConfig(t2s=False, rec=False)
     torch.testing.assert_close(model(images, {"one": Features(None, target.maps)})["one/s2t"], weightless)
     assert model(images, {"one": target})["one/s2t"] > weightless + 0.1
 

@@ -9,7 +9,7 @@ import torch
 from objective_worker import BATCHES, KINDS, STEPS, features, losses, spec
 from torch import nn
 
-from kpu_fast.config import ObjectiveConfig
+from kpu_fast.config_objective import KPUConfig
 from kpu_fast.models import Student
 from kpu_fast.models.features import Features, FeatureSpec
 from kpu_fast.objectives import standardize
@@ -207,7 +207,7 @@ def make(dtype=torch.float64, adapter: bool = True, specs=SPECS, **objective) ->
         heads={name: spec._asdict() for name, spec in specs.items()},
         head_hidden=16,
     )
-    return KPU(student, specs, ObjectiveConfig(**objective)).to(dtype)
+    return KPU(student, specs, KPUConfig(**objective)).to(dtype)
 
 
 def batch(name: str, dtype=torch.float64, seed: int = 1):
