@@ -109,7 +109,7 @@ class TeacherConfig(Strict):
 
 
 class ViTConfig(Strict):
-    """The sentinel: a DINOv2 or DINOv3 checkpoint, or random weights of a given shape."""
+    """The sentinel: a checkpoint of a DINOv2, a DINOv3 or a plain ViT (DINO, DeiT), or random weights of a shape."""
 
     weights: str = Field(min_length=1)
     arch: dict[str, Any] = Field(default={})  # keyword arguments of ViT; only with weights "random"

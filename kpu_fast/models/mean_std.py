@@ -10,11 +10,12 @@ log = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_USUAL = {"clip": ("CLIP", *CLIP_MEAN_STD), "siglip": ("SigLIP", (0.5,) * 3, (0.5,) * 3)}
+_HALF = (0.5,) * 3, (0.5,) * 3
+_USUAL = {"clip": ("CLIP", *CLIP_MEAN_STD), "siglip": ("SigLIP", *_HALF), "vit": ("ViT", *_HALF)}
 
 
 def usual_mean_std(kind: str) -> tuple[str, tuple[float, ...], tuple[float, ...]]:
-    """Whose they are, mean and std for images in [0, 1], for a kind of teacher."""
+    """Whose they are, mean and std for images in [0, 1], for a kind of network."""
     return _USUAL.get(kind, ("ImageNet", *IMAGENET_MEAN_STD))
 
 

@@ -1,4 +1,7 @@
-"""DINOv2's vision transformer, with or without registers, and DINOv3's (arXiv 2304.07193, 2309.16588, 2508.10104)."""
+"""DINOv2's vision transformer, with or without registers, DINOv3's and the plain one that DINO and DeiT have.
+
+arXiv 2304.07193, 2309.16588, 2508.10104; 2010.11929, 2104.14294, 2012.12877.
+"""
 
 import math
 from pathlib import Path
@@ -219,7 +222,7 @@ class Embeddings(nn.Module):
 
 
 class ViT(nn.Module):
-    """The vision transformer of DINOv2 or, with `rope_theta`, of DINOv3.
+    """The vision transformer of DINOv2 or, with `rope_theta`, of DINOv3; with `layer_scale` 1 the plain one.
 
     patch_size: pixels. dim, depth, heads: width, blocks, attention heads. registers: extra tokens after cls.
     image_size: pixels a side of the square the learned positions were made for; they are resized to any other grid.
@@ -333,10 +336,10 @@ class ViT(nn.Module):
 
     @classmethod
     def from_hf(cls, weights: str | Path | nn.Module) -> "ViT":
-        """A ViT with the weights of transformers' Dinov2Model, Dinov2WithRegistersModel or DINOv3ViTModel.
+        """A ViT with the weights of transformers' Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel or ViTModel.
 
-        weights: a hub id (facebook/dinov2-base, facebook/dinov2-with-registers-base, …), a local folder, or the model,
-        of a DINOv2 also with a classifier around it.
+        weights: a hub id (facebook/dinov2-base, facebook/dino-vits16, …), a local folder, or the model; but for a
+        DINOv3 also with a classifier around it.
         A hub id is looked up in the local cache first. Raises WeightsError when the weights cannot be had, are damaged
         or incomplete, do not belong to their config.json, or are of another model; a mask token may be missing.
         """

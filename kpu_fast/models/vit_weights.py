@@ -1,4 +1,4 @@
-"""What transformers' DINOv2 and DINOv3 are in terms of `ViT`: the keyword arguments, and the weights by its names."""
+"""What transformers' DINOv2, DINOv3 and ViT are in terms of `ViT`: keyword arguments, and the weights by its names."""
 
 from pathlib import Path
 
@@ -11,10 +11,12 @@ from kpu_fast.models.mean_std import IMAGENET_MEAN_STD, read_mean_std
 KEY = "student.vit.weights"
 
 _DINOV3 = "dinov3_vit"
+_PLAIN = "vit"  # DINO's and DeiT's
 _NETS = {
     "dinov2": "Dinov2Model",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
     _DINOV3: "DINOv3ViTModel",
+    _PLAIN: "ViTModel",
 }
 # What `ViT` has no argument for.
 _DINOV2_HAS = {"hidden_act": "gelu", "qkv_bias": True, "layer_norm_eps": 1e-6, "num_channels": 3}
@@ -23,6 +25,7 @@ _DINOV3_HAS = {
     **dict.fromkeys(("query_bias", "value_bias", "proj_bias", "mlp_bias"), True),
     "num_channels": 3,
 }
+_PLAIN_HAS = {"hidden_act": "gelu", "qkv_bias": True, "num_channels": 3}
 
 
 def read_model(weights: str | Path) -> nn.Module:
@@ -30,16 +33,19 @@ def read_model(weights: str | Path) -> nn.Module:
     folder = find_folder(KEY, weights, processor=True)
     model_type = read_json(KEY, folder / "config.json").get("model_type")
     _check_model_type(model_type, folder)
-    if any((folder / file).is_file() for file in PROCESSORS):
+    if model_type == _PLAIN or any((folder / file).is_file() for file in PROCESSORS):
         _check_mean_std(read_mean_std(KEY, model_type, folder), folder)
     hf = import_transformers(KEY)
-    return load_net(KEY, getattr(hf, _NETS[model_type]), folder, dtype=torch.float32)
+    # A plain ViT's pooler is for a classifier, and not in DINO's checkpoint.
+    optional = ("pooler.",) if model_type == _PLAIN else ()
+    return load_net(KEY, getattr(hf, _NETS[model_type]), folder, dtype=torch.float32, optional=optional)
 
 
 def read_arguments(config) -> dict:
     """`ViT`'s keyword arguments from a config of transformers. Raises WeightsError for one that it cannot follow."""
     _check_model_type(config.model_type, source(config))
-    return _dinov3_arguments(config) if config.model_type == _DINOV3 else _dinov2_arguments(config)
+    read = {_DINOV3: _dinov3_arguments, _PLAIN: _plain_arguments}.get(config.model_type, _dinov2_arguments)
+    return read(config)
 
 
 def read_state(hf: dict[str, Tensor], depth: int, model_type: str) -> dict[str, Tensor]:
@@ -55,8 +61,8 @@ def source(config) -> str:
 def _check_model_type(model_type, where) -> None:
     if model_type not in tuple(_NETS):  # of a damaged config it may be no string
         raise WeightsError(
-            f"{KEY}: {where} holds a model of type {model_type!r}; expected dinov2, dinov2_with_registers or "
-            f"{_DINOV3}, such as facebook/dinov2-base"
+            f"{KEY}: {where} holds a model of type {model_type!r}; expected dinov2, dinov2_with_registers, "
+            f"{_DINOV3} or {_PLAIN}, such as facebook/dinov2-base"
         )
 
 
@@ -90,11 +96,11 @@ def _common_arguments(config) -> dict:
         "depth": config.num_hidden_layers,
         "heads": config.num_attention_heads,
         "image_size": _side(config, "image_size"),
-        "layer_scale": config.layerscale_value,
+        "layer_scale": getattr(config, "layerscale_value", 1.0),
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- DINOv2
+# ------------------------------------------------------------------------------------------- DINOv2, and the plain ViT
 
 
 def _dinov2_arguments(config) -> dict:
@@ -110,13 +116,19 @@ def _dinov2_arguments(config) -> dict:
     }
 
 
+def _plain_arguments(config) -> dict:
+    _check(config, _PLAIN_HAS)
+    widening = config.intermediate_size / config.hidden_size
+    return {**_common_arguments(config), "mlp_ratio": widening, "eps": config.layer_norm_eps}
+
+
 # Ours: theirs, where one tensor becomes one tensor. transformers renamed some of them during version 5; both are read.
 _DINOV2_NAMES = {
-    "norm1": ("norm1",),
-    "norm2": ("norm2",),
+    "norm1": ("norm1", "layernorm_before"),
+    "norm2": ("norm2", "layernorm_after"),
     "attn.proj": ("attention.o_proj", "attention.output.dense"),
-    "mlp.fc1": ("mlp.fc1",),
-    "mlp.fc2": ("mlp.fc2",),
+    "mlp.fc1": ("mlp.fc1", "intermediate.dense"),
+    "mlp.fc2": ("mlp.fc2", "output.dense"),
     "mlp.down": ("mlp.down_proj", "mlp.weights_out"),
     "mlp.gate_up": ("mlp.weights_in",),
 }
@@ -142,10 +154,12 @@ def _dinov2_state(hf: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
     state["embed.mask_token"] = hf.get("embeddings.mask_token", torch.zeros_like(hf["embeddings.cls_token"][0]))
     if "embeddings.register_tokens" in hf:
         state["embed.register_tokens"] = hf["embeddings.register_tokens"]
+    layers = "layers" if any(name.startswith("layers.") for name in hf) else "encoder.layer"
     for i in range(depth):
-        theirs, ours = f"encoder.layer.{i}", f"blocks.{i}"
+        theirs, ours = f"{layers}.{i}", f"blocks.{i}"
         for n in (1, 2):
-            state[f"{ours}.ls{n}"] = hf[f"{theirs}.layer_scale{n}.lambda1"]
+            scale = hf.get(f"{theirs}.layer_scale{n}.lambda1")
+            state[f"{ours}.ls{n}"] = torch.ones_like(hf["layernorm.weight"]) if scale is None else scale
         for kind in ("weight", "bias"):
             for name, candidates in _DINOV2_NAMES.items():
                 for candidate in candidates:

@@ -203,12 +203,12 @@ def test_a_hub_id_without_network_fails_fast(tmp_path, monkeypatch):
 
 
 def test_weights_of_another_model_are_refused(tiny, tmp_path):
-    text = refusal(broken(tiny, tmp_path, model_type="vit"))
-    assert "of type 'vit'; expected dinov2" in text
+    text = refusal(broken(tiny, tmp_path, model_type="deit"))
+    assert "of type 'deit'; expected dinov2" in text
     assert str(tmp_path) in text
     other = copy.deepcopy(tiny)
-    other.config = transformers.ViTConfig()
-    assert "of type 'vit'" in refusal(other)
+    other.config = transformers.DeiTConfig()
+    assert "of type 'deit'" in refusal(other)
 
 
 @pytest.mark.parametrize(
