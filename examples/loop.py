@@ -22,7 +22,7 @@ def main(config: str = "configs/zoo.json", steps: str = "10", folder: str = "run
     """Train the student of a config for some steps and save it in a folder."""
     cfg = load_config(config, [f"steps={steps}", "optimizer.warmup_steps=1", "precision=fp32"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teachers, objective = build_models(cfg, device)  # {name: frozen encoder}, and KPU: the student with its heads
+    teachers, objective = build_models(cfg, device)  # {name: frozen encoder}, and the student with its heads
     shared = cfg.streams()  # {name: teachers that see its images}, most often itself alone
     streams = {
         name: Stream(teacher.data, load_or_scan(teacher.data.source), rank=0, world_size=1, device=device, seed=number)

@@ -19,6 +19,7 @@ from kpu_fast.models.vit import ViT
 
 _STUDENT = "kpu_fast.student"
 _TEACHERS = {model_type: kind for kind, types in MODEL_TYPES.items() for model_type in types or ()}
+_SENTINELS = (*MODEL_TYPES["dinov2"], "vit")
 _LARGEST = 224  # pixels; what classification is usually evaluated at, where a model does not ask for less
 
 
@@ -94,9 +95,9 @@ def load_encoder(
 ) -> Encoder:
     """An encoder from a folder: an exported student, a teacher of any kind, or any backbone of transformers.
 
-    weights: a folder, or a hub id. A DINOv2 is seen as the sentinel it is in a student: the same ViT, on images resized
-    to its patches at stride 16 as the student resizes them, so that the two compare; with `sentinel` False, as the
-    teacher that a run has.
+    weights: a folder, or a hub id. A DINOv2, a DINO or a DeiT is seen as the sentinel it is in a student: the same ViT,
+    on images resized to its patches at stride 16 as the student resizes them, so that the two compare; with `sentinel`
+    False, as the teacher that a run has.
     Raises EvaluateError, naming `key`, where it is none of these or does not load.
     """
     name = str(weights)
@@ -109,7 +110,7 @@ def load_encoder(
             net: nn.Module = Student.from_pretrained(folder)
             net = net.to(device=device, dtype=dtype)
             kind, size = "student", usual_size(net.vit.config)
-        elif sentinel and model_type in MODEL_TYPES["dinov2"]:
+        elif sentinel and model_type in _SENTINELS:
             vit = ViT.from_hf(folder)
             net = Student(vit=vit.config, adapter=None)
             net.vit.load_state_dict(vit.state_dict())
@@ -120,8 +121,9 @@ def load_encoder(
             import_transformers(key)
             if kind == "backbone" and model_type not in backbone_types():
                 raise EvaluateError(
-                    f"{key}: {folder} holds a model of type {model_type!r}; expected a student, a CLIP, SigLIP, "
-                    "DINOv2, DINOv3, GroundingDINO or SAM, or one that transformers has a backbone for, such as 'swin'"
+                    f"{key}: {folder} holds a model of type {model_type!r}; expected a student, a CLIP, "
+                    "SigLIP, DINO, DeiT, DINOv2, DINOv3, GroundingDINO or SAM, or one that transformers has a backbone "
+                    "for, such as 'swin'"
                 )
             if kind in ("clip", "siglip", "sam"):
                 vision = _checked(file, "vision_config", config.get("vision_config", config), dict)

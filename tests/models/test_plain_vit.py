@@ -6,6 +6,7 @@ import pytest
 import torch
 from vit_inputs import imagenet, images
 
+from kpu_fast.evaluate.encoder import load_encoder
 from kpu_fast.models.hub import WeightsError
 from kpu_fast.models.mean_std import IMAGENET_MEAN_STD
 from kpu_fast.models.vit import ViT
@@ -92,6 +93,14 @@ def test_a_folder_with_a_pooler_without_one_and_with_a_classifier(reference, tmp
         found = ViT.from_hf(save(model, tmp_path / str(number))).state_dict()
         assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert all(torch.equal(expected[name], value) for name, value in ViT.from_hf(classifier).state_dict().items())
+
+
+@torch.no_grad()
+def test_evaluation_sees_the_sentinel_it_is_in_a_student(reference, tmp_path):
+    encoder = load_encoder(save(reference, tmp_path))
+    assert (encoder.kind, encoder.image_size) == ("sentinel", 96)
+    expected = reference(pixel_values=imagenet(images(96, 160)), interpolate_pos_encoding=True).last_hidden_state[:, 0]
+    torch.testing.assert_close(encoder.vectors(images(96, 160)), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mean_std", [((0.5,) * 3, (0.5,) * 3), None])
