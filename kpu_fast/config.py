@@ -109,7 +109,7 @@ class TeacherConfig(Strict):
 
 
 class ViTConfig(Strict):
-    """The sentinel: a checkpoint of a DINOv2, a DINOv3 or a plain ViT (DINO, DeiT), or random weights of a shape."""
+    """The ViT: of a DINOv2, a DINOv3, a DINO, a DeiT or a student that was trained without an adapter, or random."""
 
     weights: str = Field(min_length=1)
     arch: dict[str, Any] = Field(default={})  # keyword arguments of ViT; only with weights "random"
@@ -316,7 +316,8 @@ def _check_gkd(cfg: Config, objective: GKDConfig) -> None:
         )
     if changed(cfg.student, "head_hidden"):
         raise impossible(
-            'student.head_hidden: found with objective.recipe "gkd", whose heads have no hidden layer; leave it out'
+            'student.head_hidden: found with objective.recipe "gkd", whose heads have no hidden layer; leave it out '
+            "or at 1280"
         )
     for name, teacher in cfg.teachers.items():
         data = teacher.data
@@ -327,13 +328,14 @@ def _check_gkd(cfg: Config, objective: GKDConfig) -> None:
                 f'objective.feature_weight: found 0 for feature_weight and patch_weight, but teacher "{name}" has '
                 f'no x (kind "{teacher.kind}"), which trains nothing; set one above 0'
             )
-        if objective.patch_weight and int(data.batch_size * objective.mask_images) < 1:
+        patches = math.prod(side // 16 for side in data.size)
+        images, lacking = objective.masked(data.batch_size, patches)
+        if objective.patch_weight and not images:
             raise impossible(
                 f"objective.mask_images: {objective.mask_images} of teachers.{name}.data.batch_size {data.batch_size} "
                 "is not one image; raise either, or set patch_weight to 0"
             )
-        patches = math.prod(side // 16 for side in data.size)
-        if objective.patch_weight and int(patches * objective.mask_patches) < 1:
+        if objective.patch_weight and not lacking:
             raise impossible(
                 f"objective.mask_patches: {objective.mask_patches} of the {patches} patches of teachers.{name}.data."
                 f"size {list(data.size)} is not one; raise either"

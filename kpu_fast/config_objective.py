@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from kpu_fast.config_strict import Strict, changed, impossible
 
@@ -24,6 +25,13 @@ class KPUConfig(Strict):
     balance: Literal["equal", "famo", "teacher_drop"] = "equal"  # how much each teacher's loss counts
     standardize: Literal["none", "meanstd", "phi_s"] = "none"  # teachers' features, before they are targets
     standardize_batches: int = Field(default=50, ge=1)  # of each teacher, read before step 1 for the statistics
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if value != "kpu":
+            raise PydanticCustomError("recipe", "it should be 'kpu' or 'gkd'")
+        return value
 
     @model_validator(mode="after")
     def _batches_need_statistics(self) -> KPUConfig:
@@ -70,15 +78,14 @@ class GKDConfig(Strict):
             raise impossible(f"{others[0]}: belongs to patch_weight above 0; found 0")
         return self
 
+    def masked(self, images: int, patches: int) -> tuple[int, int]:
+        """How many images of a batch are seen with patches masked, and how many of its patches each then lacks."""
+        return int(images * self.mask_images), int(patches * self.mask_patches)
+
 
 def _recipe(value: Any) -> str:
-    found = value.get("recipe", "kpu") if isinstance(value, dict) else getattr(value, "recipe", "kpu")
-    return found if isinstance(found, str) else ""
+    found = value.get("recipe") if isinstance(value, dict) else getattr(value, "recipe", None)
+    return "gkd" if found == "gkd" else "kpu"  # which also says what is wrong with any other
 
 
-ObjectiveBlock = Annotated[
-    Annotated[KPUConfig, Tag("kpu")] | Annotated[GKDConfig, Tag("gkd")],
-    Discriminator(
-        _recipe, custom_error_type="impossible", custom_error_message='recipe: not known; expected "kpu" or "gkd"'
-    ),
-]
+ObjectiveBlock = Annotated[Annotated[KPUConfig, Tag("kpu")] | Annotated[GKDConfig, Tag("gkd")], Discriminator(_recipe)]

@@ -211,7 +211,8 @@ MISTAKES = [
     ("teachers.clip.data.batchsize=3", "teachers.clip.data.batchsize: unknown key; did you mean 'batch_size'?"),
     ("objective.zzz=3", "objective.zzz: unknown key; known here: recipe, t2s, rec"),
     ('objective={"recipe": "gkd", "zzz": 3}', "objective.zzz: unknown key; known here: recipe, query, token_weight"),
-    ("objective.recipe=kup", 'objective.recipe: not known; expected "kpu" or "gkd"'),
+    ("objective.recipe=kup", "objective.recipe: found \"kup\" (a string); it should be 'kpu' or 'gkd'"),
+    ("objective.recipe=[1]", "objective.recipe: found [1] (a list); it should be 'kpu' or 'gkd'"),
     ('objective={"recipe": "gkd", "token_weight": "a"}', 'objective.token_weight: found "a" (a string); it should be'),
     ("objective.t2s=1", "objective.t2s: found 1 (an integer); it should be a valid boolean"),
     ("objective=null", "objective: found null (null); it should be an object"),
@@ -416,3 +417,57 @@ def test_a_teachers_weight_and_a_balance_contradict(balance):
         load_config(random, ["teachers.clip.weight=2", f"objective.balance={balance}"])
     with pytest.raises(ConfigError, match=r"teachers\.clip\.weight: found 0"):
         load_config(random, ["teachers.clip.weight=0"])
+
+
+GKD = [
+    'objective={"recipe": "gkd"}', "student.adapter=null", "student.freeze_vit=false", "student.head_hidden=1280",
+    "teachers.*.data.fit=crop", "teachers.*.data.aspect_ratio_grouping=true", "teachers.*.data.buckets=[]",
+]  # fmt: skip
+
+
+def test_a_gkd_config():
+    cfg = load_config(ROOT / "configs" / "random.json", GKD)
+    assert (cfg.objective.recipe, cfg.objective.query, cfg.objective.balance) == ("gkd", True, "equal")
+    assert cfg.objective.masked(5, 36) == (2, 18)
+    for name in ("gkd", "h100_gkd"):
+        assert load_config(ROOT / "configs" / f"{name}.json").objective == cfg.objective
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["student.adapter={}"], 'student.adapter: objective.recipe "gkd" trains a bare ViT'),
+        (["student.head_hidden=64"], "student.head_hidden: found with objective.recipe"),
+        (["teachers.gdino.data.fit=pad"], "teachers.gdino.data.fit: objective.recipe"),
+        (
+            ["objective.feature_weight=0", "objective.patch_weight=0"],
+            "objective.feature_weight: found 0 for feature_wei",
+        ),
+        (["teachers.gdino.data.batch_size=1"], "objective.mask_images: 0.5 of teachers.gdino.data.batch_size 1 is not"),
+        (["objective.mask_images=0.01"], "objective.mask_images: 0.01 of teachers.clip.data.batch_size"),
+        (["objective.mask_patches=0.001"], "objective.mask_patches: 0.001 of the "),
+        (["objective.mask_patches=1.0"], "objective.mask_patches: found 1.0 (a number); it should be less than 1"),
+        (["objective.mask_images=1.5"], "objective.mask_images: found 1.5 (a number); it should be less than or equal"),
+        (["objective.mask_images=0"], "objective.mask_images: found 0 (an integer); it should be greater than 0"),
+        (
+            ["objective.balance=famo"],
+            "objective.balance: found \"famo\" (a string); it should be 'equal' or 'teacher_d",
+        ),
+        (["objective.patch_weight=0", "objective.mask_images=0.7"], "objective.mask_images: belongs to patch_weight"),
+        (["objective.patch_weight=0", "objective.mask_patches=0.7"], "objective.mask_patches: belongs to patch_weight"),
+        (
+            ["objective.patch_weight=0", "objective.feature_weight=0", "objective.token_weight=0"],
+            "objective.token_weight: found 0 for all three weights",
+        ),
+        (["objective.token_weight=-1"], "objective.token_weight: found -1 (an integer); it should be greater"),
+    ],
+)
+def test_what_gkd_cannot_be_is_named(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(ROOT / "configs" / "random.json", GKD + overrides)
+    assert message in str(caught.value)
+
+
+def test_masks_that_are_off_need_no_batch():
+    one = ["teachers.*.data.batch_size=1", "objective.patch_weight=0"]
+    assert load_config(ROOT / "configs" / "random.json", GKD + one).objective.patch_weight == 0

@@ -160,6 +160,7 @@ def test_the_conditions_name_every_commit_once():
         (["--images", "{tmp}/cifar-10-python.tar.gz:test"], "training reads image files"),
         (["--images", "{tmp}/unicorns"], "--images: the zoo's teachers were never told of dragon, unicorn"),
         (["--config", "{tmp}/none.json"], "none.json"),
+        (["--config", "{tmp}/gkd.json", "--runs", "kpu"], 'its objective.recipe is "gkd"; the ablation is KPU\'s'),
         (["--out", "{tmp}"], "holds files but no settings.json"),
     ],
 )
@@ -169,6 +170,8 @@ def test_what_cannot_be_used_is_named_before_the_work(options, message, tmp_path
     for name in ("dragon", "unicorn"):
         (tmp_path / "unicorns" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "unicorns" / name / "0.png")
+    gkd = {"student": {"adapter": None, "freeze_vit": False, "head_hidden": 1280}, "objective": {"recipe": "gkd"}}
+    (tmp_path / "gkd.json").write_text(json.dumps({"extends": str(CONFIG), **gkd}))
     out = [] if "--out" in options else ["--out", str(tmp_path / "out")]
     assert command.main([*out, *(option.format(tmp=tmp_path) for option in options)]) == 2
     assert message in capsys.readouterr().err

@@ -51,7 +51,8 @@ def train(cfg: Config, resume: str | None = None, skip: int = 0) -> None:
     """
     world = init_distributed()
     folder = Path(os.path.expanduser(cfg.output)) / cfg.name  # Path.expanduser raises where a user has no home
-    constants = {"precision": cfg.precision, "seed": cfg.seed, "teachers": list(cfg.teachers)}
+    constants = {"objective.recipe": cfg.objective.recipe, "precision": cfg.precision, "seed": cfg.seed}
+    constants |= {"teachers": list(cfg.teachers)}
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, world, constants)
     with together(world):
         lock = claim_run_folder(folder) if world.rank == 0 else None

@@ -83,18 +83,17 @@ def student_card(cfg: Config, rows: list[dict], steps: int) -> str:
     if cfg.student.adapter:
         adapter = cfg.student.adapter.cross_attention + ", with x_injector" * cfg.student.adapter.x_injector
     teachers = "\n".join(f"- {name}: {t.kind}, weights `{t.weights}`" for name, t in cfg.teachers.items())
-    recipe, project = "KPU (arXiv 2508.14707)", ""
-    if cfg.objective.recipe == "gkd":
-        recipe = "GKD (arXiv 2603.02554)"
-    else:
-        first_teacher = next(iter(cfg.teachers))
-        project = f'\n    features = student.project(features, "{first_teacher}")  # in that teacher\'s space'
+    recipe, paper = {"kpu": ("KPU", "2508.14707"), "gkd": ("GKD", "2603.02554")}[cfg.objective.recipe]
+    project, teacher = "", next(iter(cfg.teachers))
+    if cfg.objective.recipe == "kpu":
+        project = f'\n    features = student.project(features, "{teacher}")  # in that teacher\'s space'
+    sides = 32 if cfg.student.adapter else 16
     vit = cfg.student.vit.weights
     on_hub = HUB_ID.fullmatch(vit) and not Path(vit).is_dir()
-    return f"""{front_matter(vit if on_hub else None)}
+    return f"""{front_matter(vit if on_hub else None, paper)}
 # {cfg.name}
 
-A vision student trained with kpu_fast by {recipe}.
+A vision student trained with kpu_fast by {recipe} (arXiv {paper}).
 
 - ViT: weights `{vit}`, {"frozen" if cfg.student.freeze_vit else "trained"}; adapter: {adapter}
 - {steps} steps, {cfg.precision}, seed {cfg.seed}
@@ -106,7 +105,7 @@ from kpu_fast.models import Student
 
 student = Student.from_pretrained("path/to/this/folder")
 with torch.no_grad():
-    features = student(images)  # (B, 3, H, W) in [0, 1], H and W multiples of 32{project}
+    features = student(images)  # (B, 3, H, W) in [0, 1], H and W multiples of {sides}{project}
 ```
 
 or, beside kpu_fast, `transformers.AutoModel.from_pretrained("path/to/this/folder", trust_remote_code=True)`.

@@ -119,9 +119,7 @@ def changed_settings(folder: Path, cfg: Config) -> list[str]:
     before, now = _recorded(folder), cfg.model_dump(mode="json")
     if before is None:
         return []
-    changes = set(differences(*({part: tree.get(part) for part in _SHAPING} for tree in (before, now))))
-    if "objective.recipe" in changes:  # the rest of the block belongs to one of them
-        changes = {key for key in changes if not key.startswith("objective.")} | {"objective.recipe"}
+    changes = differences(*({part: tree.get(part) for part in _SHAPING} for tree in (before, now)))
     return sorted(key for key in changes if not re.match(r"teachers\.[^.]+\.data\.", key))
 
 

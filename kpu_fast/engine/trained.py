@@ -29,8 +29,8 @@ def load_student(run: Path, checkpoint: str | None = None) -> tuple[Student, str
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         cfg = Config.model_validate_json(json.dumps(read_recorded(run)))
-        specs = {name: FeatureSpec(**spec) for name, spec in meta["heads"].items()}
         own = meta["networks"]["student"]
+        specs = {name: FeatureSpec(**spec) for name, spec in meta["heads"].items()}
         module = build_objective(cfg.objective, specs, lambda heads: Student(**own, heads=heads))
     except UNREADABLE as error:
         _see_pruned(folder)

@@ -13,11 +13,10 @@ from kpu_fast.machine import is_out_of_memory
 from kpu_fast.models.features import Features
 from kpu_fast.models.hf_files import usual_size
 from kpu_fast.models.hub import WeightsError, find_folder, import_transformers, load_config, read_json
-from kpu_fast.models.student import Student
+from kpu_fast.models.student import Student, is_student
 from kpu_fast.models.teachers import MODEL_TYPES, Teacher, backbone_types, build_teacher
 from kpu_fast.models.vit import ViT
 
-_STUDENT = "kpu_fast.student"
 _TEACHERS = {model_type: kind for kind, types in MODEL_TYPES.items() for model_type in types or ()}
 _SENTINELS = (*MODEL_TYPES["dinov2"], "vit")
 _LARGEST = 224  # pixels; what classification is usually evaluated at, where a model does not ask for less
@@ -69,7 +68,8 @@ class Encoder(nn.Module):
         if name is not None and name not in fits:
             raise EvaluateError(f"--teacher-name {name}: that head of {self.name} gives no {wanted}")
         if not fits:
-            raise EvaluateError(f"{self.name}: no head gives {wanted}; it has {_names(heads)}")
+            has = _names(heads) if heads else "none, as a student of GKD or one without a teacher"
+            raise EvaluateError(f"{self.name}: no head gives {wanted}; it has {has}")
         if name is None and len(fits) > 1:
             several = f"several heads give {wanted}: {_names(fits)}"
             raise EvaluateError(f"{self.name}: {several}; choose one with --teacher-name")
@@ -106,7 +106,7 @@ def load_encoder(
         file = folder / "config.json"
         config = read_json(key, file)
         model_type = _checked(file, "model_type", config.get("model_type"), str | None)
-        if _is_student(config):
+        if is_student(config):
             net: nn.Module = Student.from_pretrained(folder)
             net = net.to(device=device, dtype=dtype)
             kind, size = "student", usual_size(net.vit.config)
@@ -164,10 +164,6 @@ def _checked(file: Path, name: str, value, kind):
     if not isinstance(value, kind):
         raise ValueError(f"{file}: {name} is {value!r}; fetch the model again")
     return value
-
-
-def _is_student(config: dict) -> bool:
-    return config.get("format") == _STUDENT or "student" in config
 
 
 def _names(heads) -> str:

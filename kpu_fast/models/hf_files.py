@@ -57,10 +57,15 @@ def code_files(vit: dict) -> dict[str, str]:
     }
 
 
-def front_matter(base_model: str | None = None) -> str:
-    """The lines that the hub reads at the top of README.md. base_model: hub id of the ViT, where it has one."""
+def front_matter(base_model: str | None = None, paper: str | None = None) -> str:
+    """The lines that the hub reads at the top of README.md.
+
+    base_model: hub id of the ViT, where it has one. paper: arXiv number of the recipe, where it is known.
+    """
     lines = ["library_name: transformers", "pipeline_tag: image-feature-extraction"]
     if base_model is not None:
         lines.append(f"base_model: {base_model}")
-    lines += ["tags:", "- kpu_fast", "- knowledge-distillation", "- custom_code", "- arxiv:2508.14707"]
+    lines += ["tags:", "- kpu_fast", "- knowledge-distillation", "- custom_code"]
+    if paper is not None:
+        lines.append(f"- arxiv:{paper}")
     return "\n".join(["---", *lines, "---", ""])

@@ -20,7 +20,7 @@ _WEIGHT_FILES = (
 )
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-# Index tables that are computed, not learned, and a token only masked pre-training reads.
+# Index tables that are computed, not learned, and a token for masked patches, which starts at 0 where it is missing.
 _NOT_WEIGHTS = ("position_ids", "relative_position_index", "relative_coords_table", "mask_token")
 
 

@@ -15,7 +15,7 @@ from kpu_fast.models.adapter import STRIDES, Adapter
 from kpu_fast.models.attention import BackendError, activate_backend
 from kpu_fast.models.features import Features, FeatureSpec, cells
 from kpu_fast.models.hf_files import auto_keys, code_files
-from kpu_fast.models.hub import HUB_ID, WeightsError, find_folder
+from kpu_fast.models.hub import HUB_ID, WeightsError, find_folder, read_json
 from kpu_fast.models.projector import FeatureHeads
 from kpu_fast.models.vit import ViT, check_images, resize_to_stride_16
 from kpu_fast.models.vit_weights import KEY
@@ -268,13 +268,9 @@ class Student(nn.Module):
 
 def _load_vit(weights: str) -> ViT:
     """A ViT of transformers, or that of an exported student without an adapter. Raises WeightsError."""
-    folder = Path(weights)
-    try:
-        ours = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["format"] == _FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        return ViT.from_hf(weights)
+    folder = find_folder(KEY, weights, processor=True)
+    if not is_student(read_json(KEY, folder / _CONFIG)):
+        return ViT.from_hf(folder)
     try:
         student = Student.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -282,6 +278,11 @@ def _load_vit(weights: str) -> ViT:
     if student.adapter is not None:
         raise WeightsError(f"{KEY}: {folder} is a student with an adapter; only one that was trained without can go on")
     return student.vit
+
+
+def is_student(config: Mapping) -> bool:
+    """Whether a config.json is a student's, as `save_pretrained` writes it or transformers does."""
+    return config.get("format") == _FORMAT or "student" in config
 
 
 def _as_spec(name: str, spec: FeatureSpec | Mapping) -> FeatureSpec:

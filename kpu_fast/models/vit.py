@@ -198,7 +198,7 @@ class Embeddings(nn.Module):
         """Normalise images (B, 3, H, W) in [0, 1] and turn them into tokens (B, prefix + H/p·W/p, D).
 
         masked: (B, H/p·W/p) bool, patches that the mask token takes the place of; their positions stay.
-        Raises ValueError unless H and W are multiples of the patch size p.
+        Raises ValueError unless H and W are multiples of the patch size p and masked is of that shape.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"ViT: images must be (B, 3, H, W), got shape {tuple(images.shape)}.")
@@ -211,6 +211,11 @@ class Embeddings(nn.Module):
         grid = patches.shape[-2:]
         patches, cls = patches.flatten(2).transpose(1, 2), self.cls_token  # (B, N, D), (1, 1, D)
         if masked is not None:
+            if masked.shape != patches.shape[:2] or masked.dtype != torch.bool:
+                raise ValueError(
+                    f"ViT: masked must be bool and {tuple(patches.shape[:2])}, got {masked.dtype} and shape "
+                    f"{tuple(masked.shape)}."
+                )
             patches = torch.where(masked[..., None], self.mask_token.to(patches.dtype), patches)
         if self.positions is not None:
             positions = self.positions_on(*grid)

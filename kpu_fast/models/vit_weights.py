@@ -33,8 +33,13 @@ def read_model(weights: str | Path) -> nn.Module:
     folder = find_folder(KEY, weights, processor=True)
     model_type = read_json(KEY, folder / "config.json").get("model_type")
     _check_model_type(model_type, folder)
-    if model_type == _PLAIN or any((folder / file).is_file() for file in PROCESSORS):
+    if any((folder / file).is_file() for file in PROCESSORS):
         _check_mean_std(read_mean_std(KEY, model_type, folder), folder)
+    elif model_type == _PLAIN:
+        raise WeightsError(
+            f"{KEY}: {folder} has no {PROCESSORS[0]}, and a plain ViT's images may have been normalised with "
+            "ImageNet's mean and std or with 0.5; put the file beside the weights"
+        )
     hf = import_transformers(KEY)
     # A plain ViT's pooler is for a classifier, and not in DINO's checkpoint.
     optional = ("pooler.",) if model_type == _PLAIN else ()
@@ -96,7 +101,7 @@ def _common_arguments(config) -> dict:
         "depth": config.num_hidden_layers,
         "heads": config.num_attention_heads,
         "image_size": _side(config, "image_size"),
-        "layer_scale": getattr(config, "layerscale_value", 1.0),
+        "layer_scale": getattr(config, "layerscale_value", 1.0),  # a plain ViT has none, which is 1
     }
 
 
@@ -151,7 +156,8 @@ def _dinov2_state(hf: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
         "norm.bias": hf["layernorm.bias"],
     }
     # transformers leaves the mask token out where the config says use_mask_token = false.
-    state["embed.mask_token"] = hf.get("embeddings.mask_token", torch.zeros_like(hf["embeddings.cls_token"][0]))
+    mask_token = hf.get("embeddings.mask_token", torch.zeros_like(hf["embeddings.cls_token"]))
+    state["embed.mask_token"] = mask_token.reshape(1, -1)
     if "embeddings.register_tokens" in hf:
         state["embed.register_tokens"] = hf["embeddings.register_tokens"]
     layers = "layers" if any(name.startswith("layers.") for name in hf) else "encoder.layer"

@@ -27,12 +27,12 @@ from kpu_fast.models.student import Student
 from kpu_fast.objectives.cells import grid
 from kpu_fast.objectives.objective import Objective
 
-# Below it smooth-L1 is d² / (2 beta). A power of two: the kernels' arithmetic is that of d², to the last bit.
+# Smooth-L1 is d² / (2 beta) below it, which features do not reach, and a power of two scales without rounding.
 _BETA = 2.0**20
 
 
 class SoftHead(nn.Module):
-    """QSD: tokens (B, N, in_dim) of the student, found (B, N, out_dim) of the teacher → (B, N, out_dim).
+    """QSD: tokens (B, N, in_dim) of the student, theirs (B, N, out_dim) of the teacher → (B, N, out_dim).
 
     query: False leaves Val alone, and the teacher's tokens are not looked at.
     """
@@ -42,13 +42,13 @@ class SoftHead(nn.Module):
         self.query = _projection(in_dim, out_dim) if query else None
         self.value = _projection(in_dim, out_dim)
 
-    def forward(self, tokens: Tensor, found: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, theirs: Tensor) -> Tensor:
         value = self.value(tokens)
         if self.query is None:
             return value
         # Not `models.attention`: logits without a scale are in the hundreds, which bf16's plain products would round,
         # and heads as wide as a teacher are no flash kernel's.
-        q, k, v = (part[:, None] for part in (self.query(tokens), found.to(value.dtype), value))
+        q, k, v = (part[:, None] for part in (self.query(tokens), theirs.to(value.dtype), value))
         return F.scaled_dot_product_attention(q, k, v, scale=1.0)[:, 0]
 
 
@@ -75,11 +75,14 @@ class GKD(Objective):
 
     student: without an adapter and without heads. specs: what each teacher's features look like. cfg:
     `Config.objective`. weights: teacher name → w_t in 1/T sum_t w_t L_t, 1 where it is not given.
+    Raises ValueError for a student with an adapter.
     """
 
     def __init__(
         self, student: Student, specs: Mapping[str, FeatureSpec], cfg, weights: Mapping[str, float] | None = None
     ):
+        if student.adapter is not None:
+            raise ValueError("GKD: the student has an adapter; it is to be a bare ViT.")
         factors = {"token": cfg.token_weight, "feature": cfg.feature_weight, "patch": cfg.patch_weight}
         super().__init__(student, specs, factors, weights)
         self.cfg = cfg
@@ -94,54 +97,70 @@ class GKD(Objective):
 
         images: (B, 3, H, W) in [0, 1]. targets: teacher name → its features of these images; the student runs once.
         The terms carry their weights; a term whose weight is 0, or that the teacher has no x for, is not there.
-        Raises ValueError where some of an image is padding (`valid`): the student would look for tokens of nothing.
+        Raises ValueError where some of an image is padding (`valid`): the student would look for tokens of nothing; and
+        for a batch of which `mask_images` is none.
         """
         if valid is not None:
             raise ValueError('GKD: found padded images; give their teacher data.fit "crop".')
-        batch, seen, masked = len(images), images, None
         if self.cfg.patch_weight:
-            hidden = self._draw_masks(images)  # (M, N)
-            seen = torch.cat([images, images[: len(hidden)]])
-            masked = F.pad(hidden, (0, 0, batch, 0))  # (B + M, N)
-        x, (patches,) = self.student(seen, masked)
-        clean, partly = patches[:batch], torch.cat([patches[batch:], patches[len(patches) - batch : batch]])
+            x, clean, partly = self._see_and_see_partly(images)
+        else:
+            x, (clean,) = self.student(images)
+            partly = None
         terms = {}
         for name, target in targets.items():
-            for term, some in self._terms_of(name, Features(x[:batch], (clean, partly)), target).items():
+            for term, some in self._terms_of(name, x, clean, partly, target).items():
                 terms[f"{name}/{term}"] = some
         losses = align_losses([term for some in terms.values() for term in some])
         parts = losses.split([len(some) for some in terms.values()])
         return {key: part.sum() for key, part in zip(terms, parts, strict=True)}
 
+    def _see_and_see_partly(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x, V and V' of B images, by one forward; where nothing reads x and V, they are of those not masked alone."""
+        hidden = self._draw_masks(images)  # (M, N)
+        only_masked = 0 if self.cfg.token_weight or self.cfg.feature_weight else len(hidden)
+        whole = len(images) - only_masked
+        seen = torch.cat([images[only_masked:], images[: len(hidden)]])
+        # Not F.pad, which inductor puts into one loop with the comparison, and its C++ does not compile (torch 2.13).
+        masked = torch.cat([hidden.new_zeros(whole, hidden.shape[1]), hidden])
+        x, (patches,) = self.student(seen, masked)
+        clean = patches[:whole]
+        return x[:whole], clean, torch.cat([patches[whole:], clean[len(hidden) - only_masked :]])
+
     def _draw_masks(self, images: Tensor) -> Tensor:
         """(M, N) bool: the patches that the first M images are seen without, for each as many at random."""
-        count = int(len(images) * self.cfg.mask_images)
-        patches = images.shape[-2] // 16 * (images.shape[-1] // 16)
+        stride = self.student.strides[0]
+        patches = images.shape[-2] // stride * (images.shape[-1] // stride)
+        count, lacking = self.cfg.masked(len(images), patches)
+        if not count:
+            raise ValueError(f"GKD: mask_images {self.cfg.mask_images} of {len(images)} images is none.")
         ranks, rank = 1, 0
         if distributed.is_available() and distributed.is_initialized():
             ranks, rank = distributed.get_world_size(), distributed.get_rank()
         # Every rank draws for all: their generators stay in the same state, as TeacherDrop needs them.
         order = torch.rand(ranks, count, patches, device=images.device)[rank].argsort(-1)
-        return order < int(patches * self.cfg.mask_patches)
+        return order < lacking
 
-    def _terms_of(self, name: str, ours: Features, target: Features) -> dict[str, list[AlignTerm]]:
-        """{"token": …, "feature": …, "patch": …} of one teacher. ours: x, V and V'."""
-        heads, found = self.heads[name], {}
-        token = None if heads.token is None else heads.token(ours.x)
+    def _terms_of(
+        self, name: str, x: Tensor, clean: Tensor, partly: Tensor | None, target: Features
+    ) -> dict[str, list[AlignTerm]]:
+        """{"token": …, "feature": …, "patch": …} of one teacher. clean, partly: V and V'."""
+        heads, terms = self.heads[name], {}
+        token = None if heads.token is None else heads.token(x)
         if token is not None and self.cfg.token_weight:
-            found["token"] = [_mse(token, target.x, self.weights[f"{name}/token"])]
-        for term, v, of_maps in (("feature", ours.maps[0], heads.feature), ("patch", ours.maps[1], heads.patch)):
+            terms["token"] = [_mse(token, target.x, self.weights[f"{name}/token"])]
+        for term, v, of_maps in (("feature", clean, heads.feature), ("patch", partly, heads.patch)):
             if of_maps is None:
                 continue
-            found[term], weight = [], self.weights[f"{name}/{term}"] / len(target.maps)
+            terms[term], weight = [], self.weights[f"{name}/{term}"] / len(target.maps)
             for head, theirs in zip(of_maps, target.maps, strict=True):
                 theirs, tokens = theirs.flatten(1, 2), resize_bilinear(v, grid(theirs)).flatten(1, 2)
                 share = 1.0  # of the map's N tokens among those that this term compares
                 if term == "feature" and token is not None:
                     share = theirs.shape[1] / (1 + theirs.shape[1])
-                    found[term].append(_mse(token, target.x, weight * (1 - share)))
-                found[term].append(_mse(head(tokens, theirs), theirs, weight * share))
-        return found
+                    terms[term].append(_mse(token, target.x, weight * (1 - share)))
+                terms[term].append(_mse(head(tokens, theirs), theirs, weight * share))
+        return terms
 
 
 def _mse(source: Tensor, target: Tensor, weight: float) -> AlignTerm:

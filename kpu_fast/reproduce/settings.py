@@ -53,7 +53,8 @@ def check(args: argparse.Namespace) -> None:
             raise EvaluateError(f"--report {args.report}: expected a page with the lines {' and '.join(MARKS)}, once")
         check_writable("--report", args.report)
     for run in args.runs:
-        config_of(run, 0, args)
+        if (recipe := config_of(run, 0, args).objective.recipe) != "kpu":
+            raise EvaluateError(f'--config {args.config}: its objective.recipe is "{recipe}"; the ablation is KPU\'s')
 
 
 def settle(args: argparse.Namespace) -> None:

@@ -61,7 +61,11 @@ def test_a_checkpoint_gives_the_student_of_the_run(number, runs):
     assert not any(key.startswith("heads") for key in exported)
     assert all(torch.equal(value, exported[key]) for key, value in student.state_dict().items())
     assert "GKD (arXiv 2603.02554)" in card
-    assert "project" not in card
+    assert "- arxiv:2603.02554\n" in card.split("---")[1]
+    assert "2508.14707" not in card
+    assert "project(" not in card
+    assert "H and W multiples of 16\n" in card
+    assert (run / "student" / "README.md").read_text() == card
     assert exported["vit.embed.mask_token"].abs().max() > 0  # it starts at 0
 
 
@@ -88,15 +92,25 @@ def test_a_student_with_an_adapter_is_no_start(start, tmp_path):
     assert "with an adapter" in err
 
 
-def test_kpu_does_not_go_on_with_a_run_of_gkd(runs, start):
-    """Same networks, other heads."""
+@pytest.mark.parametrize("student", [RECIPE, []], ids=["the same networks", "others"])
+def test_kpu_does_not_go_on_with_a_run_of_gkd(student, runs, start):
     checkpoint = runs / "0" / "whole" / "tiny" / "checkpoints" / "step-00000002"
     kpu = 'objective={"t2s": false, "rec": false}'
-    refused = start(*RECIPE, kpu, "deepspeed.zero_optimization.stage=2", resume=str(checkpoint))
+    refused = start(*student, kpu, "deepspeed.zero_optimization.stage=2", resume=str(checkpoint))
     _, err = refused.communicate()
     assert refused.returncode == 2
-    assert "objective.recipe" in err
+    assert "written with objective.recipe = gkd, this run has kpu; set it back" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("override", ["objective.mask_patches=0.25", "objective.query=false"])
+def test_other_settings_of_the_recipe(override, runs, start):
+    """What shapes no weight may change, and is said; what does is refused."""
+    checkpoint = runs / "0" / "whole" / "tiny" / "checkpoints" / "step-00000002"
+    again = start(*RECIPE, override, "deepspeed.zero_optimization.stage=2", "steps=3", resume=str(checkpoint))
+    _, err = again.communicate()
+    assert again.returncode == (2 if "query" in override else 0), err
+    assert f"its run had another {override.partition('=')[0]}" in err.replace("objective.balance, ", "")
 
 
 def test_std_gap_is_kpus(runs):

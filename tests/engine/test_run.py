@@ -45,6 +45,10 @@ def test_a_run_leaves_what_its_owner_expects(whole):
     features = student.project(student(torch.rand(1, 3, 64, 64)), "clip")
     assert features.x.shape == (1, 24)
     card = (whole / "student" / "README.md").read_text()
+    assert "- arxiv:2508.14707\n" in card.split("---")[1]
+    assert "KPU (arXiv 2508.14707)" in card
+    assert 'student.project(features, "clip")' in card
+    assert "H and W multiples of 32\n" in card
     assert "| clip/s2t |" in card
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "base_model" not in card  # the ViT is random

@@ -17,9 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from kpu_fast.config_objective import KPUConfig
+from kpu_fast.config_objective import GKDConfig, KPUConfig
 from kpu_fast.models.features import Features, FeatureSpec
 from kpu_fast.models.student import Student
+from kpu_fast.objectives.gkd import GKD
 from kpu_fast.objectives.kpu import KPU
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -70,13 +71,14 @@ def main() -> None:
     kept = intercept()
     specs = {"gdino": FeatureSpec(None, (32,), (8.0,))}
     vit = {"dim": 32, "depth": 1, "heads": 2, "patch_size": 14, "image_size": 56}
-    student = Student(vit=vit, adapter=None, heads=specs, head_hidden=32, freeze_vit=False)
-    module = KPU(student, specs, KPUConfig()).bfloat16()
     target = Features(None, (torch.randn(2, 8, 12, 32, dtype=torch.bfloat16),))
     valid = torch.ones(2, 64, 96, dtype=torch.bool)
     images = torch.rand(2, 3, 64, 96)
-    terms = torch.compile(module, dynamic=False, fullgraph=True)(images, {"gdino": target}, valid)
-    module.total(terms).backward()
+    for recipe, cfg, heads, cells in ((KPU, KPUConfig(), specs, valid), (GKD, GKDConfig(recipe="gkd"), {}, None)):
+        student = Student(vit=vit, adapter=None, heads=heads, head_hidden=32, freeze_vit=False)
+        module = recipe(student, specs, cfg).bfloat16()
+        terms = torch.compile(module, dynamic=False, fullgraph=True)(images, {"gdino": target}, cells)
+        module.total(terms).backward()
     refused = {}
     for function, meta in kept:
         try:

@@ -56,6 +56,15 @@ def student(adapter=DEFORMABLE, **changes):
 # ---- against transformers ----
 
 
+@torch.no_grad()
+def test_masked_patches_are_transformers_masked_patches():
+    model = reference()
+    hidden = torch.rand(2, 24, generator=torch.Generator().manual_seed(0)) < 0.4
+    _, patches = ViT.from_hf(model)(images(64, 96), hidden)
+    expected = model(pixel_values=imagenet(images(64, 96)), bool_masked_pos=hidden).last_hidden_state[:, 5:]
+    torch.testing.assert_close(patches.flatten(1, 2), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "changes", [{}, GATED, {"num_register_tokens": 0}, {"key_bias": True}, {"rope_theta": 10.0, "layer_norm_eps": 0.01}]
 )

@@ -103,14 +103,39 @@ def test_evaluation_sees_the_sentinel_it_is_in_a_student(reference, tmp_path):
     torch.testing.assert_close(encoder.vectors(images(96, 160)), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("mean_std", [((0.5,) * 3, (0.5,) * 3), None])
-def test_the_means_of_googles_vit_are_refused(mean_std, reference, tmp_path):
-    """Also where no processor says so: 0.5 is what transformers' own takes then."""
+def test_the_means_of_googles_vit_are_refused(reference, tmp_path):
     with pytest.raises(WeightsError, match=r"normalises images with mean \(0\.5, 0\.5, 0\.5\)"):
-        ViT.from_hf(save(reference, tmp_path, mean_std))
+        ViT.from_hf(save(reference, tmp_path, ((0.5,) * 3, (0.5,) * 3)))
+    (tmp_path / "preprocessor_config.json").write_text('{"do_normalize": true}')  # what transformers takes then
+    with pytest.raises(WeightsError, match=r"normalises images with mean \(0\.5, 0\.5, 0\.5\)"):
+        ViT.from_hf(str(tmp_path))
 
 
-def test_a_vit_without_biases_is_named():
-    model = transformers.ViTModel(transformers.ViTConfig(**ARCH, qkv_bias=False))
-    with pytest.raises(WeightsError, match="qkv_bias is False"):
+def test_without_a_processor_nobody_knows_the_means(reference, tmp_path):
+    with pytest.raises(WeightsError, match=r"has no preprocessor_config\.json, .* put the file beside the weights"):
+        ViT.from_hf(save(reference, tmp_path, None))
+
+
+@torch.no_grad()
+def test_a_mask_token_is_the_same(reference):
+    model = transformers.ViTModel(reference.config, use_mask_token=True).eval()
+    model.load_state_dict(reference.state_dict(), strict=False)
+    torch.nn.init.normal_(model.embeddings.mask_token)
+    hidden = torch.rand(2, 36, generator=torch.Generator().manual_seed(0)) < 0.4
+    _, patches = ViT.from_hf(model)(images(96, 96), hidden)
+    expected = model(pixel_values=imagenet(images(96, 96)), bool_masked_pos=hidden).last_hidden_state
+    torch.testing.assert_close(patches.flatten(1, 2), expected[:, 1:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("qkv_bias", False, "qkv_bias is False"),
+        ("hidden_act", "relu", "hidden_act is 'relu'"),
+        ("num_channels", 1, "num_channels is 1"),
+    ],
+)
+def test_forms_that_ours_has_not_are_named(key, value, message):
+    model = transformers.ViTModel(transformers.ViTConfig(**ARCH, **{key: value}))
+    with pytest.raises(WeightsError, match=message):
         ViT.from_hf(model)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kpu_fast.models import FeatureSpec, Student, ViT
+from kpu_fast.models.hub import WeightsError
 from kpu_fast.models.vit import resize_to_stride_16
 
 VIT = {"patch_size": 4, "dim": 64, "depth": 2, "heads": 2, "registers": 1, "image_size": 16}
@@ -281,6 +282,29 @@ def test_from_config_loads_a_vit(tmp_path):
     expected = ViT.from_hf(str(tmp_path)).state_dict()
     assert all(torch.equal(expected[name], tensor) for name, tensor in student.vit.state_dict().items())
     assert not any(parameter.requires_grad for parameter in student.vit.parameters())
+
+
+def test_from_config_starts_from_a_student_without_an_adapter(tmp_path, monkeypatch):
+    first = Student(vit=VIT, adapter=None, freeze_vit=False).bfloat16()
+    torch.nn.init.normal_(first.vit.embed.mask_token)
+    first.save_pretrained(tmp_path / "first")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for weights in (str(tmp_path / "first"), "~/first"):
+        again = Student.from_config(config(vit=SimpleNamespace(weights=weights, arch={})))
+        assert all(torch.equal(first.vit.state_dict()[name].float(), w) for name, w in again.vit.state_dict().items())
+
+
+def test_what_is_no_start_is_named(tmp_path):
+    build().save_pretrained(tmp_path)
+    settings = config(vit=SimpleNamespace(weights=str(tmp_path), arch={}))
+    with pytest.raises(WeightsError, match=r"student\.vit\.weights: .* is a student with an adapter"):
+        Student.from_config(settings)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(WeightsError, match=r"student\.vit\.weights: .*model\.safetensors is damaged"):
+        Student.from_config(settings)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(WeightsError, match=r"student\.vit\.weights: .*config\.json"):
+        Student.from_config(settings)
 
 
 # ---- save and load ----
