@@ -140,3 +140,19 @@ def test_written_in_one_step(tmp_path, monkeypatch):
 def test_shapes_that_do_not_belong_together(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         save_feature_picture(tmp_path / "no.png", [panel(**changes)])
+
+
+def test_a_student_without_heads_has_a_column_less(tmp_path):
+    """The teacher's colours and the student's own stay what they are beside a projection."""
+    for name, made in (("with", panel()), ("without", panel(projected=None))):
+        save_feature_picture(tmp_path / f"{name}.png", [made])
+    from matplotlib.image import imread
+
+    width = {name: imread(tmp_path / f"{name}.png").shape[1] for name in ("with", "without")}
+    assert width["without"] / width["with"] == pytest.approx(3 / 4, abs=0.02)
+    for part in ("teacher", "student"):
+        values = getattr(panel(), part).numpy()
+        colours = picture.fit_colours(values.reshape(-1, values.shape[-1]))(values).reshape(-1, 3)
+        pixels = read(tmp_path / "without.png")
+        for colour in colours[:8]:
+            assert (np.abs(pixels - colour * 255).max(1) <= 1).any()
