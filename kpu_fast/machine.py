@@ -1,9 +1,22 @@
 """What the commands ask about the machine they run on. Imports torch only where it is needed."""
 
+import contextlib
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, and then to move there in one step (os.replace); where it is left, it goes."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def missing(packages: str) -> str | None:

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from kpu_fast.machine import beside
+
 
 def save_curve(folder: Path, rows: list[dict]) -> Path:
     """Draw the rows of a run's metrics.jsonl as folder/losses.png: one panel per term, one line per teacher.
@@ -32,8 +34,8 @@ def save_curve(folder: Path, rows: list[dict]) -> Path:
     axes[0][-1].legend(fontsize=8)
     figure.tight_layout()
     path = folder / "losses.png"
-    partial = folder / ".losses.png"
-    figure.savefig(partial, dpi=120, format="png")
+    with beside(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+        os.replace(partial, path)
     plt.close(figure)
-    os.replace(partial, path)
     return path

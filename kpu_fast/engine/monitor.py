@@ -8,6 +8,7 @@ written.
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from kpu_fast.engine.distributed import World, shared
 from kpu_fast.engine.run_folder import OutputError
+from kpu_fast.machine import beside
 
 METRICS = "metrics.jsonl"
 NOT_FINITE = "step {step}: the gradient is not finite, though every loss is"
@@ -176,9 +178,9 @@ def _keep_until(file: Path, step: int) -> None:
     if not file.exists():
         return
     rows = [row for row in read_metrics(file.parent) if row["step"] <= step]
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(file)
+    with beside(file) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(partial, file)
 
 
 def _to_host(vector: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from kpu_fast.machine import beside
+
 _COLUMN_INCHES = 2.3
 _TALLEST = 1.6  # height over width beyond which a row stops growing
 _NO_FEATURE = 0.5  # grey: a direction without variance, or a cell with NaN or Inf
@@ -59,14 +61,9 @@ def save_feature_picture(path: str | os.PathLike, panels: list[Panel], title: st
     for block, panel, panel_boxes, panel_ratios in zip(blocks, panels, boxes, ratios, strict=True):
         _draw(block, panel, panel_boxes, panel_ratios)
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with beside(Path(path)) as partial:
         figure.savefig(partial, format="png")
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _check(panel: Panel) -> None:

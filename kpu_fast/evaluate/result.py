@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kpu_fast.machine import device_name
+from kpu_fast.machine import beside, device_name
 
 _LIBRARIES = ("torchmetrics", "scikit-learn", "pycocotools")
 
@@ -53,7 +53,7 @@ def replaced(key: str, path: Path) -> Iterator[Path]:
     Raises EvaluateError, naming `key`, where it cannot be written.
     """
     try:
-        with _beside(path) as partial:
+        with beside(path) as partial:
             yield partial
             os.replace(partial, path)
     except OSError as error:
@@ -65,20 +65,10 @@ def check_writable(key: str, path: Path) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with _beside(path) as partial:
+        with beside(path) as partial:
             partial.touch()
     except OSError as error:
         raise _unwritable(key, path, error) from error
-
-
-@contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _unwritable(key: str, path: Path, error: OSError) -> EvaluateError:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from kpu_fast.evaluate.result import EvaluateError
+from kpu_fast.machine import beside
 from kpu_fast.reproduce.ablation import CANVAS, RUNS
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -40,9 +41,9 @@ def make_mosaics(source: str, folder: Path, count: int) -> Path:
             pixels, _, _ = make_mosaic(images, 0, i, CANVAS)
         except SourceError as error:
             raise EvaluateError(f"--images: {error}") from error
-        partial = folder / f".{os.getpid()}.partial"
-        Image.fromarray(pixels).save(partial, format="png")
-        os.replace(partial, path)
+        with beside(path) as partial:
+            Image.fromarray(pixels).save(partial, format="png")
+            os.replace(partial, path)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 
@@ -105,7 +106,7 @@ def test_what_an_older_version_did_otherwise_is_a_change(tiny, tmp_path):
 def test_what_cannot_be_recorded_leaves_what_was_there(tiny, tmp_path, monkeypatch):
     run_folder.record_run(tmp_path, load_config(tiny))
     before = (tmp_path / run_folder.RESOLVED).read_bytes()
-    (tmp_path / f".{run_folder.RESOLVED}").mkdir()
+    (tmp_path / f".{run_folder.RESOLVED}.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="cannot be written"):
         run_folder.record_run(tmp_path, load_config(tiny, ["steps=9"]), tmp_path, 4)
     assert (tmp_path / run_folder.RESOLVED).read_bytes() == before
