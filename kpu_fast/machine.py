@@ -10,13 +10,21 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, and then to move there in one step (os.replace); where it is left, it goes."""
+    """The path of a file beside `path` to write to; afterwards the file is gone."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """`beside`, but where nothing went wrong the file takes the place of `path`, in one step."""
+    with beside(path) as partial:
+        yield partial
+        os.replace(partial, path)
 
 
 def missing(packages: str) -> str | None:

@@ -1,9 +1,8 @@
 """The loss curves of a run as a picture."""
 
-import os
 from pathlib import Path
 
-from kpu_fast.machine import beside
+from kpu_fast.machine import written_whole
 
 
 def save_curve(folder: Path, rows: list[dict]) -> Path:
@@ -34,8 +33,7 @@ def save_curve(folder: Path, rows: list[dict]) -> Path:
     axes[0][-1].legend(fontsize=8)
     figure.tight_layout()
     path = folder / "losses.png"
-    with beside(path) as partial:
+    with written_whole(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
-        os.replace(partial, path)
     plt.close(figure)
     return path

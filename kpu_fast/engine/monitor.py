@@ -8,7 +8,6 @@ written.
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from kpu_fast.engine.distributed import World, shared
 from kpu_fast.engine.run_folder import OutputError
-from kpu_fast.machine import beside
+from kpu_fast.machine import written_whole
 
 METRICS = "metrics.jsonl"
 NOT_FINITE = "step {step}: the gradient is not finite, though every loss is"
@@ -178,9 +177,8 @@ def _keep_until(file: Path, step: int) -> None:
     if not file.exists():
         return
     rows = [row for row in read_metrics(file.parent) if row["step"] <= step]
-    with beside(file) as partial:
+    with written_whole(file) as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, file)
 
 
 def _to_host(vector: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

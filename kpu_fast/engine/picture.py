@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from kpu_fast.machine import beside
+from kpu_fast.machine import written_whole
 
 _COLUMN_INCHES = 2.3
 _TALLEST = 1.6  # height over width beyond which a row stops growing
@@ -61,9 +61,8 @@ def save_feature_picture(path: str | os.PathLike, panels: list[Panel], title: st
     for block, panel, panel_boxes, panel_ratios in zip(blocks, panels, boxes, ratios, strict=True):
         _draw(block, panel, panel_boxes, panel_ratios)
 
-    with beside(Path(path)) as partial:
+    with written_whole(Path(path)) as partial:
         figure.savefig(partial, format="png")
-        os.replace(partial, path)
 
 
 def _check(panel: Panel) -> None:

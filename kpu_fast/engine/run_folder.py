@@ -19,7 +19,7 @@ from typing import IO
 import torch
 
 from kpu_fast.config import Config
-from kpu_fast.machine import beside
+from kpu_fast.machine import written_whole
 
 RESOLVED = "config.resolved.json"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a record that is none raises
@@ -100,14 +100,13 @@ def record_run(folder: Path, cfg: Config, before: Path | None = None, step: int 
     changes = {} if old is None else differences(old, now)
     until = folder / f"config.until-step-{step:08d}.json"
     try:
-        with beside(folder / RESOLVED) as partial:
+        with written_whole(folder / RESOLVED) as partial:
             partial.write_text(json.dumps({"config": now, **circumstances()}, indent=2), encoding="utf-8")
             if before is None:
                 for stale in folder.glob("config.until-step-*.json"):
                     stale.unlink()
             elif changes and not until.exists():  # else what is there now has made no step
                 shutil.copyfile(before / RESOLVED, until)
-            os.replace(partial, folder / RESOLVED)
     except OSError as error:
         raise OSError(
             f"output: {folder} cannot be written ({error.strerror}); set `output` to a folder that can"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kpu_fast.machine import beside, device_name
+from kpu_fast.machine import beside, device_name, written_whole
 
 _LIBRARIES = ("torchmetrics", "scikit-learn", "pycocotools")
 
@@ -53,9 +53,8 @@ def replaced(key: str, path: Path) -> Iterator[Path]:
     Raises EvaluateError, naming `key`, where it cannot be written.
     """
     try:
-        with beside(path) as partial:
+        with written_whole(path) as partial:
             yield partial
-            os.replace(partial, path)
     except OSError as error:
         raise _unwritable(key, path, error) from error
 

@@ -55,7 +55,9 @@ def read_arguments(config) -> dict:
 
 def read_state(hf: dict[str, Tensor], depth: int, model_type: str) -> dict[str, Tensor]:
     """The state_dict of a `ViT` of `depth` blocks from that of transformers' model. Raises KeyError for one missing."""
-    return _dinov3_state(hf, depth) if model_type == _DINOV3 else _dinov2_state(hf, depth)
+    if model_type == _DINOV3:
+        return _dinov3_state(hf, depth)
+    return _dinov2_state(hf, depth, layer_scale=model_type != _PLAIN)
 
 
 def source(config) -> str:
@@ -146,7 +148,7 @@ _DINOV2_FUSED = {
 }
 
 
-def _dinov2_state(hf: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+def _dinov2_state(hf: dict[str, Tensor], depth: int, *, layer_scale: bool) -> dict[str, Tensor]:
     state = {
         "embed.cls_token": hf["embeddings.cls_token"],
         "embed.positions": hf["embeddings.position_embeddings"],
@@ -164,8 +166,8 @@ def _dinov2_state(hf: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
     for i in range(depth):
         theirs, ours = f"{layers}.{i}", f"blocks.{i}"
         for n in (1, 2):
-            scale = hf.get(f"{theirs}.layer_scale{n}.lambda1")
-            state[f"{ours}.ls{n}"] = torch.ones_like(hf["layernorm.weight"]) if scale is None else scale
+            ones = torch.ones_like(hf["layernorm.weight"])
+            state[f"{ours}.ls{n}"] = hf[f"{theirs}.layer_scale{n}.lambda1"] if layer_scale else ones
         for kind in ("weight", "bias"):
             for name, candidates in _DINOV2_NAMES.items():
                 for candidate in candidates:

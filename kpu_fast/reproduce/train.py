@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from kpu_fast.evaluate.result import EvaluateError
-from kpu_fast.machine import beside
+from kpu_fast.machine import written_whole
 from kpu_fast.reproduce.ablation import CANVAS, RUNS
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -41,9 +40,8 @@ def make_mosaics(source: str, folder: Path, count: int) -> Path:
             pixels, _, _ = make_mosaic(images, 0, i, CANVAS)
         except SourceError as error:
             raise EvaluateError(f"--images: {error}") from error
-        with beside(path) as partial:
+        with written_whole(path) as partial:
             Image.fromarray(pixels).save(partial, format="png")
-            os.replace(partial, path)
     return folder
 
 

@@ -252,6 +252,14 @@ def test_weights_that_do_not_belong_to_the_config_are_named(tiny):
             ViT.from_hf(other)
 
 
+def test_a_layer_scale_that_is_not_there_is_not_1(tiny):
+    """It is for a plain ViT, which has none; of a DINOv2 it is missing."""
+    other = OldNames(tiny)
+    other.state = {name: tensor for name, tensor in other.state.items() if not name.endswith("1.layer_scale2.lambda1")}
+    with pytest.raises(WeightsError, match=r"encoder\.layer\.1\.layer_scale2\.lambda1"):
+        ViT.from_hf(other)
+
+
 def test_without_transformers_the_message_says_what_to_install(tiny, tmp_path, monkeypatch):
     folder = broken(tiny, tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
