@@ -1,5 +1,6 @@
 """What an export holds so that transformers and the hub know what to do with it; made without either of them."""
 
+import functools
 import json
 from collections.abc import Iterable
 
@@ -13,12 +14,8 @@ _LARGEST = 224  # pixels; what classification is usually done at, where a studen
 
 def auto_keys(dtypes: Iterable[torch.dtype]) -> dict:
     """What config.json says to AutoModel. dtypes: of the weights; transformers loads all of them in the widest."""
-    widest = torch.float32
     floating = [dtype for dtype in dtypes if dtype.is_floating_point]
-    if floating:
-        widest = floating[0]
-        for dtype in floating[1:]:
-            widest = torch.promote_types(widest, dtype)
+    widest = functools.reduce(torch.promote_types, floating) if floating else torch.float32
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["KPUStudentModel"],

@@ -250,7 +250,9 @@ class Student(nn.Module):
         try:
             with torch.device("meta"):  # the weights come from the file: nothing to initialise
                 student = cls(**student_config, attention=attention)
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
+        except BackendError:
+            raise
+        except (TypeError, KeyError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise ValueError(f"{config_path} describes no student ({error}); export it again.") from error
         try:
             state = load_file(weights_path)

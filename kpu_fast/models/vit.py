@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kpu_fast.kernels.launch import is_plain
+from kpu_fast.kernels.tensors import is_plain
 from kpu_fast.models.attention import activate_backend, attention
 from kpu_fast.models.hub import WeightsError
 from kpu_fast.models.mean_std import IMAGENET_MEAN, IMAGENET_STD
@@ -70,7 +70,10 @@ def rotations(height: int, width: int, channels: int, *, theta: float, prefix: i
 
 
 def rotate(x: Tensor, turn: Rotations) -> Tensor:
-    """x (B, heads, N, d), channel i and i + d/2 of every head turned together as a pair, in fp32."""
+    """x (B, heads, N, d), channel i and i + d/2 of every head turned together as a pair.
+
+    Products are fp32. In bf16 the first of two is rounded before the second is added, but where a compiler fuses them.
+    """
     if is_plain(x):
         return _Rotate.apply(x, *turn)
     cos, sin = turn
@@ -200,8 +203,7 @@ class Embeddings(nn.Module):
         masked: (B, H/p·W/p) bool, patches that the mask token takes the place of; their positions stay.
         Raises ValueError unless H and W are multiples of the patch size p and masked is of that shape.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"ViT: images must be (B, 3, H, W), got shape {tuple(images.shape)}.")
+        check_images(images)
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
@@ -229,7 +231,8 @@ class Embeddings(nn.Module):
 class ViT(nn.Module):
     """The vision transformer of DINOv2 or, with `rope_theta`, of DINOv3; with `layer_scale` 1 the plain one.
 
-    patch_size: pixels. dim, depth, heads: width, blocks, attention heads. registers: extra tokens after cls.
+    patch_size: pixels. dim, depth, heads: width, blocks, attention heads. mlp_ratio: hidden width of a block's MLP over
+    dim. registers: extra tokens after cls.
     image_size: pixels a side of the square the learned positions were made for; they are resized to any other grid.
     With rope_theta the side that is usual for its images.
     swiglu: SwiGLU instead of the GELU MLP (ViT-g, ViT-H+). layer_scale: start value. eps: of the LayerNorms.
@@ -259,11 +262,13 @@ class ViT(nn.Module):
         activation_checkpointing: bool = False,
     ):
         super().__init__()
+        hidden = int(dim * mlp_ratio)
         for name, value, least in (
             ("patch_size", patch_size, 1),
             ("dim", dim, 1),
             ("depth", depth, 1),
             ("heads", heads, 1),
+            ("mlp_ratio · dim", hidden, 1),
             ("image_size", image_size, 1),
             ("registers", registers, 0),
         ):
@@ -298,7 +303,6 @@ class ViT(nn.Module):
         self.activation_checkpointing = activation_checkpointing
 
         self.embed = Embeddings(patch_size, dim, registers, image_size, learned_positions=rope_theta is None)
-        hidden = int(dim * mlp_ratio)
         of_block = dict(swiglu=swiglu, layer_scale=layer_scale, eps=eps, backend=attention)
         self.blocks = nn.ModuleList(Block(dim, heads, hidden, **of_block) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=eps)

@@ -1,5 +1,6 @@
 """What transformers' DINOv2, DINOv3 and ViT are in terms of `ViT`: keyword arguments, and the weights by its names."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -123,9 +124,15 @@ def _dinov2_arguments(config) -> dict:
     }
 
 
+def _ratio(hidden: int, dim: int) -> float:
+    """mlp_ratio of an MLP: the quotient, but int(dim · ratio) is `hidden` also where it is rounded down."""
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
 def _plain_arguments(config) -> dict:
     _check(config, _PLAIN_HAS)
-    widening = config.intermediate_size / config.hidden_size
+    widening = _ratio(config.intermediate_size, config.hidden_size)
     return {**_common_arguments(config), "mlp_ratio": widening, "eps": config.layer_norm_eps}
 
 
@@ -186,7 +193,7 @@ def _dinov2_state(hf: dict[str, Tensor], depth: int, *, layer_scale: bool) -> di
 def _dinov3_arguments(config) -> dict:
     _check(config, _DINOV3_HAS | ({"hidden_act": "silu"} if config.use_gated_mlp else {}))
     # `SwiGLU` is two thirds as wide as its MLP would be.
-    widening = config.intermediate_size / config.hidden_size * (1.5 if config.use_gated_mlp else 1.0)
+    widening = _ratio(config.intermediate_size, config.hidden_size) * (1.5 if config.use_gated_mlp else 1.0)
     return {
         **_common_arguments(config),
         "mlp_ratio": widening,

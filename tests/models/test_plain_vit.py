@@ -48,6 +48,16 @@ def test_equals_transformers(size, reference):
     torch.testing.assert_close(patches.flatten(1, 2), expected[:, 1:], rtol=0, atol=1e-5)
 
 
+def test_a_width_that_is_no_multiple_of_the_dimension():
+    """960 / 208 is rounded down, and 208 times that to 959."""
+    model = transformers.ViTModel(
+        transformers.ViTConfig(**ARCH | {"hidden_size": 208, "num_attention_heads": 4, "intermediate_size": 960})
+    )
+    vit = ViT.from_hf(model)
+    assert vit.blocks[0].mlp.fc1.out_features == 960
+    assert ViT(**vit.config).blocks[0].mlp.fc1.out_features == 960
+
+
 class OldNames(torch.nn.Module):
     """The same weights under the names that transformers had before it renamed them."""
 

@@ -256,6 +256,7 @@ def test_from_config_without_adapter_and_heads():
         ({"heads": 0}, "student: ViT: heads must be 1 or more, got 0"),
         ({"patch_size": 0}, "student: ViT: patch_size must be 1 or more, got 0"),
         ({"registers": -1}, "student: ViT: registers must be 0 or more, got -1"),
+        ({"mlp_ratio": -1}, r"student: ViT: mlp_ratio · dim must be 1 or more, got -"),
         ({"mlp_ratio": float("inf")}, "student.vit.arch: .*infinity.*; ViT takes"),
         ({"heads": "two"}, "student.vit.arch: .*; ViT takes"),
     ],
@@ -423,6 +424,16 @@ def edit(path, change):
             lambda d: edit(d / "config.json", lambda c: c["student"].update(head_hidden=25)),
             ValueError,
             r"heads\.clip\.maps\.0\.fc1\.bias is \(24,\), expected \(25,\)",
+        ),
+        (
+            lambda d: edit(d / "config.json", lambda c: c["student"].update(head_hidden=-1)),
+            ValueError,
+            r"config\.json describes no student",
+        ),
+        (
+            lambda d: edit(d / "config.json", lambda c: c["student"]["vit"].update(mlp_ratio=float("inf"))),
+            ValueError,
+            r"config\.json describes no student .*infinity",
         ),
         (
             lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:5000]),
