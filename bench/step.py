@@ -29,8 +29,7 @@ from kpu_fast.engine.build import RunError, build, open_streams
 from kpu_fast.engine.distributed import World, init_distributed
 from kpu_fast.engine.loop import forward, targets_of, train_step
 from kpu_fast.engine.result import peak_memory
-from kpu_fast.engine.run_folder import circumstances
-from kpu_fast.machine import device_name
+from kpu_fast.machine import circumstances, device_name
 from kpu_fast.train import leave
 
 PARTS = ("data", "teachers", "student and losses", "backward", "optimizer")

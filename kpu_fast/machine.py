@@ -1,11 +1,20 @@
-"""What the commands ask about the machine they run on. Imports torch only where it is needed."""
+"""What the commands ask of the machine they run on, and files that are whole or not there.
+
+Imports torch only where it is needed.
+"""
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+_DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+_LIBRARIES = ("torch", "triton", "deepspeed", *_DALI, "transformers", "numpy", "kpu_fast")
 
 
 @contextlib.contextmanager
@@ -98,3 +107,39 @@ def device_name(device) -> str:
         model = lines[0].split(":", 1)[1].strip() + ", " if lines else ""
     threads = torch.get_num_threads()
     return f"{model}{threads} thread{'s' if threads > 1 else ''} (CPU)"
+
+
+def circumstances(further: Iterable[str] = ()) -> dict[str, object]:
+    """Commit, versions, of `further` libraries too, and machine: what a result has to carry to mean anything."""
+    import torch
+
+    versions = {}
+    for library in (*_LIBRARIES, *further):
+        try:
+            # torch's own word says which CUDA it is of.
+            versions[library] = torch.__version__ if library == "torch" else importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            versions[library] = None
+    return {
+        "commit": _commit(),
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+    }
+
+
+def _commit() -> str | None:
+    """None where git does not track this file: an installed copy may lie in the folder of another repository."""
+    here = Path(__file__).resolve()
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return None
+    return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40")
+
+
+def _git(folder: Path, *command: str) -> str | None:
+    """What git says in the folder; None where it fails or is not here."""
+    try:
+        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

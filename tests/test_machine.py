@@ -1,8 +1,12 @@
+import importlib.util
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from kpu_fast import machine
 from kpu_fast.machine import device_name, is_out_of_memory, memory_advice, missing, usable_device
 
 
@@ -52,3 +56,24 @@ def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch, caplog):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         usable_device("auto")
     assert caplog.text == ""
+
+
+def test_the_commit_is_of_the_repository_that_tracks_this_code(tmp_path):
+    def git(*command):
+        who = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+        done = subprocess.run(["git", *who, *command], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    copy = shutil.copy(machine.__file__, tmp_path / "installed.py")
+    spec = importlib.util.spec_from_file_location("installed", copy)
+    installed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(installed)
+    assert installed.circumstances()["commit"] is None
+    git("init")
+    git("commit", "--allow-empty", "--message", "someone else's")
+    assert installed.circumstances()["commit"] is None
+    git("add", "installed.py")
+    git("commit", "--message", "ours")
+    assert installed.circumstances()["commit"] == git("rev-parse", "HEAD")
+    (tmp_path / "installed.py").write_text("changed")
+    assert installed.circumstances()["commit"] == git("rev-parse", "HEAD") + "-dirty"

@@ -261,7 +261,15 @@ def test_a_run_of_another_configuration_is_not_gone_on_with(tmp_path):
     assert train("kpu", 0, args) == folder
     config["optimizer"]["lr"] = 1.0
     (folder / "config.resolved.json").write_text(json.dumps({"config": config}))
-    with pytest.raises(EvaluateError, match="kpu-0: was trained with different optimizer; choose another --out"):
+    with pytest.raises(EvaluateError, match=r"kpu-0: was trained with different optimizer\.lr; choose another --out"):
+        train("kpu", 0, args)
+    config["optimizer"]["lr"] = config_of("kpu", 0, args).optimizer.lr
+    for teacher in config["teachers"].values():  # as a version recorded it that did not have the key yet
+        del teacher["data"]["buckets"]
+    (folder / "config.resolved.json").write_text(json.dumps({"config": config}))
+    assert train("kpu", 0, args) == folder
+    (folder / "config.resolved.json").write_text("{")
+    with pytest.raises(EvaluateError, match=r"config\.resolved\.json: damaged; remove"):
         train("kpu", 0, args)
 
 

@@ -2,8 +2,6 @@
 
 import io
 import os
-import pickle
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kpu_fast.data.cifar import cifar_files, cifar_part, is_cifar, read_cifar, split_of
 from kpu_fast.data.decode import UNREADABLE, to_rgb
 from kpu_fast.data.sources import (
     IMAGE_SUFFIXES,
@@ -25,10 +24,6 @@ from kpu_fast.data.sources import (
     split_member,
     tar_members,
 )
-
-_CIFAR_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
-_CIFAR_META = "batches.meta"
-_CIFAR_BYTES = 3 * 32 * 32
 
 
 class LabelledImages(Dataset):
@@ -55,9 +50,9 @@ class LabelledImages(Dataset):
         self.labels: list[int] = []
         self._pixels: np.ndarray | None = None  # CIFAR's own archive is not a file per image
         self._files: list[tuple[str, int, int, str]] = []  # path, first byte, length (-1: to the end), name for people
-        path, split = _split_of(self.source)
+        path, split = split_of(self.source)
         if is_cifar(path):
-            self._pixels, self.labels, self.classes = _read_cifar(path, split or "train")
+            self._pixels, self.labels, self.classes = read_cifar(path, split or "train")
         elif split:
             raise SourceError(f"source {self.source!r}: only CIFAR-10's own archive or folder has a {split!r} part")
         else:
@@ -125,7 +120,7 @@ class LabelledImages(Dataset):
                 raise SourceError(f"{file.path}: holds no image; expected {' '.join(sorted(IMAGE_SUFFIXES)[:4])} …")
             labels = _shard_labels(file)
             for image in shard.images:
-                member = image.name.split("::", 1)[1]
+                member = image.name.removeprefix(f"{file.path}::")
                 label = labels.get(split_member(member)[0])
                 if label is None:
                     raise SourceError(f"{image.name}: has no .cls beside it, so no class")
@@ -203,105 +198,12 @@ def _shard_labels(file: SourceFile) -> dict[str, int]:
     return labels
 
 
-# ----------------------------------------------------------------------------------------------------------- CIFAR-10
-
-
-def _split_of(source: str) -> tuple[str, str | None]:
-    for split in _CIFAR_FILES:
-        if source.endswith(f":{split}"):
-            return source.removesuffix(f":{split}"), split
-    return source, None
-
-
-def cifar_part(source: str) -> str | None:
-    """Which part of CIFAR-10 as published a source of `LabelledImages` is, "train" or "test"; None of any other."""
-    path, split = _split_of(source)
-    return (split or "train") if is_cifar(path) else None
-
-
 def source_files(source: str) -> list[SourceFile]:
     """The files that a source of `LabelledImages` is read from.
 
     Raises OSError where one of CIFAR-10's is missing, SourceError as `list_files` does.
     """
-    part = cifar_part(source)
-    if part is None:
+    if cifar_part(source) is None:
         return list_files(source)
-    path = os.path.abspath(os.path.expanduser(_split_of(source)[0]))
-    names = [_CIFAR_META, *_CIFAR_FILES[part]] if os.path.isdir(path) else []
-    stats = {file: os.stat(file) for file in ([os.path.join(path, name) for name in names] or [path])}
+    stats = {file: os.stat(file) for file in cifar_files(source)}
     return [SourceFile(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()]
-
-
-def is_cifar(path: str) -> bool:
-    """Whether `path` is CIFAR-10 as published: its archive, or the folder that it unpacks to."""
-    path = os.path.expanduser(path)
-    name = os.path.basename(path)
-    if os.path.isdir(path):
-        return os.path.exists(os.path.join(path, _CIFAR_META))
-    return name.startswith("cifar-10-") and name.endswith(".tar.gz")
-
-
-def _read_cifar(path: str, split: str) -> tuple[np.ndarray, list[int], tuple[str, ...]]:
-    path = os.path.expanduser(path)
-    wanted = [_CIFAR_META, *_CIFAR_FILES[split]]
-    found = _cifar_folder(path, wanted) if os.path.isdir(path) else _cifar_archive(path, wanted)
-    for name in wanted:
-        if name not in found:
-            raise SourceError(f"{path}: has no {name}; expected CIFAR-10's python version, whole")
-    pixels, labels = [], []
-    names = found[_CIFAR_META].get(b"label_names")
-    if not names:
-        raise SourceError(f"{path}: {_CIFAR_META} names no classes")
-    for name in wanted[1:]:
-        data, numbers = found[name].get(b"data"), found[name].get(b"labels")
-        if data is None or numbers is None or data.shape != (len(numbers), _CIFAR_BYTES) or data.dtype != np.uint8:
-            raise SourceError(f"{path}: {name} is not a batch of CIFAR-10 (uint8 rows of {_CIFAR_BYTES}, and labels)")
-        pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        labels += [int(number) for number in numbers]
-    return np.ascontiguousarray(np.concatenate(pixels)), labels, tuple(name.decode() for name in names)
-
-
-def _cifar_folder(path: str, wanted: list[str]) -> dict[str, dict]:
-    found = {}
-    for name in wanted:
-        file = os.path.join(path, name)
-        if os.path.exists(file):
-            found[name] = _unpickle(Path(file).read_bytes(), file)
-    return found
-
-
-def _cifar_archive(path: str, wanted: list[str]) -> dict[str, dict]:
-    found = {}
-    try:
-        with tarfile.open(path, "r:gz") as tar:
-            for member in tar:
-                name = os.path.basename(member.name)
-                if member.isreg() and name in wanted:
-                    found[name] = _unpickle(tar.extractfile(member).read(), f"{path}::{member.name}")
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise SourceError(f"{path}: not a readable archive ({error}); fetch it again") from error
-    return found
-
-
-class _OnlyArrays(pickle.Unpickler):
-    """A pickle may run any code; CIFAR's hold dicts, lists, bytes and arrays, so nothing else is let in."""
-
-    def find_class(self, module, name):
-        if name == "_reconstruct" and module.startswith("numpy"):
-            return np._core.multiarray._reconstruct
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        if module == "_codecs" and name == "encode":
-            return lambda text, encoding: text.encode(encoding)
-        raise pickle.UnpicklingError(f"holds {module}.{name}, which is no array")
-
-
-def _unpickle(data: bytes, name: str) -> dict:
-    try:
-        values = _OnlyArrays(io.BytesIO(data), encoding="bytes").load()
-    except Exception as error:
-        raise SourceError(f"{name}: not a batch of CIFAR-10 ({error})") from error
-    if not isinstance(values, dict):
-        raise SourceError(f"{name}: holds a {type(values).__name__}, expected CIFAR-10's dict")
-    return values

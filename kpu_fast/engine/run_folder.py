@@ -1,33 +1,26 @@
 """runs/<name>/: what was run, with which code and which libraries."""
 
 import fcntl
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import re
 import shutil
 import socket
-import subprocess
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-import torch
-
 from kpu_fast.config import Config
-from kpu_fast.machine import written_whole
+from kpu_fast.machine import circumstances, written_whole
 
 RESOLVED = "config.resolved.json"
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a record that is none raises
+NOT_A_RECORD = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a record that is none raises
 _CLAIM = ".claim"
 _SHAPING = ("student", "teachers", "objective")  # what the trained weights, and so a checkpoint, depend on
-_DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 _VISIBLE_AFTER = 20.0  # seconds that a network file system may take to show one node what another has written
-LIBRARIES = ("torch", "triton", "deepspeed", *_DALI, "transformers", "numpy", "kpu_fast")
 
 
 class OutputError(RuntimeError):
@@ -96,7 +89,7 @@ def record_run(folder: Path, cfg: Config, before: Path | None = None, step: int 
     file is kept as config.until-step-….json.
     """
     now = cfg.model_dump(mode="json")
-    old = None if before is None else _recorded(before)
+    old = None if before is None else recorded(before)
     changes = {} if old is None else differences(old, now)
     until = folder / f"config.until-step-{step:08d}.json"
     try:
@@ -116,7 +109,7 @@ def record_run(folder: Path, cfg: Config, before: Path | None = None, step: int 
 
 def changed_settings(folder: Path, cfg: Config) -> list[str]:
     """The keys of student, teachers but for their data, and objective that the run in the folder had otherwise."""
-    before, now = _recorded(folder), cfg.model_dump(mode="json")
+    before, now = recorded(folder), cfg.model_dump(mode="json")
     if before is None:
         return []
     changes = differences(*({part: tree.get(part) for part in _SHAPING} for tree in (before, now)))
@@ -124,7 +117,7 @@ def changed_settings(folder: Path, cfg: Config) -> list[str]:
 
 
 def read_recorded(folder: Path) -> dict:
-    """The config that the run in the folder was last started with, as its version took it. Raises one of UNREADABLE.
+    """The config that the run in the folder was last started with, as its version took it. Raises one of NOT_A_RECORD.
 
     Of keys that an older version had not, what it did is filled in, where that is not the default or the key is read.
     """
@@ -137,11 +130,11 @@ def read_recorded(folder: Path) -> dict:
     return tree
 
 
-def _recorded(folder: Path) -> dict | None:
+def recorded(folder: Path) -> dict | None:
     """The config that the run in the folder was last started with; None if it tells nothing."""
     try:
         found = read_recorded(folder)
-    except UNREADABLE:
+    except NOT_A_RECORD:
         return None
     try:  # other settings that an older version had not have their defaults
         return Config.model_validate_json(json.dumps(found)).model_dump(mode="json")
@@ -161,37 +154,3 @@ def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
         return
     for key, value in tree.items():
         yield from _leaves(value, f"{path}.{key}" if path else key)
-
-
-def circumstances(further: Iterable[str] = ()) -> dict[str, object]:
-    """Commit, versions, of `further` libraries too, and machine: what a result has to carry to mean anything."""
-    versions = {}
-    for library in (*LIBRARIES, *further):
-        try:
-            # torch's own word says which CUDA it is of.
-            versions[library] = torch.__version__ if library == "torch" else importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            versions[library] = None
-    return {
-        "commit": _commit(),
-        "versions": versions,
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-    }
-
-
-def _commit() -> str | None:
-    """None where git does not track this file: an installed copy may lie in the folder of another repository."""
-    here = Path(__file__).resolve()
-    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
-        return None
-    return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40")
-
-
-def _git(folder: Path, *command: str) -> str | None:
-    """What git says in the folder; None where it fails or is not here."""
-    try:
-        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -9,7 +9,7 @@ from kpu_fast.config import Config
 from kpu_fast.engine.checkpoint import META, in_one_line, whole_checkpoints
 from kpu_fast.engine.monitor import METRICS, read_metrics
 from kpu_fast.engine.result import student_card
-from kpu_fast.engine.run_folder import UNREADABLE, read_recorded
+from kpu_fast.engine.run_folder import NOT_A_RECORD, read_recorded
 from kpu_fast.engine.shards import module_state
 from kpu_fast.models.features import FeatureSpec
 from kpu_fast.models.student import Student
@@ -32,7 +32,7 @@ def load_student(run: Path, checkpoint: str | None = None) -> tuple[Student, str
         own = meta["networks"]["student"]
         specs = {name: FeatureSpec(**spec) for name, spec in meta["heads"].items()}
         module = build_objective(cfg.objective, specs, lambda heads: Student(**own, heads=heads))
-    except UNREADABLE as error:
+    except NOT_A_RECORD as error:
         _see_pruned(folder)
         raise TrainedError(
             f"{folder}: this version of kpu_fast cannot read it ({in_one_line(error)}). The one that wrote it ends the "

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from kpu_fast.data.labelled import LabelledImages, cifar_part, is_cifar, source_files, to_batch
+from kpu_fast.data.cifar import cifar_part, is_cifar
+from kpu_fast.data.labelled import LabelledImages, source_files, to_batch
 from kpu_fast.data.sources import SourceError
 from kpu_fast.evaluate.result import EvaluateError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kpu_fast.machine import beside, device_name, written_whole
+from kpu_fast.machine import beside, circumstances, device_name, written_whole
 
 _LIBRARIES = ("torchmetrics", "scikit-learn", "pycocotools")
 
@@ -22,8 +22,6 @@ class EvaluateError(ValueError):
 
 def with_circumstances(task: str, scores: dict, settings: dict, device: torch.device) -> dict:
     """`scores`, followed by the settings, the date, the device, the commit and the versions they belong to."""
-    from kpu_fast.engine.run_folder import circumstances
-
     facts = circumstances(_LIBRARIES)
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"task": task, **scores, "settings": settings, "device": device_name(device), "date": when, **facts}

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from kpu_fast.config_objective import KPUConfig
-from kpu_fast.engine.run_folder import RESOLVED, UNREADABLE, read_recorded
+from kpu_fast.engine.run_folder import NOT_A_RECORD, RESOLVED, read_recorded
 from kpu_fast.engine.trained import TrainedError, find_checkpoint, load_state
 from kpu_fast.evaluate.result import EvaluateError
 from kpu_fast.kernels import Moments, moments
@@ -133,7 +133,7 @@ def _read_settings(run: Path) -> SimpleNamespace:
             teacher.data = SimpleNamespace(**{**teacher.data, "size": tuple(teacher.data["size"])})
         objective = SimpleNamespace(**{**KPUConfig().model_dump(), **tree["objective"]})
         settings = SimpleNamespace(student=student, teachers=teachers, objective=objective)
-    except UNREADABLE as error:
+    except NOT_A_RECORD as error:
         raise EvaluateError(
             f"--run {run}: {run / RESOLVED} cannot be used ({type(error).__name__}: {error}); name the folder of a run"
         ) from error

@@ -21,7 +21,7 @@ _HEAD = 1 << 20  # bytes of each image file or shard that are compared
 
 def check(args: argparse.Namespace) -> None:
     """Raises EvaluateError for what would fail after hours; makes the paths of `args` absolute, its device a device."""
-    from kpu_fast.data.labelled import cifar_part
+    from kpu_fast.data.cifar import cifar_part
     from kpu_fast.data.sources import normalise
     from kpu_fast.evaluate.images import check_apart, read_images
 
@@ -125,7 +125,8 @@ def _digest(paths: list[Path]) -> str:
 
 def _fingerprint(source: str) -> str:
     """Of the source's files, wherever they lie: names below the folder they share, sizes, first _HEAD bytes."""
-    from kpu_fast.data.labelled import cifar_part, source_files
+    from kpu_fast.data.cifar import cifar_part
+    from kpu_fast.data.labelled import source_files
 
     files = source_files(source)
     top = os.path.commonpath([os.path.dirname(file.path) for file in files])

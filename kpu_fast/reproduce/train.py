@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from kpu_fast.machine import written_whole
 from kpu_fast.reproduce.ablation import CANVAS, RUNS
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+_PLACES = ("source", "weights", "output")
 
 
 class TrainingFailed(RuntimeError):
@@ -107,21 +107,14 @@ def train(run: str, seed: int, args: argparse.Namespace) -> Path:
 
 def _check_same(folder: Path, cfg) -> None:
     """Raises EvaluateError unless the run in `folder`, if there is one, was begun with `cfg`."""
-    path = folder / "config.resolved.json"
-    if not path.is_file():
+    from kpu_fast.engine.run_folder import RESOLVED, differences, recorded
+
+    if not (folder / RESOLVED).is_file():
         return
-    try:
-        before = _without_places(json.loads(path.read_text(encoding="utf-8"))["config"])
-    except (ValueError, KeyError) as error:
-        raise EvaluateError(f"{path}: damaged ({error}); remove {folder} to train again") from error
-    now = _without_places(cfg.model_dump(mode="json"))
-    changed = [key for key in now if before.get(key) != now[key]]
+    before = recorded(folder)
+    if before is None:
+        raise EvaluateError(f"{folder / RESOLVED}: damaged; remove {folder} to train again")
+    # Not by where things lie: what lies there is compared by its contents, in settings.json.
+    changed = [key for key in differences(before, cfg.model_dump(mode="json")) if key.rpartition(".")[2] not in _PLACES]
     if changed:
         raise EvaluateError(f"{folder}: was trained with different {', '.join(changed)}; choose another --out")
-
-
-def _without_places(tree):
-    """The settings without where things lie: what lies there is compared by its contents, in settings.json."""
-    if not isinstance(tree, Mapping):
-        return tree
-    return {key: _without_places(v) for key, v in tree.items() if key not in ("source", "weights", "output")}

@@ -198,8 +198,10 @@ def _alone(out: Path):
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise ZooError(f"--out {out}: another run is writing there; wait for it or give another --out") from error
+        except OSError:  # some network file systems have no locks
+            pass
         yield
 
 
