@@ -22,19 +22,9 @@ from torch import Tensor, nn
 
 from .align_op import align
 from .align_torch import EPS, compute_dtype
-from .launch import (
-    IMPLS,
-    MAX_CHANNELS,
-    MAX_SIDE,
-    MAX_TOKENS,
-    check_filled,
-    check_float,
-    check_tensor,
-    choose_impl,
-    is_transformed,
-    same_grid,
-)
+from .launch import IMPLS, MAX_CHANNELS, MAX_SIDE, MAX_TOKENS, choose_impl
 from .resize import resize_bilinear_reference
+from .tensors import check_filled, check_float, check_tensor, is_transformed, same_grid
 
 
 def align_loss_reference(

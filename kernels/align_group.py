@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .align import align_loss, check_choices, check_tensors, check_weights, takes_triton
 from .align_op import NO_DOUBLE, gradient_in_forward, may_overwrite, scaled
-from .launch import NAMESPACE, check_filled, is_differentiated, is_plain, is_transformed, token_strides
+from .launch import NAMESPACE
+from .tensors import check_filled, is_differentiated, is_plain, is_transformed, token_strides
 
 
 class AlignTerm(NamedTuple):

@@ -21,9 +21,9 @@ from .launch import (
     device_of,
     inverse_beta,
     run_kernel,
-    token_strides,
     token_tile,
 )
+from .tensors import token_strides
 
 
 def launch_group(

@@ -19,12 +19,11 @@ from .launch import (
     across_tile,
     coded,
     device_of,
-    flat_stride,
     inverse_beta,
     run_kernel,
     token_tile,
-    tokens_adjacent,
 )
+from .tensors import flat_stride, tokens_adjacent
 
 _RESIZE = {"none": 0, "source": 1, "target": 2}
 

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from . import align_torch
-from .launch import NAMESPACE, batch_by_loop, check_filled, is_differentiated, is_plain, keepable
+from .launch import NAMESPACE
 from .resize import channels_last, empty_map, resize_backward, run_resize_backward
+from .tensors import batch_by_loop, check_filled, is_differentiated, is_plain, keepable
 
 NO_DOUBLE = (
     "align_loss, align_losses: their backward cannot be differentiated again; "

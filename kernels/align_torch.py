@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .launch import flat_stride, tokens_adjacent
 from .resize import resize_bilinear_reference
+from .tensors import flat_stride, tokens_adjacent
 
 EPS = 1e-8  # torch.nn.functional.cosine_similarity's
 # Numbers per side at once, so that a block's passes run in the cache. Of 2¹⁸…2²² the fastest for (32, 16, 16, 768)

@@ -19,19 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .launch import (
-    MAX_HEAD_CHANNELS,
-    MAX_MAPS,
-    NAMESPACE,
-    batch_by_loop,
-    check_float,
-    choose_impl,
-    is_differentiated,
-    is_empty,
-    is_plain,
-    is_transformed,
-    keepable,
-)
+from .launch import MAX_HEAD_CHANNELS, MAX_MAPS, NAMESPACE, choose_impl
+from .tensors import batch_by_loop, check_float, is_differentiated, is_empty, is_plain, is_transformed, keepable
 
 Shapes = Sequence[tuple[int, int]]
 

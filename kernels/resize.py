@@ -11,20 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import (
-    MAX_RESIZE_CHANNELS,
-    MAX_SIDE,
-    MAX_TOKENS,
-    NAMESPACE,
-    batch_by_loop,
-    check_float,
-    choose_impl,
-    is_differentiated,
-    is_empty,
-    is_plain,
-    is_transformed,
-    same_grid,
-)
+from .launch import MAX_RESIZE_CHANNELS, MAX_SIDE, MAX_TOKENS, NAMESPACE, choose_impl
+from .tensors import batch_by_loop, check_float, is_differentiated, is_empty, is_plain, is_transformed, same_grid
 
 LAYOUTS = ("NHWC", "NCHW")
 _NO_DERIVATIVE = (

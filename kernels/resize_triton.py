@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RESIZE_TILE_ACROSS, device_of, resize_tile, run_kernel, tokens_adjacent
+from .launch import RESIZE_TILE_ACROSS, device_of, resize_tile, run_kernel
+from .tensors import tokens_adjacent
 
 
 @triton.jit

@@ -47,9 +47,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _merge(base: Any, over: Any) -> Any:
     if not (isinstance(base, dict) and isinstance(over, dict)):
         return over
-    return {
-        key: _merge(base[key], over[key]) if key in base and key in over else (over | base)[key] for key in base | over
-    }
+    return base | {key: _merge(base.get(key), value) for key, value in over.items()}
 
 
 def settle_teachers(tree: dict[str, Any]) -> None:

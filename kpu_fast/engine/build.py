@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kpu_fast.config import Config, unknown_deepspeed_keys
+from kpu_fast.config import Config
+from kpu_fast.config_deepspeed import unknown_deepspeed_keys
 from kpu_fast.data.pipeline import Stream
 from kpu_fast.data.sampler import canvases_of, choose_canvas
 from kpu_fast.data.scan import Index, load_or_scan, load_same

@@ -139,10 +139,6 @@ class Checkpoints:
         for partial in self.folder.glob(".partial-*"):
             shutil.rmtree(partial, ignore_errors=True)
 
-    def newest(self) -> Path | None:
-        """The newest whole checkpoint, or None."""
-        return newest_checkpoint(self.folder)
-
     def _publish(self, partial: Path, final: Path, meta: Mapping[str, Any]) -> None:
         missing = [rank for rank in range(self.world.size) if not (partial / f"rank-{rank}.pt").is_file()]
         if missing:
@@ -167,7 +163,7 @@ class Checkpoints:
         problem = first_problem(self.world, problem)
         if problem is None:
             return
-        newest = self.newest()
+        newest = newest_checkpoint(self.folder)
         kept = f"the last good checkpoint is {newest}" if newest else "there is no earlier checkpoint"
         raise shared(
             CheckpointError(f"{self.folder}: the checkpoint of step {step} was not written: {problem}; {kept}")

@@ -10,16 +10,14 @@ def save_curve(folder: Path, rows: list[dict]) -> Path:
 
     A line begins where its rows do: a run that resumed with another balance or other terms has none before.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     keys = [key for key in rows[-1] if "/" in key]
     terms = list(dict.fromkeys(key.rpartition("/")[2] for key in keys))
     titles = {"s2t": "s2t: in the teacher's space", "t2s": "t2s: in the common space", "rec": "rec: reconstruction"}
     titles["share"] = "share: in the total"
-    figure, axes = plt.subplots(1, len(terms), figsize=(4.2 * len(terms), 3.2), squeeze=False)
+    figure = Figure(figsize=(4.2 * len(terms), 3.2))
+    axes = figure.subplots(1, len(terms), squeeze=False)
     for axis, term in zip(axes[0], terms, strict=True):
         for key in keys:
             if key.endswith(f"/{term}"):
@@ -35,5 +33,4 @@ def save_curve(folder: Path, rows: list[dict]) -> Path:
     path = folder / "losses.png"
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
-    plt.close(figure)
     return path

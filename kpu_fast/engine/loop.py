@@ -16,7 +16,7 @@ from tqdm import tqdm
 from kpu_fast.config import Config
 from kpu_fast.data.pipeline import Batch, Stream
 from kpu_fast.engine.build import Parts, RunError, announce, build, networks, open_streams, together
-from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints, is_finite, resolve_resume
+from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints, is_finite, newest_checkpoint, resolve_resume
 from kpu_fast.engine.distributed import World, first_problem, from_rank0, init_distributed, shared
 from kpu_fast.engine.monitor import NOT_FINITE, Diverged, Monitor
 from kpu_fast.engine.optimizer import restore_settings
@@ -86,7 +86,7 @@ def train(cfg: Config, resume: str | None = None, skip: int = 0) -> None:
     try:
         finished = _run_steps(cfg, world, parts, streams, checkpoints, state["step"])
     except (Diverged, OutputError, RunError) as error:
-        newest = checkpoints.newest() or checkpoint or "none: no step was saved"
+        newest = newest_checkpoint(checkpoints.folder) or checkpoint or "none: no step was saved"
         past = "; if a batch is to blame, --resume auto --skip N passes over the next N" * isinstance(error, Diverged)
         named = type(error)(f"{error}. The last good checkpoint is {newest}{past}")
         raise (shared(named) if hasattr(error, "shared") else named) from error

@@ -99,14 +99,12 @@ def save_curves(path: Path, runs: Path) -> None:
     A point is the mean over all seeds and a fiftieth of the steps. runs: --out, of which the runs that have a result
     are drawn.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     from kpu_fast.engine.monitor import read_metrics
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    figure = Figure(figsize=(10, 3.6))
+    axes = figure.subplots(1, 2)
     for axis, teacher in zip(axes, ("clip", "gdino"), strict=True):
         for number, run in enumerate(RUNS):
             done = sorted((runs / "results").glob(f"{run}-[0-9]*.json"))
@@ -127,4 +125,3 @@ def save_curves(path: Path, runs: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

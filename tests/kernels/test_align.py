@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kpu_fast.kernels import AlignLoss, align_loss, align_loss_reference, align_torch
 from kpu_fast.kernels.align import takes_triton
-from kpu_fast.kernels.launch import MAX_TOKENS, tokens_adjacent
+from kpu_fast.kernels.launch import MAX_TOKENS
+from kpu_fast.kernels.tensors import tokens_adjacent
 
 torch.set_num_threads(1)
 
