@@ -4,12 +4,14 @@ Imports torch only where it is needed.
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import logging
 import os
 import platform
 import subprocess
+import timeit
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -107,6 +109,22 @@ def device_name(device) -> str:
         model = lines[0].split(":", 1)[1].strip() + ", " if lines else ""
     threads = torch.get_num_threads()
     return f"{model}{threads} thread{'s' if threads > 1 else ''} (CPU)"
+
+
+@functools.cache
+def slow_bf16() -> float | None:
+    """How many times as long this CPU takes for a product of matrices in bf16 as in fp32, where that is above 4.
+
+    Without AVX-512 (or AMX, or ARM's bf16) it is some 30; with it about 1, or less.
+    """
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.ones(256, 256, dtype=dtype)
+        return min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
+
+    times = seconds(torch.bfloat16) / seconds(torch.float32)
+    return times if times > 4 else None
 
 
 def circumstances(further: Iterable[str] = ()) -> dict[str, object]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from kpu_fast.config import load_config
 from kpu_fast.evaluate.result import EvaluateError
+from kpu_fast.machine import slow_bf16
 from kpu_fast.reproduce import __main__ as command
 from kpu_fast.reproduce import ablation, report, scores, settings
 from kpu_fast.reproduce.train import TrainingFailed, config_of, make_mosaics, train
@@ -193,6 +194,18 @@ def test_images_of_an_installed_package(tmp_path, monkeypatch):
     assert (args.images, args.test_images) == ("package:mypics/seen", "package:mypics/unseen")
 
 
+@pytest.mark.parametrize(
+    ("times", "gpu", "precision"), [(30.0, False, "fp32"), (None, False, "bf16"), (30.0, True, "bf16")]
+)
+def test_a_cpu_that_is_slow_in_bf16_trains_in_fp32(times, gpu, precision, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(settings, "slow_bf16", lambda: times)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    args = command._parser().parse_args(["--out", str(tmp_path / "out"), "--device", "cpu"])
+    settings.check(args)
+    assert config_of("kpu", 0, args).precision == precision
+    assert ("30 times as slowly" in capsys.readouterr().out) == (precision == "fp32")
+
+
 def test_figures_of_other_settings_are_not_mixed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "make_mosaics", lambda *_: tmp_path)
     monkeypatch.setattr(command, "train", lambda *_: tmp_path)
@@ -358,7 +371,11 @@ def test_from_images_to_the_table(tmp_path, monkeypatch):
         found = report.read_results(tmp_path / "my runs/results")[run][0]
         assert set(found) & {*ablation.COLUMNS, "gap"} == expected
         assert rows[ablation.LABELS[run]][1].strip() == f"{100 * found['knn']:.1f}"
-    assert "1 steps of 32 images of clip and 4 images of gdino; kNN and linear learn from 60 images; 20 test" in page
+    precision = "bf16" if slow_bf16() is None or torch.cuda.is_available() else "fp32"
+    assert (
+        f"1 steps of 32 images of clip and 4 images of gdino in {precision}; kNN and linear learn from 60 images; 20 test"
+        in page
+    )
     assert (tmp_path / "img/reproduction.png").is_file()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "my runs").rglob("*")}
     assert command.main(asked) == 0

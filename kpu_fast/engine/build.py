@@ -19,7 +19,7 @@ from kpu_fast.engine.checkpoint import CheckpointError
 from kpu_fast.engine.distributed import World, first_problem, from_rank0, shared
 from kpu_fast.engine.optimizer import build_optimizer, build_scheduler, restore_settings
 from kpu_fast.engine.zero import quicken
-from kpu_fast.machine import is_out_of_memory
+from kpu_fast.machine import is_out_of_memory, slow_bf16
 from kpu_fast.models.attention import BackendError, describe
 from kpu_fast.models.student import Student
 from kpu_fast.models.teachers import Teacher, build_teacher
@@ -174,6 +174,8 @@ def announce(cfg: Config, world: World, parts: Parts) -> None:
     print(
         f"{cfg.name}: {world.size} x {world.device.type}, {cfg.precision}, attention: {describe(cfg.student.attention)}"
     )
+    if world.device.type == "cpu" and cfg.precision == "bf16" and (times := slow_bf16()):
+        log.warning("precision: this CPU multiplies in bf16 %.0f times as slowly as in fp32; set precision=fp32", times)
     print(f"trainable {trainable / 1e6:.1f} M parameters (student and heads), frozen {frozen / 1e6:.1f} M")
     for key in unknown_deepspeed_keys(cfg):
         log.warning("deepspeed.%s: no key that kpu_fast knows, and DeepSpeed passes over what it does not know", key)

@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("runs/reproduce"), help="default %(default)s")
     add("--report", type=Path, metavar="PAGE", help="also write the table between the marker lines of this page")
     add("--device", default="auto", help="of the evaluations (default: a GPU if there is one, as the trainings)")
+    parser.set_defaults(precision=None)  # the configuration's, unless `check` finds that this CPU is slow in it
     return parser
 
 

@@ -46,6 +46,7 @@ def conditions(configs: list, results: list[dict]) -> str:
     configs: of the trainings. results: every file that the table was made from.
     """
     steps = _range(cfg.steps for cfg in configs)
+    precision = _range(cfg.precision for cfg in configs)
     batches = {name: teacher.data.batch_size for cfg in configs for name, teacher in cfg.teachers.items()}
     images = " and ".join(f"{count} images of {teacher}" for teacher, count in batches.items())
     known, unseen = (_range(result[key] for result in results) for key in ("train_images", "test_images"))
@@ -54,8 +55,8 @@ def conditions(configs: list, results: list[dict]) -> str:
     torch = _range(result["versions"]["torch"] for result in results)
     commits = ", ".join(sorted({_short(result["commit"]) for result in results}))
     return (
-        f"{steps} steps of {images}; kNN and linear learn from {known} images; {unseen} test images, {MOSAICS_TEST} "
-        f"mosaics of them. Evaluated on {devices}, torch {torch}, {dates}, commit {commits}."
+        f"{steps} steps of {images} in {precision}; kNN and linear learn from {known} images; {unseen} test images, "
+        f"{MOSAICS_TEST} mosaics of them. Evaluated on {devices}, torch {torch}, {dates}, commit {commits}."
     )
 
 

@@ -9,8 +9,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from kpu_fast.evaluate.result import EvaluateError, check_writable, replaced
-from kpu_fast.machine import usable_device
+from kpu_fast.machine import slow_bf16, usable_device
 from kpu_fast.reproduce.ablation import CANVAS, GAP_BATCHES, MOSAICS_SEED, MOSAICS_TEST, REFERENCES
 from kpu_fast.reproduce.report import MARKS, split_page
 from kpu_fast.reproduce.train import config_of
@@ -52,9 +54,17 @@ def check(args: argparse.Namespace) -> None:
         if not args.report.is_file() or split_page(args.report.read_text(encoding="utf-8")) is None:
             raise EvaluateError(f"--report {args.report}: expected a page with the lines {' and '.join(MARKS)}, once")
         check_writable("--report", args.report)
+    if (times := _slow(config_of(args.runs[0], 0, args))) is not None:
+        print(f"in fp32: this CPU multiplies in bf16 {times:.0f} times as slowly", flush=True)
+        args.precision = "fp32"
     for run in args.runs:
         if (recipe := config_of(run, 0, args).objective.recipe) != "kpu":
             raise EvaluateError(f'--config {args.config}: its objective.recipe is "{recipe}"; the ablation is KPU\'s')
+
+
+def _slow(cfg) -> float | None:
+    """How many times as slowly as in fp32 the trainings would multiply; None where that is no matter."""
+    return slow_bf16() if cfg.precision == "bf16" and not torch.cuda.is_available() else None
 
 
 def settle(args: argparse.Namespace) -> None:

@@ -72,6 +72,8 @@ def _overrides(run: str, seed: int, args: argparse.Namespace) -> list[str]:
     if "teachers.gdino=null" not in RUNS[run]:
         values["teachers.gdino.weights"] = str(args.zoo / "gdino")
         values["teachers.gdino.data.source"] = str(args.out / "mosaics")
+    if args.precision is not None:
+        values["precision"] = args.precision
     if args.steps is not None:
         warmup = load_config(args.config).optimizer.warmup_steps
         values |= {"steps": args.steps, "optimizer.warmup_steps": min(warmup, args.steps)}
