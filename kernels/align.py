@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .align_op import align
 from .align_torch import EPS, compute_dtype
 from .launch import IMPLS, MAX_CHANNELS, MAX_SIDE, MAX_TOKENS, choose_impl
-from .resize import resize_bilinear_reference
+from .resize import LAYOUTS, resize_bilinear_reference
 from .tensors import check_filled, check_float, check_tensor, is_transformed, same_grid
 
 
@@ -93,11 +93,12 @@ def align_loss(
     cos_over: str = "token",
     valid: Tensor | None = None,
     reduction: str = "mean",
+    layout: str = "NHWC",
     impl: str = "auto",
 ) -> Tensor:
     """cos_weight·(1 − cosine) + l1_weight·smooth-L1 between two feature maps (KPU eq. 1; AM-RADIO's and theia's too).
 
-    source, target: (B, H, W, C), (B, N, C) or (B, C), any strides (NCHW as `.permute(0, 2, 3, 1)`), floating dtypes
+    source, target: (B, H, W, C), (B, N, C) or (B, C), or with layout="NCHW" (B, C, H, W); any strides, floating dtypes
     that may differ, up to 4096 channels in the kernels (more take the torch path); gradients to either or both.
     resize: "source" | "target" bilinearly moves that side to the other's grid; None: grids match. align_corners: as in
     `F.interpolate`.
@@ -108,7 +109,7 @@ def align_loss(
     reduction: "mean" → (): over all valid tokens (with cos_over="map": over samples that have one); "sample" → (B,):
     over each sample's valid tokens; "token" → the common grid's shape, 0 where invalid.
 
-    Returns float32, or float64 when an input is float64. All arithmetic is float32 (float64) inside. Norms are clamped
+    Returns float32, or float64 when a side is float64. All arithmetic is float32 (float64) inside. Norms are clamped
     at 1e-8 as PyTorch clamps them: the cosine of a shorter side shrinks with its length, to 0 for a zero vector, and
     that side takes no gradient from it. Two runs are bit-equal, except with impl="torch" and a resize on CUDA. The
     gradient cannot itself be differentiated. Under torch.func transforms and forward-mode differentiation
@@ -119,7 +120,9 @@ def align_loss(
     impl="triton" cannot run.
     """
     check_weights(cos_weight, l1_weight, beta)
-    check_choices(resize, cos_over, reduction, impl)
+    check_choices(resize, cos_over, reduction, layout, impl)
+    if layout == "NCHW":
+        source, target = _channels_last("source", source), _channels_last("target", target)
     check_tensors(source, target, resize, target_mean, target_std, valid)
     rank = source.dim()
     shape = (target if resize == "source" else source).shape[:-1]
@@ -168,11 +171,12 @@ class AlignLoss(nn.Module):
         target_std: Tensor | None = None,
         cos_over: str = "token",
         reduction: str = "mean",
+        layout: str = "NHWC",
         impl: str = "auto",
     ):
         super().__init__()
         weights = {"cos_weight": cos_weight, "l1_weight": l1_weight, "beta": beta}
-        choices = {"resize": resize, "cos_over": cos_over, "reduction": reduction, "impl": impl}
+        choices = {"resize": resize, "cos_over": cos_over, "reduction": reduction, "layout": layout, "impl": impl}
         check_weights(**weights)
         check_choices(**choices)
         self.options = weights | choices | {"align_corners": align_corners}
@@ -224,18 +228,26 @@ def check_weights(cos_weight, l1_weight, beta) -> None:
         raise ValueError(f"beta: expected 0 or a number from 1e-30 to 1e30, found {beta}")
 
 
-def check_choices(resize, cos_over, reduction, impl) -> None:
+def check_choices(resize, cos_over, reduction, layout, impl) -> None:
     """Raise what `align_loss` promises for choices that do not fit."""
     for name, found, allowed in (
         ("impl", impl, IMPLS),
         ("resize", resize, ("source", "target", None)),
         ("cos_over", cos_over, ("token", "map")),
         ("reduction", reduction, ("mean", "sample", "token")),
+        ("layout", layout, LAYOUTS),
     ):
         if found not in allowed:
             raise ValueError(f"{name}: expected one of {allowed}, found {found!r}")
     if cos_over == "map" and reduction == "token":
         raise ValueError('reduction: expected "mean" or "sample" with cos_over="map" (one cosine), found "token"')
+
+
+def _channels_last(name: str, x: Tensor) -> Tensor:
+    check_tensor(name, x)
+    if x.dim() != 4:
+        raise ValueError(f'{name}: expected (B, C, H, W) with layout="NCHW", found shape {tuple(x.shape)}')
+    return x.permute(0, 2, 3, 1)
 
 
 def check_tensors(source, target, resize, mean, std, valid) -> None:
@@ -250,7 +262,7 @@ def check_tensors(source, target, resize, mean, std, valid) -> None:
         raise ValueError(f"source, target: expected equal rank and batch, found {both}")
     if source.shape[-1] != target.shape[-1]:
         nchw = source.dim() == 4 and source.shape[1] == target.shape[1] and source.shape[2] != target.shape[2]
-        fix = "NCHW maps go in through .permute(0, 2, 3, 1)" if nchw else "project one"
+        fix = 'maps (B, C, H, W) take layout="NCHW"' if nchw else "project one"
         raise ValueError(f"source, target: expected equal channels (last dimension), found {both}; {fix}")
     if (resize is None or source.dim() != 4) and source.shape != target.shape:
         fix = "only (B, H, W, C) maps can be resized"

@@ -1,6 +1,6 @@
 """The kernel of align.py for views whose tokens are adjacent in memory (NCHW): threads lie along the tokens."""
 
-# A program cannot hold all channels of 64 tokens in registers, so it walks over them a chunk at a time: once for the
+# A program cannot hold all channels of 32 tokens in registers, so it walks over them a chunk at a time: once for the
 # sums, once more for the gradient, when its share of both sides comes out of the L2 cache.
 
 import triton

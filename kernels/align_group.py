@@ -38,13 +38,13 @@ def align_losses(terms: Sequence[AlignTerm], *, impl: str = "auto") -> Tensor:
     it is of float64 or wider than the kernels take, or if it takes a gradient in float16. Views without a cls token
     share launches.
     Every term has its own upstream gradient; where that is 1, as for the sum of all, the backward reads no gradient.
-    Returns float32, or float64 when a tensor is float64. Raises what `align_loss` raises, with the term's number, and
+    Returns float32, or float64 when a side is float64. Raises what `align_loss` raises, with the term's number, and
     ValueError for no terms and for terms on several devices.
     """
     terms = list(terms)
     if not terms:
         raise ValueError("align_losses: expected at least one term, found none")
-    check_choices(None, "token", "mean", impl)
+    check_choices(None, "token", "mean", "NHWC", impl)
     transformed = is_transformed()
     together = []
     for number, term in enumerate(terms):
@@ -117,10 +117,10 @@ def _likeness(term: AlignTerm, impl: str) -> tuple | None:
         return None
     found: list = [impl]
     for x in (term.source, term.target, *term[5:]):
-        if type(x) is Tensor or type(x) is torch.nn.Parameter:
-            found += x.shape, x.stride(), x.dtype, x.device, x.requires_grad
-        elif x is None:
+        if x is None:
             found.append(None)
+        elif type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided and not x.is_nested:
+            found += x.shape, x.stride(), x.dtype, x.device, x.requires_grad
         else:
             return None
     return tuple(found)

@@ -33,8 +33,7 @@ def our_level(source: Tensor, target: Tensor) -> Tensor:
         source, target = (x.reshape(len(x), -1, x.shape[1]) for x in (source, target))  # views of dense maps
         return align_loss(source, target, cos_over="map")
     resize = "source" if source.shape[2] < target.shape[2] else "target"
-    source, target = source.permute(0, 2, 3, 1), target.permute(0, 2, 3, 1)  # views
-    return align_loss(source, target, resize=resize, cos_over="map")
+    return align_loss(source, target, resize=resize, cos_over="map", layout="NCHW")
 
 
 def published(student: Levels, teacher: Levels) -> Tensor:

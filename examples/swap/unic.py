@@ -50,6 +50,8 @@ def our_running_statistics(
 ) -> tuple[Tensor, Tensor]:
     """UNIC: the (mean, std) of (C,) that these features take, and the running statistics moved on."""
     taken = mean_ema.flatten().clone(), std_ema.flatten() + 1e-6
+    if momentum == 0:  # evaluation
+        return taken
     mean, std = our_statistics(features)
     mean_ema.lerp_(mean.expand_as(mean_ema), momentum)
     std_ema.lerp_((std + 1e-6).expand_as(std_ema), momentum)

@@ -103,6 +103,25 @@ def test_reference_is_what_torch_says():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"resize": "source", "cos_over": "map"}, {"reduction": "token"}], ids=str)
+def test_layout_is_a_view(options, impl, device):
+    """Of maps (B, C, H, W): results and gradients of their permuted views, bit for bit, also from the module."""
+    grids = ((2, 24, 3, 4), (2, 24, 5, 4)) if "resize" in options else ((2, 24, 3, 4),) * 2
+    source, target = sides(*grids, device)
+    views = [x.detach().permute(0, 2, 3, 1).requires_grad_() for x in (source, target)]
+    expected = align_loss(*views, impl=impl, **options)
+    expected.sum().backward()
+    for loss in (
+        align_loss(source, target, layout="NCHW", impl=impl, **options),
+        AlignLoss(layout="NCHW", impl=impl, **options)(source, target),
+    ):
+        source.grad = target.grad = None
+        loss.sum().backward()
+        assert torch.equal(loss, expected)
+        assert torch.equal(source.grad.permute(0, 2, 3, 1), views[0].grad)
+        assert torch.equal(target.grad.permute(0, 2, 3, 1), views[1].grad)
+
+
 @pytest.mark.parametrize("options", [{}, {"reduction": "token"}], ids=str)
 def test_strides(options, impl, device):
     base, target = sides((2, 24, 3, 4), (2, 3, 8, 24), device, torch.bfloat16)
@@ -374,7 +393,9 @@ def test_any_shape_stride_and_dtype(grids, channels, batch, dtypes, layouts, res
     ("change", "error", "message"),
     [
         ({"target": torch.zeros(2, 3, 4, 7)}, ValueError, "equal channels.*project one"),
-        ({"target": torch.zeros(2, 3, 5, 7), "resize": "source"}, ValueError, "NCHW maps go in through .permute"),
+        ({"target": torch.zeros(2, 3, 5, 7), "resize": "source"}, ValueError, r'take layout="NCHW"'),
+        ({"layout": "NCWH"}, ValueError, "layout: expected one of"),
+        ({"layout": "NCHW", "source": torch.zeros(2, 15, 7)}, ValueError, r"source: expected \(B, C, H, W\)"),
         ({"target": torch.zeros(2, 3, 5, 6)}, ValueError, 'resize="source" or "target" brings'),
         ({"target": torch.zeros(3, 3, 4, 6)}, ValueError, "equal rank and batch"),
         ({"target": torch.zeros(2, 12, 6)}, ValueError, "equal rank and batch"),

@@ -368,6 +368,8 @@ def test_any_terms(shapes, dtypes, masked):
         ({"target": torch.zeros(2, 7)}, ValueError, "term 1: source, target: expected equal channels"),
         ({"target": torch.zeros(2, 6, dtype=torch.long)}, TypeError, "term 1: target: expected a floating-point"),
         ({"beta": -1.0}, ValueError, "term 1: beta: expected 0 or a number"),
+        ({"target": torch.zeros(2, 6).to_sparse_csr()}, TypeError, "term 1: target: expected a dense tensor"),
+        ({"target": torch.nested.nested_tensor([torch.zeros(6)] * 2)}, TypeError, "term 1: target: expected a dense"),
         ({"valid": torch.ones(3, dtype=torch.bool)}, ValueError, r"term 1: valid: expected shape \(2,\)"),
         (
             {"source": torch.zeros(2, 6, device="meta"), "target": torch.zeros(2, 6, device="meta")},

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# The fixture compiles some 700 kernels: three minutes of one idle core, more where other work runs beside it.
+# The fixture compiles some 300 kernels: three minutes of one idle core, more where other work runs beside it.
 pytestmark = pytest.mark.timeout(900)
 
 SPILL_FREE, COMPILED_ONLY = 90, (80, 100)  # H100, whose machine code is looked into; A100 and B200
