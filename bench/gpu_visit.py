@@ -311,16 +311,12 @@ class Visit:
         return list(kernels.values()), ""
 
     def _images(self) -> Path:
-        """64 photographs' worth of noise, as bench/test_data.py makes it."""
-        import numpy as np
-        from PIL import Image
+        """As bench/test_data.py has them."""
+        from images import noise_images
 
         folder = self.scratch / "images"
         folder.mkdir(exist_ok=True)
-        rng = np.random.default_rng(0)
-        for number in range(64):
-            coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
-            coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=88)
+        noise_images(folder)
         return folder
 
     def _pytest(self, options: list[str], deadline: float, prefix: list[str] | None = None, extra=None) -> dict:

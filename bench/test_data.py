@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from images import noise_images
 from PIL import Image, ImageOps
 
 from kpu_fast.data.pipeline import Stream
@@ -33,13 +34,7 @@ def source(tmp_path_factory):
     given = os.environ.get("KPU_FAST_BENCH_IMAGES")
     if given:
         return given
-    rng = np.random.default_rng(0)
-    for number in range(64):
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize(
-            (500, 375), Image.Resampling.BICUBIC
-        )
-        grain = np.asarray(coarse) + rng.normal(0, 12, (375, 500, 3))
-        Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=88)
+    noise_images(folder)
     return str(folder)
 
 
