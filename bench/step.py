@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -27,11 +27,12 @@ from kpu_fast.config import ConfigError, load_config
 from kpu_fast.data.pipeline import Batch
 from kpu_fast.engine.build import RunError, build, open_streams
 from kpu_fast.engine.distributed import World, init_distributed
-from kpu_fast.engine.loop import forward, targets_of, train_step
+from kpu_fast.engine.loop import train_step
 from kpu_fast.engine.result import peak_memory
 from kpu_fast.machine import circumstances, device_name
 from kpu_fast.train import leave
 
+# The loop's `train_step` marks all but the first. FAMO's second forward is among the optimizer's.
 PARTS = ("data", "teachers", "student and losses", "backward", "optimizer")
 PRINTED_KERNELS = 25
 
@@ -117,33 +118,11 @@ def _random_batches(data, device: torch.device) -> Iterator[Batch]:
     return itertools.cycle(Batch(one, valid) for one in images)
 
 
-def _batches(streams) -> dict:
-    return {name: next(stream) for name, stream in streams.items()}
-
-
-def _step(parts, streams) -> None:
+def _step(parts, streams, mark: Callable[[str], None] = lambda part: None) -> None:
     for _ in range(parts.engine.gradient_accumulation_steps()):
-        train_step(parts, _batches(streams))
-
-
-def _backward_in_parts(parts, streams, mark) -> None:
-    """The parts of the loop's `train_step`, one after the other; mark(part) is called when a part has been issued.
-
-    Balances of the teachers, which cost next to nothing but FAMO's second forward, are left out.
-    """
-    batches = _batches(streams)
-    mark("data")
-    targets = targets_of(parts, batches)
-    mark("teachers")
-    total = parts.engine.module.total(forward(parts.engine, batches, targets))
-    mark("student and losses")
-    parts.engine.backward(total)
-    mark("backward")
-    last = parts.engine.is_gradient_accumulation_boundary()
-    parts.engine.step()
-    if last:
-        parts.engine.module.after_step(parts.engine.gradient_accumulation_steps())
-    mark("optimizer")
+        batches = {name: next(stream) for name, stream in streams.items()}
+        mark("data")
+        train_step(parts, batches, mark)
 
 
 def _time_whole(world: World, parts, streams, steps: int) -> float:
@@ -170,8 +149,7 @@ def _time_parts(world: World, parts, streams, steps: int) -> dict[str, float]:
             spent[part] += now - last  # noqa: B023 (called in this turn only)
             last = now
 
-        for _ in range(parts.engine.gradient_accumulation_steps()):
-            _backward_in_parts(parts, streams, mark)
+        _step(parts, streams, mark)
         for part in PARTS:
             seconds[part].append(spent[part])
     return {part: statistics.median(values) for part, values in seconds.items()}

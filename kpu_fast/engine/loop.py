@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -157,19 +157,23 @@ def forward(engine, batches: dict[str, Batch], targets: dict[str, dict[str, Feat
 
 
 def train_step(
-    parts: Parts, batches: dict[str, Batch]
+    parts: Parts, batches: dict[str, Batch], mark: Callable[[str], None] = lambda part: None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
     """Forwards, one backward, one step: (loss terms, total, the teachers' shares in it or None if all are equal).
 
     batches: by the names of the teachers that have images of their own.
     With `gradient_accumulation_steps` k it is every k-th call that takes the step, along the mean of k gradients.
+    mark(part): called when that part of the step has been issued (bench/step.py times them).
     """
     engine, objective, balance = parts.engine, parts.engine.module, parts.balance
     targets = targets_of(parts, batches)
+    mark("teachers")
     terms = forward(engine, batches, targets)
     shares = None if balance is None else balance.shares(objective.losses(terms))
     total = objective.total(terms, shares)
+    mark("student and losses")
     engine.backward(total)
+    mark("backward")
     last = engine.is_gradient_accumulation_boundary()
     engine.step()  # before the last one DeepSpeed only counts here
     if isinstance(balance, FAMO):  # what has this step done to each teacher's loss on this batch?
@@ -177,6 +181,7 @@ def train_step(
             balance.learn(objective.losses(forward(engine, batches, targets)))
     if last:
         objective.after_step(engine.gradient_accumulation_steps())
+    mark("optimizer")
     return {key: term.detach() for key, term in terms.items()}, total.detach(), shares
 
 

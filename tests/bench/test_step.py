@@ -76,37 +76,70 @@ def test_random_batches_are_as_the_stream_gives_them(step, fit):
         assert not first.valid[..., 28:].any()
 
 
-def test_each_part_is_marked_when_it_has_been_issued(step, monkeypatch):
+class Issued:
+    """Whatever is called of it is noted in `done` under its dotted name."""
+
+    def __init__(self, name, done):
+        self.name, self.done = name, done
+
+    def __getattr__(self, name):
+        return Issued(f"{self.name}.{name}", self.done)
+
+    def __call__(self, *_):
+        self.done.append(self.name)
+        return self
+
+
+@pytest.mark.parametrize("famo", [False, True])
+def test_each_part_is_marked_when_it_has_been_issued(step, monkeypatch, famo):
+    from kpu_fast.engine import loop
+
     done = []
-
-    class Issued:
-        """Whatever is called of it is noted under its dotted name."""
-
-        def __init__(self, name):
-            self.name = name
-
-        def __getattr__(self, name):
-            return Issued(f"{self.name}.{name}")
-
-        def __call__(self, *_):
-            done.append(self.name)
-            return self
-
-    engine, teacher, stream = Issued("engine"), Issued("teacher"), iter([SimpleNamespace(images=None)])
-    monkeypatch.setattr(step, "forward", lambda *_: done.append("forward"))
+    engine, teacher, balance = (Issued(name, done) for name in ("engine", "teacher", "balance"))
+    engine.gradient_accumulation_steps = lambda: 2
+    monkeypatch.setattr(loop, "forward", lambda *_: done.append("forward") or {})
+    monkeypatch.setattr(loop, "FAMO", Issued)
     parts = SimpleNamespace(engine=engine, teachers={"clip": teacher}, streams={"clip": ["clip"]})
-    step._backward_in_parts(parts, {"clip": stream}, lambda part: done.append([part]))
+    parts.balance = balance if famo else None
+    stream = iter([SimpleNamespace(images=None)] * 2)
+    step._step(parts, {"clip": stream}, lambda part: done.append([part]))
     expected = [
-        ["data"], "teacher", ["teachers"], "forward", "engine.module.total", ["student and losses"], "engine.backward",
-        ["backward"], "engine.is_gradient_accumulation_boundary", "engine.step", "engine.gradient_accumulation_steps",
-        "engine.module.after_step", ["optimizer"],
+        ["data"], "teacher", ["teachers"], "forward", *["engine.module.losses", "balance.shares"] * famo,
+        "engine.module.total", ["student and losses"], "engine.backward", ["backward"],
+        "engine.is_gradient_accumulation_boundary", "engine.step",
+        *["forward", "engine.module.losses", "balance.learn"] * famo, "engine.module.after_step", ["optimizer"],
+        "engine.module.total.detach",
     ]  # fmt: skip
-    assert done == expected
+    assert done == 2 * expected
+    assert [entry[0] for entry in expected if isinstance(entry, list)] == list(step.PARTS)
+
+
+def test_the_time_of_each_part_is_the_median_over_steps_of_all_its_backwards(step, monkeypatch):
+    clock, taken = [0.0], []
+
+    def train_step(parts, batches, mark):
+        taken.append(batches["clip"])
+        for seconds, part in zip((1, 2, 4, 8), step.PARTS[1:], strict=True):
+            clock[0] += seconds * (100 if taken[-1] >= 4 else 1)  # the third step is slow
+            mark(part)
+
+    def images():
+        for number in itertools.count():
+            clock[0] += 0.25
+            yield number
+
+    monkeypatch.setattr(step, "train_step", train_step)
+    monkeypatch.setattr(step, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    parts = SimpleNamespace(engine=SimpleNamespace(gradient_accumulation_steps=lambda: 2))
+    world = step.World(0, 1, torch.device("cpu"), 0, None)
+    found = step._time_parts(world, parts, {"clip": images()}, 3)
+    assert found == dict(zip(step.PARTS, (0.5, 2, 4, 8, 16), strict=True))
+    assert taken == list(range(6))
 
 
 def test_a_step_has_all_its_backwards(step, monkeypatch):
     seen = []
-    monkeypatch.setattr(step, "train_step", lambda _, batches: seen.append(batches))
+    monkeypatch.setattr(step, "train_step", lambda _, batches, mark: seen.append(batches))
     parts = SimpleNamespace(engine=SimpleNamespace(gradient_accumulation_steps=lambda: 3))
     step._step(parts, {"clip": iter(range(9))})
     assert seen == [{"clip": 0}, {"clip": 1}, {"clip": 2}]
