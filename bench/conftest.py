@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from timing import Clock, as_graph, copy_bandwidth, last_level_cache
 
 from kpu_fast.machine import device_name
 
@@ -165,7 +166,7 @@ def _circumstances(device: str) -> dict:
     return versions | {
         "device": device_name(torch.device(device)),
         "threads": torch.get_num_threads(),
-        "cache_bytes": _last_level_cache(),
+        "cache_bytes": last_level_cache(),
     }
 
 
@@ -174,51 +175,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _last_level_cache() -> int:
-    """Bytes of the largest cache of CPU 0 (Linux), 32 MiB where the system does not say."""
-    units = {"K": 1 << 10, "M": 1 << 20}
-    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 << 20)
-
-
-@functools.cache
-def _copy_bandwidth(device: str) -> float:
-    """Bytes per second, read and written, of `out.copy_(x)`, the best of twelve rounds: the practical ceiling."""
-    size = (1 << 30) if device == "cuda" else max(1 << 28, 8 * _last_level_cache())
-    x = torch.ones(size // 4, device=device)
-    out = torch.zeros_like(x)
-    seconds = []
-    for _ in range(12):
-        clock = _Clock(device)
-        for _ in range(4):
-            out.copy_(x)
-        seconds.append(clock.stop())
-    return 4 * 2 * size / min(seconds)
-
-
-class _Clock:
-    """Seconds of one round: between two CUDA events in the stream on a GPU, of the wall on a CPU.
-
-    The first event is recorded on an idle device and the last one after the last launch, so time that the device waits
-    for launches counts; the final wait of the host does not.
-    """
-
-    def __init__(self, device: str):
-        self.events = None
-        if device == "cuda":
-            torch.cuda.synchronize()
-            self.events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self.events[0].record()
-        self.began = time.perf_counter()
-
-    def stop(self) -> float:
-        if self.events is None:
-            return time.perf_counter() - self.began
-        self.events[1].record()
-        torch.cuda.synchronize()
-        return self.events[0].elapsed_time(self.events[1]) / 1e3
 
 
 @pytest.fixture
@@ -243,7 +199,7 @@ def measure(benchmark, device, request):
         if request.config.getoption("--bench-profile"):
             _profile(request.config.getoption("--bench-profile"), lambda: step(*first))
             pytest.skip("profiled, not timed")
-        copy = _copy_bandwidth(device)
+        copy = copy_bandwidth(device)
         peak = _peak_memory(lambda: step(*first)) if device == "cuda" else None
         buffers = [first, *(make() for _ in range(passes - 1))]
         laps = math.ceil(MIN_STEPS / passes) if device == "cuda" else 1
@@ -253,11 +209,11 @@ def measure(benchmark, device, request):
                 held = [step(*inputs) for inputs in buffers]
             return held
 
-        once = _as_graph(walk) if mode == "graph" else walk
+        once = as_graph(walk) if mode == "graph" else walk
         seconds: list[float] = []
 
         def timed():
-            clock = _Clock(device)
+            clock = Clock(device)
             held = once()
             seconds.append(clock.stop())
             return held
@@ -310,25 +266,6 @@ def _peak_memory(step: Callable) -> int:
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def _as_graph(walk: Callable) -> Callable:
-    """A round as one CUDA graph; results keep their own memory in it, as they do in a plain round."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # lazy initialisation is not allowed during the capture
-        walk()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        held = walk()
-
-    def replay():
-        graph.replay()
-        return held
-
-    return replay
 
 
 def _profile(how: str, step: Callable) -> None:

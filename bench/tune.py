@@ -36,6 +36,7 @@ from kpu_fast.kernels import (
     resize_triton,
 )
 from kpu_fast.kernels.launch import Tile, TokenTile
+from timing import Clock, as_graph, copy_bandwidth
 
 BF16 = torch.bfloat16
 BATCH = 4  # of deform_attn, as in test_deform_attn.py
@@ -261,50 +262,25 @@ def with_tile(case: Case, tile, function: Callable):
 def seconds_per_step(step: Callable, buffers: list[tuple]) -> float:
     """Median over replays of one CUDA graph that walks over the buffers for at least REPLAY_MS."""
 
-    def walk(laps):
+    def walk(laps: int = 1) -> list:
         for _ in range(laps):
             held = [step(*inputs) for inputs in buffers]
         return held
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        walk(1)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        walk(1)
-        end.record()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    laps = max(1, min(16, round(REPLAY_MS / begin.elapsed_time(end))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        walk(laps)
+    walk()
+    clock = Clock("cuda")
+    walk()
+    laps = max(1, min(16, round(REPLAY_MS / (1e3 * clock.stop()))))
+    replay = as_graph(lambda: walk(laps))
     times = []
-    for _ in range(REPLAYS):
+    for _ in range(REPLAYS):  # without a wait in between, so that none begins on an idle device
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        graph.replay()
+        replay()
         end.record()
         times.append((begin, end))
     torch.cuda.synchronize()
     return statistics.median(b.elapsed_time(e) for b, e in times[1:]) / 1e3 / laps / len(buffers)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, the best of twelve; not of a graph, whose copies are slower (H200: 2/3)."""
-    x = torch.ones(1 << 28, device="cuda")
-    out = torch.empty_like(x)
-    seconds = []
-    for _ in range(12):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(4):
-            out.copy_(x)
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
-    return 4 * 2 * 4 * x.numel() / min(seconds)
 
 
 def compile_share(cases: list[Case], part: int, parts: int) -> None:
@@ -361,7 +337,7 @@ def main() -> int:
         return 0
     compile_all(names)
     device = torch.cuda.get_device_properties(0)
-    copy = copy_bandwidth()
+    copy = copy_bandwidth("cuda")
     found = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **circumstances(args.commit, dry_run=False),

@@ -1,6 +1,6 @@
 """bench/count_step.py: bytes, operations and launches of a step, against numbers worked out by hand."""
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def tool():
-    sys.path.insert(0, str(ROOT / "bench"))
-    spec = importlib.util.spec_from_file_location("bench_count_step", ROOT / "bench/count_step.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(ROOT / "bench"))
+    return importlib.import_module("count_step")
 
 
 def test_operators_are_counted_as_they_move_memory(tool):

@@ -1,6 +1,6 @@
 """bench/step.py: the batches it makes, and what it counts, also where torch's own counter would see nothing."""
 
-import importlib.util
+import importlib
 import itertools
 import json
 from pathlib import Path
@@ -15,15 +15,10 @@ from kpu_fast.machine import device_name
 
 
 @pytest.fixture
-def step(monkeypatch):
+def step():
     for library in ("deepspeed", "pydantic", "nvidia.dali", "transformers"):
         pytest.importorskip(library, reason=f"{library} is not installed")
-    file = Path(__file__).resolve().parents[2] / "bench/step.py"
-    monkeypatch.syspath_prepend(file.parent)
-    spec = importlib.util.spec_from_file_location("bench_step", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("step")
 
 
 @pytest.fixture

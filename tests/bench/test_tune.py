@@ -1,9 +1,11 @@
 """bench/tune.py: what it tries reaches the launches, and only while it is tried."""
 
-import importlib.util
+import importlib
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -13,14 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def tune():
     pytest.importorskip("triton", reason="triton is not installed")
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        spec = importlib.util.spec_from_file_location("bench_tune", ROOT / "bench/tune.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(ROOT / "bench"))
-    return module
+    return importlib.import_module("tune")
 
 
 def tables():
@@ -63,6 +58,46 @@ def test_a_tile_that_fails_is_noted_and_leaves_the_table_as_it_was(tune, monkeyp
     assert first["percent_of_copy"] == pytest.approx(100 * case.counted / 1e-5 / 2e12)
     assert second["error"] == "RuntimeError: out of shared memory"
     assert tables() == before
+
+
+def test_the_time_of_a_step_is_of_the_median_replay(tune, monkeypatch):
+    clock, captured, replays = [0.0], [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    class Graph:
+        def replay(self):
+            replays.append(self.seconds)
+            clock[0] += self.seconds * (50 if len(replays) in (1, 7, 9) else 0.5)  # half of what it takes launched
+
+    @contextmanager
+    def capture(graph):
+        before, number = clock[0], len(steps)
+        yield
+        graph.seconds, clock[0] = clock[0] - before, before
+        captured.extend(steps[number:])
+
+    for name, value in {"Event": Event, "CUDAGraph": Graph, "graph": capture, "Stream": MagicMock}.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", value)
+    for name in ("stream", "current_stream", "synchronize"):
+        monkeypatch.setattr(f"torch.cuda.{name}", MagicMock())
+    steps = []
+
+    def step(buffer):
+        steps.append(buffer)
+        clock[0] += 1e-4
+
+    assert tune.seconds_per_step(step, [(1,), (2,), (3,)]) == pytest.approx(0.5e-4)
+    assert captured == 3 * [1, 2, 3]  # as many laps as come nearest to REPLAY_MS
+    assert len(replays) == tune.REPLAYS
 
 
 def test_says_what_it_cannot(tune):
