@@ -9,9 +9,10 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
+
+from report_picture import draw
 
 BEGIN, END = "<!-- bench: written by bench/report.py -->", "<!-- bench: end -->"
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +20,6 @@ PICTURE = "docs/img/roofline.png"
 MODES = ("graph", "full", "forward")  # the first that was measured stands for a shape in the short table
 DTYPES = ("bf16", "fp32", "fp16")
 BASELINES = ("eager", "compile")
-COLOURS = {"ours": "#0b6fb8", "compile": "#e08214", "eager": "#8c8c8c"}
 MODE_TEXT = {"graph": "as a CUDA graph", "full": "forward + backward", "forward": "forward"}
 COLUMNS = ("op", "shape", "row", "dtype", "mode", "device", "ms", "gb_per_s", "copy_gb_per_s", "percent_of_copy")
 
@@ -37,9 +37,13 @@ class Group(NamedTuple):
     mode: str
     rows: dict[str, dict]
 
-    def ratio(self, row: str) -> float | None:
-        """How many times ours is faster than `row`."""
-        return self.rows[row]["ms"] / self.rows["ours"]["ms"] if row in self.rows else None
+    def ratio(self, row: str) -> float:
+        """How many times ours is faster than `row`, which was measured."""
+        return self.rows[row]["ms"] / self.rows["ours"]["ms"]
+
+    def times(self, row: str) -> str:
+        """The same as text, a dash where it was not measured."""
+        return "–" if row not in self.rows else _two_digits(self.ratio(row))
 
 
 class Measured(NamedTuple):
@@ -75,7 +79,7 @@ def main() -> int:
         else:
             print(text)
         if len(found) == 1 and found[0].groups:
-            draw(found[0], args.picture or ROOT / PICTURE)
+            _picture(found[0], args.picture or ROOT / PICTURE)
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -237,13 +241,13 @@ def _cells(group: Group, on_gpu: bool, every: bool) -> list[str]:
     cells = [f"{group.op} {group.shape}{detail}"]
     if on_gpu:
         cells += [f"{ours['ms']:.3g}", f"{ours['gb_per_s']:.0f}"]
-    cells += [_times(ours["percent_of_copy"]), *(_times(group.ratio(row)) for row in BASELINES)]
+    cells += [_two_digits(ours["percent_of_copy"]), *(group.times(row) for row in BASELINES)]
     return [*cells, f"{_megabytes(ours)} ({_megabytes(eager)})"] if on_gpu else cells
 
 
 def _further(group: Group) -> str:
     rows = sorted(group.rows.keys() - {"ours", *BASELINES})
-    return ", ".join(f"{row} {_times(group.ratio(row))}" for row in rows)
+    return ", ".join(f"{row} {group.times(row)}" for row in rows)
 
 
 def _short(groups: list[Group], on_gpu: bool) -> list[Group]:
@@ -310,8 +314,8 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _times(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}"
+def _two_digits(number: float) -> str:
+    return f"{number:.2g}" if number < 10 else f"{number:.0f}"
 
 
 def _megabytes(row: dict) -> str:
@@ -333,84 +337,16 @@ def insert(readme: Path, text: str) -> None:
         raise ReportError(f"{readme}: cannot be written ({error.strerror})") from error
 
 
-def draw(measured: Measured, file: Path) -> None:
-    """The roofline (rate against bytes moved, the copy as a line) beside how many times faster each shape is.
-
-    Raises ReportError where `file` cannot be written.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def _picture(measured: Measured, file: Path) -> None:
+    """The rows of `table` drawn. Raises ReportError where `file` cannot be written."""
     groups = _by_op(_short(measured.groups, measured.on_gpu))
-    height = max(4.4, 0.34 * len(groups) + 1.6)
-    figure, panels = pyplot.subplots(1, 2, figsize=(13, height), width_ratios=(1, 1.05), layout="constrained")
-    _draw_roofline(panels[0], groups, measured.on_gpu)
-    _draw_ratios(panels[1], groups)
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
     caption = _caption(measured, groups).replace("**", "").partition(". ×")[0]
-    figure.suptitle(caption, fontsize=9, x=0.01, ha="left")
+    figure = draw(groups, caption, measured.on_gpu)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=130, format=file.suffix[1:] or "png")
     except (OSError, ValueError) as error:  # ValueError: a suffix of no picture
         raise ReportError(f"--picture {file}: cannot be written ({error})") from error
-    finally:
-        pyplot.close(figure)
-
-
-def _draw_roofline(axes, groups: list[Group], on_gpu: bool) -> None:
-    rate, unit = ("gb_per_s", "GB/s") if on_gpu else ("percent_of_copy", "% of copy bandwidth")
-    top = max(group.rows["ours"]["copy_gb_per_s"] for group in groups) if on_gpu else 100.0
-    markers = dict(zip(dict.fromkeys(group.op for group in groups), cycle("os^DvP"), strict=False))
-    for group in groups:
-        points = {row: info[rate] for row, info in group.rows.items() if row in COLOURS}
-        size = group.rows["ours"]["counted_bytes"] / 1e6
-        axes.plot([size, size], [min(points.values()), max(points.values())], color="#dddddd", lw=1, zorder=1)
-        for row, value in points.items():
-            axes.scatter(
-                size, value, s=46, color=COLOURS[row], marker=markers[group.op], edgecolor="white", lw=0.6, zorder=3
-            )
-    for row, colour in COLOURS.items():
-        axes.scatter([], [], s=46, color=colour, label=row)
-    for op, marker in markers.items():
-        axes.scatter([], [], s=40, facecolor="none", edgecolor="black", lw=0.8, marker=marker, label=op)
-    axes.axhline(top, color="black", lw=1)
-    text = f"copy, {top:.0f} GB/s" if on_gpu else "copy"
-    axes.annotate(text, (0.01, top), (0, 4), xycoords=("axes fraction", "data"), textcoords="offset points")
-    axes.set(xscale="log", yscale="log", xlabel="bytes that have to move, MB (each input read once)", ylabel=unit)
-    axes.set_ylim(top=1.8 * max(top, axes.get_ylim()[1] / 1.8))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.grid(which="major", color="#eeeeee", lw=0.6)
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.9), frameon=False, fontsize=8)
-    axes.set_title("How close to a copy", loc="left")
-
-
-def _draw_ratios(axes, groups: list[Group]) -> None:
-    """Bars from 1, to the right where ours is faster."""
-    for offset, row in ((-0.19, "eager"), (0.19, "compile")):
-        found = [(place + offset, group.ratio(row)) for place, group in enumerate(groups) if row in group.rows]
-        if not found:
-            continue
-        places, ratios = zip(*found, strict=True)
-        axes.barh(places, [r - 1 for r in ratios], 0.36, left=1, color=COLOURS[row], label=f"than {row}", zorder=2)
-        for place, ratio in found:
-            side = {"xytext": (3, 0), "ha": "left"} if ratio >= 1 else {"xytext": (-3, 0), "ha": "right"}
-            axes.annotate(_times(ratio), (ratio, place), textcoords="offset points", va="center", fontsize=8, **side)
-    axes.axvline(1, color="black", lw=1, zorder=3)
-    axes.set_yticks(range(len(groups)), [f"{group.op} {group.shape}" for group in groups], fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xscale="log", xlabel="the other's time / ours")
-    low, high = axes.get_xlim()
-    axes.set_xlim(low / 1.5, high * 1.5)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(lambda value, _: "")
-    axes.grid(axis="x", which="major", color="#eeeeee", lw=0.6, zorder=0)
-    axes.legend(loc="best", frameon=False, fontsize=8)
-    axes.set_title("Times faster", loc="left")
 
 
 if __name__ == "__main__":

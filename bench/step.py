@@ -2,9 +2,9 @@
 
 Runs `--warmup` steps, then `--steps` steps as the training does, without a wait in between (step time, images/s, peak
 memory), then a few steps with a wait after every part (share of each part), on a GPU a few more under torch.profiler
-(its kernels, and how long it had none), and counts the operations of one
-(of ten, and their mean, where images come in buckets). Prints a table and writes one JSON with
-device and versions to --out. Times mean something on a GPU only; on a CPU the shares, the memory and the count do.
+(its kernels, and how long it had none), and counts the operations of one (of ten, and their mean, where images come in
+buckets). Prints a table and writes one JSON with device and versions to --out. Times mean something on a GPU only; on a
+CPU the shares, the memory and the count do.
 --images random takes batches that lie on the device instead of decoding: the step without its data, and without DALI.
 """
 
@@ -23,9 +23,9 @@ from flop import RULES
 from gpu_visit import slug
 from torch.utils.flop_counter import FlopCounterMode
 
-from kpu_fast.config import ConfigError, load_config
+from kpu_fast.config import Config, ConfigError, load_config
 from kpu_fast.data.pipeline import Batch
-from kpu_fast.engine.build import RunError, build, open_streams
+from kpu_fast.engine.build import Parts, RunError, build, open_streams
 from kpu_fast.engine.distributed import World, init_distributed
 from kpu_fast.engine.loop import train_step
 from kpu_fast.engine.result import peak_memory
@@ -38,7 +38,7 @@ PRINTED_KERNELS = 25
 
 
 def main() -> int:
-    """Measure, print, write."""
+    """Build, measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", required=True, help="as kpu_fast/train.py takes it")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="the same")
@@ -64,6 +64,18 @@ def main() -> int:
         streams = {name: _random_batches(cfg.teachers[name].data, world.device) for name in cfg.streams()}
     else:
         streams = open_streams(cfg, parts.indexes, world, {})
+    result = measure(cfg, world, parts, streams, args)
+    if world.rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        file = args.out / f"step-{cfg.name}-{slug(result['device'])}.json"
+        file.write_text(json.dumps(result, indent=2), encoding="utf-8")
+        print(_summary(result))
+        print(file)
+    return 0
+
+
+def measure(cfg: Config, world: World, parts: Parts, streams: dict, args: argparse.Namespace) -> dict:
+    """The JSON: what a step took, its parts and what it counted, with config, device and versions."""
     for _ in range(args.warmup):
         _step(parts, streams)
     whole = _time_whole(world, parts, streams, args.steps)
@@ -72,14 +84,12 @@ def main() -> int:
     kernels = _profile(parts, streams, min(3, args.steps)) if world.device.type == "cuda" else None
     bucketed = args.images == "source" and any(teacher.data.buckets for teacher in cfg.teachers.values())
     flop = _count_flop(parts, streams, min(10, args.steps) if bucketed else 1)
-    images = world.size * cfg.images_per_step()
-    device = device_name(world.device)
-    result = {
+    return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device,
+        "device": device_name(world.device),
         "ranks": world.size,
         "step_ms": 1e3 * whole,
-        "images_per_second": images / whole,
+        "images_per_second": world.size * cfg.images_per_step() / whole,
         "flop": flop,
         "peak_memory": memory,
         "shares_percent": {part: 100.0 * shares[part] / sum(shares.values()) for part in PARTS},
@@ -89,22 +99,20 @@ def main() -> int:
         "config": cfg.model_dump(mode="json"),
         **circumstances(),
     }
-    if world.rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        file = args.out / f"step-{cfg.name}-{slug(device)}.json"
-        file.write_text(json.dumps(result, indent=2), encoding="utf-8")
-        print(f"{device}: {result['step_ms']:.1f} ms per step, {result['images_per_second']:.1f} images/s")
-        print(f"{flop / 1e12:.3g} TFLOP per step and rank, {flop / whole / 1e12:.3g} TFLOP/s")
-        print(f"peak memory: {result['peak_memory']}")
-        for part in PARTS:
-            print(f"  {part:<20}{result['shares_percent'][part]:6.1f} %")
-        if kernels:
-            busy = sum(kernel["ms"] for kernel in kernels)
-            print(f"kernels: {busy:.1f} ms and {sum(kernel['calls'] for kernel in kernels):.0f} launches per step")
-            for kernel in kernels[:PRINTED_KERNELS]:
-                print(f"  {kernel['ms']:8.3f} ms {kernel['calls']:7.1f} x  {kernel['name'][:100]}")
-        print(file)
-    return 0
+
+
+def _summary(result: dict) -> str:
+    flop, seconds, kernels = result["flop"], result["step_ms"] / 1e3, result["kernels"] or []
+    lines = [f"{result['device']}: {result['step_ms']:.1f} ms per step, {result['images_per_second']:.1f} images/s"]
+    lines += [f"{flop / 1e12:.3g} TFLOP per step and rank, {flop / seconds / 1e12:.3g} TFLOP/s"]
+    lines += [f"peak memory: {result['peak_memory']}"]
+    lines += [f"  {part:<20}{share:6.1f} %" for part, share in result["shares_percent"].items()]
+    if kernels:
+        busy, launches = (sum(kernel[what] for kernel in kernels) for what in ("ms", "calls"))
+        lines += [f"kernels: {busy:.1f} ms and {launches:.0f} launches per step"]
+    for kernel in kernels[:PRINTED_KERNELS]:
+        lines += [f"  {kernel['ms']:8.3f} ms {kernel['calls']:7.1f} x  {kernel['name'][:100]}"]
+    return "\n".join(lines)
 
 
 def _random_batches(data, device: torch.device) -> Iterator[Batch]:

@@ -142,6 +142,8 @@ END
 """
 SANITIZER = """#!/bin/sh
 [ "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 ] || exit 3
+for program; do :; done
+[ -f "$program" ] || exit 4
 echo "========= ERROR SUMMARY: 1 error"
 exit 9
 """
@@ -175,36 +177,6 @@ def test_tools_of_a_gpu(tmp_path, profiling):
     assert section["result"]["memcheck"]["exit"] == 9
     assert "1 error" in section["result"]["memcheck"]["tail"]
     assert section["exit"] == 9
-
-
-def test_memcheck_runs_every_operator(monkeypatch):
-    import torch
-
-    from kpu_fast import kernels
-
-    seen = set()
-
-    def watch(name, function):
-        def watched(first, *rest, **options):
-            tensor = first[0].target if name == "align_losses" else first
-            dense = "dense" if tensor.is_contiguous() else "a view"
-            seen.add((name, dense, options.get("valid") is not None, options.get("deterministic")))
-            if name == "deform_attn" and isinstance(rest[0], torch.Tensor):
-                assert rest[0].prod(1).sum() != first.shape[1]  # wrong on purpose, for the kernels; not for plain torch
-                rest = ([(5, 7), (1, 1), (3, 2)], *rest[1:])
-                seen.add("sizes that are wrong")
-            return function(first, *rest, **options)
-
-        return watched
-
-    for name in ("align_loss", "align_losses", "deform_attn", "moments", "resize_bilinear"):
-        monkeypatch.setattr(kernels, name, watch(name, getattr(kernels, name)))
-    text = visit_module().SANITIZED.replace('"cuda"', '"cpu"').replace("torch.cuda.synchronize()", "")
-    exec(compile(text, "SANITIZED", "exec"), {})
-    wanted = {(name, dense, False, None) for name in ("align_loss", "resize_bilinear") for dense in ("dense", "a view")}
-    wanted |= {("moments", dense, masked, None) for dense in ("dense", "a view") for masked in (False, True)}
-    wanted |= {("deform_attn", "dense", False, fixed) for fixed in (False, True)}
-    assert seen == wanted | {("align_losses", "a view", False, None), "sizes that are wrong"}
 
 
 def test_ncu_that_is_not_permitted(tmp_path, profiling):

@@ -1,21 +1,12 @@
 """bench/report.py on made-up measurements: the numbers in its table, what it refuses, what it draws."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+import report
+from report_picture import COLOURS
 
-ROOT = Path(__file__).resolve().parents[2]
 GPU = "NVIDIA H100 80GB HBM3"
-
-
-@pytest.fixture(scope="module")
-def report():
-    spec = importlib.util.spec_from_file_location("bench_report", ROOT / "bench/report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def row(name, ms, *, op="align", shape="clip map", dtype="bf16", mode="full", device=GPU, percent=80.0, **more):
@@ -42,7 +33,7 @@ def write(tmp_path):
     return run
 
 
-def test_numbers_of_a_gpu(report, write):
+def test_numbers_of_a_gpu(write):
     text = report.table(report.read([write([*three(), row("liger TVD", 2.4)])]))
     head, _, line = [line for line in text.splitlines() if line.startswith("|")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -61,7 +52,7 @@ def test_numbers_of_a_gpu(report, write):
 
 
 @pytest.mark.parametrize("cpu", ["AMD EPYC, 2 threads (CPU)", "CPU, 2 threads", "cpu"])
-def test_a_cpu_shows_ratios_and_no_time(report, write, cpu):
+def test_a_cpu_shows_ratios_and_no_time(write, cpu):
     file = write(three(device=cpu, dtype="fp32"))
     text = report.table(report.read([file]))
     lines = [line for line in text.splitlines() if line.startswith("|")]
@@ -70,7 +61,7 @@ def test_a_cpu_shows_ratios_and_no_time(report, write, cpu):
     assert " ms" not in text
 
 
-def test_one_line_per_shape_and_all(report, write):
+def test_one_line_per_shape_and_all(write):
     found = [*three(), *three(mode="graph", percent=91.0), *three(dtype="fp32"), *three(shape="x", dtype="fp16")]
     measured = report.read([write(found)])
     short = [line for line in report.table(measured).splitlines() if line.startswith("| align")]
@@ -84,14 +75,14 @@ def test_one_line_per_shape_and_all(report, write):
     assert "| align clip map, fp32 full |" in "\n".join(every)
 
 
-def test_floor_of_the_step_losses(report, write):
+def test_floor_of_the_step_losses(write):
     found = [row("ours", 0.4, op="step_losses", shape="paper"), row("eager", 9.0, op="step_losses", shape="paper")]
     assert "100 MB, 0.32 ms at the speed of a copy; ours take 1.25 times as long as a copy of as many" in report.table(
         report.read([write(found)])
     )
 
 
-def test_step_and_visit(report, write, tmp_path):
+def test_step_and_visit(write, tmp_path):
     step = {
         "step_ms": 120.0,
         "images_per_second": 300.0,
@@ -122,7 +113,7 @@ def test_step_and_visit(report, write, tmp_path):
     assert report.table(report.read([file])).endswith("1 rank(s); random images on the device, nothing decoded.")
 
 
-def test_readme(report, write, tmp_path):
+def test_readme(write, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold table\n{report.END}\nafter\n")
     text = report.table(report.read([write(three())]))
@@ -151,7 +142,7 @@ def test_readme(report, write, tmp_path):
         ('{"step_ms": 1.0}', r"a.json: not of the form that the benchmarks write \(KeyError: 'versions'\)"),
     ],
 )
-def test_broken_files(report, tmp_path, content, message):
+def test_broken_files(tmp_path, content, message):
     file = tmp_path / "a.json"
     file.write_text(content)
     with pytest.raises(report.ReportError, match=message):
@@ -161,14 +152,14 @@ def test_broken_files(report, tmp_path, content, message):
 @pytest.mark.parametrize(
     "changes", [{"ms": "long"}, {"ms": 0}, {"dtype": "fp8"}, {"mode": None}, {"peak_bytes": "many"}, {"row": []}]
 )
-def test_rows_that_no_table_can_hold(report, write, changes):
+def test_rows_that_no_table_can_hold(write, changes):
     found = three()
     found[0]["extra_info"] |= changes
     with pytest.raises(report.ReportError, match=r"a\.json: (not of the form|no pair of rows)"):
         report.read([write(found)])
 
 
-def test_a_commit_with_changes_is_told(report, write, tmp_path):
+def test_a_commit_with_changes_is_told(write, tmp_path):
     file = write(three(), commit_info={"id": "0123456789abcdef", "dirty": True})
     assert ", commit 0123456789 with changes. ×" in report.table(report.read([file]))
     visit = {"date": "2026-11-22", "commit": "0123456789abcdef-dirty", "sections": {"benches": {}}}
@@ -179,7 +170,7 @@ def test_a_commit_with_changes_is_told(report, write, tmp_path):
 
 
 @pytest.fixture
-def command(report, monkeypatch, tmp_path, capsys):
+def command(monkeypatch, tmp_path, capsys):
     """command(*words) runs report.py in a folder of its own and returns exit code, standard output and error."""
     monkeypatch.setattr(report, "ROOT", tmp_path)
     (tmp_path / "bench/results").mkdir(parents=True)
@@ -191,7 +182,7 @@ def command(report, monkeypatch, tmp_path, capsys):
     return run
 
 
-def test_a_table_per_device(report, write, command, tmp_path):
+def test_a_table_per_device(write, command, tmp_path):
     assert command() == (2, "", "error: no JSON given and none in bench/results; measure first: pytest bench/ "
                          "--benchmark-json FILE\n")  # fmt: skip
     cpu = "AMD EPYC, 2 threads (CPU)"
@@ -212,7 +203,7 @@ def test_a_table_per_device(report, write, command, tmp_path):
         assert f"--readme and --picture are of one device, found {GPU}, {cpu}, Another" in err
 
 
-def test_where_nothing_can_be_written(report, write, command, tmp_path):
+def test_where_nothing_can_be_written(write, command, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     file = write(three())
     for place in (tmp_path, file / "below.png"):
@@ -225,7 +216,7 @@ def test_where_nothing_can_be_written(report, write, command, tmp_path):
     assert (tmp_path / report.PICTURE).is_file()
 
 
-def test_refused_mixtures(report, write, tmp_path):
+def test_refused_mixtures(write, tmp_path):
     first = write(three())
     with pytest.raises(report.ReportError, match="one table holds one device, found CPU, 2 threads, NVIDIA H100"):
         report.read([first, write(three(device="CPU, 2 threads", dtype="fp32"), "b.json")])
@@ -247,13 +238,13 @@ def test_refused_mixtures(report, write, tmp_path):
 
 
 @pytest.mark.parametrize("with_compile", [True, False])
-def test_picture(report, write, tmp_path, with_compile):
+def test_picture(write, command, tmp_path, with_compile):
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
     found = [bench for bench in three() if with_compile or bench["extra_info"]["row"] != "compile"]
     file = tmp_path / "images" / "roofline.png"
-    report.draw(report.read([write(found)]), file)
+    assert command(write(found), "--picture", file)[0] == 0
     pixels = (pyplot.imread(file)[..., :3] * 255).round().astype(int).reshape(-1, 3)
-    for name, colour in report.COLOURS.items():
+    for name, colour in COLOURS.items():
         wanted = [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
         drawn = int((abs(pixels - wanted).max(1) <= 2).sum())
         # A point, its colour in the legends and, but for ours, a bar; not measured: the dot in the left legend alone.
