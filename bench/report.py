@@ -1,8 +1,8 @@
-"""Tables and a picture from what was measured:  python bench/report.py [JSON …] [--readme README.md]
+"""Tables and a picture from what was measured:  python bench/report.py [JSON …] [--write]
 
 Reads pytest-benchmark's JSON of this folder's benchmarks, step.py's, and gpu_visit.py's, which holds both; without a
 name every JSON in bench/results but tune.py's. One report per device: times, GB/s and memory on a GPU; ratios alone on
-a CPU. The picture, and the table of --readme, are of one device.
+a CPU. The picture, and what --write puts into README.md and docs/benchmarks.md, are of one device.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from report_picture import draw
 
 BEGIN, END = "<!-- bench: written by bench/report.py -->", "<!-- bench: end -->"
 ROOT = Path(__file__).resolve().parent.parent
-PICTURE = "docs/img/roofline.png"
+README, DETAILS, PICTURE = "README.md", "docs/benchmarks.md", "docs/img/roofline.png"
 MODES = ("graph", "full", "forward")  # the first that was measured stands for a shape in the short table
 DTYPES = ("bf16", "fp32", "fp16")
 BASELINES = ("eager", "compile")
@@ -64,20 +64,27 @@ def main() -> int:
     """Read, print or write, draw."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("json", nargs="*", type=Path, help="default: every JSON in bench/results but tune-*")
-    parser.add_argument("--readme", type=Path, help="write the table between its two marker comments; else print it")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--write",
+        action="store_true",
+        help=f"the table into {README}, the rows without a graph into {DETAILS}, each between the page's two marker "
+        "comments; else print both",
+    )
+    how.add_argument("--all", action="store_true", help="every dtype and mode, not one line per shape")
     parser.add_argument("--picture", type=Path, help=f"default, where there is one device: {PICTURE}")
-    parser.add_argument("--all", action="store_true", help="every dtype and mode, not one line per shape")
     args = parser.parse_args()
     try:
         found = [read(files) for files in by_device(args.json or _results())]
-        if len(found) > 1 and (args.readme or args.picture):
+        if len(found) > 1 and (args.write or args.picture):
             devices = ", ".join(measured.device for measured in found)
-            raise ReportError(f"--readme and --picture are of one device, found {devices}; give the files of one")
-        text = "\n\n".join(table(measured, every=args.all) for measured in found)
-        if args.readme:
-            insert(args.readme, text)
+            raise ReportError(f"--write and --picture are of one device, found {devices}; give the files of one")
+        if args.write:
+            insert(ROOT / README, table(found[0]))
+            insert(ROOT / DETAILS, launched(found[0]))
         else:
-            print(text)
+            texts = [part(measured, every=args.all) for measured in found for part in (table, launched)]
+            print("\n\n".join(filter(None, texts)))
         if len(found) == 1 and found[0].groups:
             _picture(found[0], args.picture or ROOT / PICTURE)
     except ReportError as error:
@@ -208,21 +215,33 @@ def _is_cpu(device: str) -> bool:
 def table(measured: Measured, *, every: bool = False) -> str:
     """Markdown: caption, a table over all ops, a sentence on the losses of a step, one on a step.
 
-    Rows of a CUDA graph, the device's time, and rows that the host launched one by one are two tables, unless `every`.
+    Where rows were replayed as CUDA graphs, which is the device's time, the table has these alone, unless `every`.
     """
-    groups = _by_op(measured.groups if every else _short(measured.groups, measured.on_gpu))
-    graphs = [group for group in groups if group.mode == "graph" and not every]
-    others = [group for group in groups if group.mode != "graph" or every]
+    groups, others = _halves(measured, every)
     lines = [_caption(measured, groups)]
-    if graphs:
-        lines += ["", "The device's time, each row replayed as a CUDA graph:", *_rows(graphs, measured.on_gpu, every)]
-    found = *_floors(groups, measured.on_gpu), *(_step(step, measured.on_gpu) for step in measured.steps)
-    sentences = [line for sentence in found for line in ("", sentence)]
-    if graphs and others:
-        title = "<summary>Rows without a graph: with what the host needed to launch them</summary>"
-        folded = ["<details>", title, *_rows(others, measured.on_gpu, every), "", "</details>"]
-        return "\n".join([*lines, *sentences, "", *folded])
-    return "\n".join([*lines, *(_rows(others, measured.on_gpu, every) if others else []), *sentences])
+    if groups and groups[0].mode == "graph" and not every:
+        lines += ["", "The device's time, each row replayed as a CUDA graph:"]
+    lines += _rows(groups, measured.on_gpu, every) if groups else []
+    found = *_floors([*groups, *others], measured.on_gpu), *(_step(step, measured.on_gpu) for step in measured.steps)
+    return "\n".join([*lines, *(line for sentence in found for line in ("", sentence))])
+
+
+def launched(measured: Measured, *, every: bool = False) -> str:
+    """Markdown: caption and table of the rows that `table` has not, which the host launched one by one; "" if none."""
+    _, groups = _halves(measured, every)
+    if not groups:
+        return ""
+    title = "Rows without a graph, with what the host needed to launch them:"
+    return "\n".join([_caption(measured, groups), "", title, *_rows(groups, measured.on_gpu, every)])
+
+
+def _halves(measured: Measured, every: bool) -> tuple[list[Group], list[Group]]:
+    """What `table` has, and what is left to `launched`."""
+    groups = _by_op(measured.groups if every else _short(measured.groups, measured.on_gpu))
+    graphs = [group for group in groups if group.mode == "graph"]
+    if every or not graphs:
+        return groups, []
+    return graphs, [group for group in groups if group.mode != "graph"]
 
 
 def _rows(groups: list[Group], on_gpu: bool, every: bool) -> list[str]:
@@ -322,19 +341,19 @@ def _megabytes(row: dict) -> str:
     return f"{row['peak_bytes'] / 1e6:.0f}" if row.get("peak_bytes") is not None else "–"
 
 
-def insert(readme: Path, text: str) -> None:
-    """Replace what stands between the two marker comments of `readme`. Raises ReportError where they are not."""
+def insert(page: Path, text: str) -> None:
+    """Replace what stands between the two marker comments of `page`. Raises ReportError where they are not."""
     try:
-        content = readme.read_text(encoding="utf-8")
+        content = page.read_text(encoding="utf-8")
     except OSError as error:
-        raise ReportError(f"{readme}: cannot be read ({error.strerror})") from error
+        raise ReportError(f"{page}: cannot be read ({error.strerror})") from error
     if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
-        raise ReportError(f"{readme}: expected the lines {BEGIN!r} and {END!r} once each, in this order; add them")
+        raise ReportError(f"{page}: expected the lines {BEGIN!r} and {END!r} once each, in this order; add them")
     before, after = content[: content.index(BEGIN)], content[content.index(END) :]
     try:
-        readme.write_text(f"{before}{BEGIN}\n{text}\n{after}", encoding="utf-8")
+        page.write_text(f"{before}{BEGIN}\n{text}\n{after}", encoding="utf-8")
     except OSError as error:
-        raise ReportError(f"{readme}: cannot be written ({error.strerror})") from error
+        raise ReportError(f"{page}: cannot be written ({error.strerror})") from error
 
 
 def _picture(measured: Measured, file: Path) -> None:

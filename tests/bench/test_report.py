@@ -64,22 +64,36 @@ def test_a_cpu_shows_ratios_and_no_time(write, cpu):
 def test_one_line_per_shape_and_all(write):
     found = [*three(), *three(mode="graph", percent=91.0), *three(dtype="fp32"), *three(shape="x", dtype="fp16")]
     measured = report.read([write(found)])
-    short = [line for line in report.table(measured).splitlines() if line.startswith("| align")]
-    assert len(short) == 2
-    assert short[0].startswith("| align clip map | 2 | 50 | 91 |")  # bf16 in a graph, the first of both lists
-    graph, called = report.table(measured).split("<details>")
-    assert ("replayed as a CUDA graph:" in graph, short[0] in graph, short[1] in called) == (True, True, True)
-    assert ("Rows without a graph" in called, called.endswith("</details>")) == (True, True)
+    texts = report.table(measured), report.launched(measured)
+    (graph,), (called,) = ([line for line in text.splitlines() if line.startswith("| align")] for text in texts)
+    assert graph.startswith("| align clip map | 2 | 50 | 91 |")  # bf16 in a graph, the first of both lists
+    assert called.startswith("| align x | 2 | 50 | 80 |")
+    for text, modes, title in zip(
+        texts, ("bf16 as a CUDA graph", "fp16 forward + backward"),
+        ("The device's time, each row replayed as a CUDA graph:", "Rows without a graph, with what the host needed"),
+        strict=True,
+    ):  # fmt: skip
+        assert text.startswith(f"**{GPU}** ({modes}), torch 2.13.0, triton 3.7.1, 2026-11-21, commit 0123456789.")
+        assert title in text
     every = [line for line in report.table(measured, every=True).splitlines() if line.startswith("| align")]
     assert len(every) == 4
     assert "| align clip map, fp32 full |" in "\n".join(every)
+    assert report.launched(measured, every=True) == ""
+
+
+@pytest.mark.parametrize("mode", ["graph", "full"])
+def test_rows_of_one_kind_are_one_table(write, mode):
+    measured = report.read([write(three(mode=mode))])
+    assert "| align clip map | 2 | 50 | 80 |" in report.table(measured)
+    assert ("replayed as a CUDA graph:" in report.table(measured)) == (mode == "graph")
+    assert report.launched(measured) == ""
 
 
 def test_floor_of_the_step_losses(write):
     found = [row("ours", 0.4, op="step_losses", shape="paper"), row("eager", 9.0, op="step_losses", shape="paper")]
-    assert "100 MB, 0.32 ms at the speed of a copy; ours take 1.25 times as long as a copy of as many" in report.table(
-        report.read([write(found)])
-    )
+    floor = "100 MB, 0.32 ms at the speed of a copy; ours take 1.25 times as long as a copy of as many"
+    for more in ([], three(mode="graph")):  # also where the rows themselves are in the second table
+        assert floor in report.table(report.read([write([*found, *more])]))
 
 
 def test_step_and_visit(write, tmp_path):
@@ -111,19 +125,6 @@ def test_step_and_visit(write, tmp_path):
     visit["sections"] = {"step": {"exit": 0, "result": step | {"images": "random"}}}
     file.write_text(json.dumps(visit))
     assert report.table(report.read([file])).endswith("1 rank(s); random images on the device, nothing decoded.")
-
-
-def test_readme(write, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold table\n{report.END}\nafter\n")
-    text = report.table(report.read([write(three())]))
-    for _ in range(2):
-        report.insert(readme, text)
-        assert readme.read_text() == f"before\n{report.BEGIN}\n{text}\n{report.END}\nafter\n"
-    readme.write_text("no markers")
-    with pytest.raises(report.ReportError, match=r"README\.md: expected the lines .*bench: written by"):
-        report.insert(readme, text)
-    assert readme.read_text() == "no markers"
 
 
 @pytest.mark.parametrize(
@@ -197,10 +198,32 @@ def test_a_table_per_device(write, command, tmp_path):
     assert [table.partition("**,")[0].split("**")[1] for table in tables] == [GPU, cpu, "Another, 2 threads (CPU)"]
     assert out.count("| align clip map | 80 | 6.5 | 1.5 |") == 2
     assert not (tmp_path / report.PICTURE).exists()
-    for option in ("--readme", "--picture"):
-        code, out, err = command(option, tmp_path / "page")
+    for option in (["--write"], ["--picture", tmp_path / "page"]):
+        code, out, err = command(*option)
         assert (code, out) == (2, "")
-        assert f"--readme and --picture are of one device, found {GPU}, {cpu}, Another" in err
+        assert f"--write and --picture are of one device, found {GPU}, {cpu}, Another" in err
+
+
+def test_write(write, command, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    file = write([*three(mode="graph"), *three(shape="x")])
+    measured = report.read([file])
+    pages = {tmp_path / report.README: report.table(measured), tmp_path / report.DETAILS: report.launched(measured)}
+    (tmp_path / "docs").mkdir()
+    for page in pages:
+        page.write_text(f"before\n{report.BEGIN}\nold table\n{report.END}\nafter\n")
+    for _ in range(2):
+        assert command(file, "--write") == (0, "", "")
+        for page, text in pages.items():
+            assert page.read_text() == f"before\n{report.BEGIN}\n{text}\n{report.END}\nafter\n"
+    assert command(file)[1] == "\n\n".join(pages.values()) + "\n"
+    for page in pages:
+        before = page.read_text()
+        page.write_text("no markers")
+        code, _, err = command(file, "--write")
+        assert (code, page.read_text()) == (2, "no markers")
+        assert err.startswith(f"error: {page}: expected the lines {report.BEGIN!r}")
+        page.write_text(before)
 
 
 def test_where_nothing_can_be_written(write, command, tmp_path):
