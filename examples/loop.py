@@ -1,21 +1,25 @@
-"""A training loop of one's own around kpu_fast's parts: one device, no DeepSpeed.
+"""A training loop of one's own around kpu_fast's parts: one device, fp32, no DeepSpeed.
 
     python examples/loop.py [CONFIG] [STEPS] [FOLDER]
 
-Where `train.py` would run on several GPUs, write checkpoints, log and stop when asked, this only trains. Any part may
-be another: `teachers[name]` is a function from images (B, 3, H, W) in [0, 1] to `Features`, described by its `spec`.
+Where `train.py` would run on several GPUs, in bf16, write checkpoints, log and stop when asked, this only trains. Any
+part may be another; `own_teacher.py` has a teacher that no kind of the configs covers.
 """
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from kpu_fast.config import load_config
+from kpu_fast.config import Config, load_config
 from kpu_fast.data.pipeline import Stream
 from kpu_fast.data.scan import load_or_scan
 from kpu_fast.engine.build import build_models
 from kpu_fast.engine.optimizer import build_optimizer, build_scheduler
+from kpu_fast.models import Features
+from kpu_fast.objectives.objective import Objective
 
 
 def main(config: str = "configs/zoo.json", steps: str = "10", folder: str = "runs/loop/student") -> None:
@@ -23,7 +27,22 @@ def main(config: str = "configs/zoo.json", steps: str = "10", folder: str = "run
     cfg = load_config(config, [f"steps={steps}", "optimizer.warmup_steps=1", "precision=fp32"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teachers, objective = build_models(cfg, device)  # {name: frozen encoder}, and the student with its heads
-    shared = cfg.streams()  # {name: teachers that see its images}, most often itself alone
+    train(cfg, device, teachers, objective, cfg.streams())
+    objective.in_own_spaces().save_pretrained(Path(folder))
+
+
+def train(
+    cfg: Config,
+    device: torch.device,
+    teachers: Mapping[str, Callable[[Tensor], Features]],
+    objective: Objective,
+    shared: Mapping[str, Sequence[str]],
+) -> None:
+    """`cfg.steps` steps of `objective`.
+
+    teachers: functions from images (B, 3, H, W) in [0, 1] to `Features`. shared: those that see the images of each
+    teacher of the config, itself among them.
+    """
     streams = {
         name: Stream(teacher.data, load_or_scan(teacher.data.source), rank=0, world_size=1, device=device, seed=number)
         for number, (name, teacher) in enumerate(cfg.teachers.items())
@@ -46,7 +65,6 @@ def main(config: str = "configs/zoo.json", steps: str = "10", folder: str = "run
         optimizer.zero_grad()
         objective.after_step()  # after_step(k) where k backwards make a step
         print(step, {name: round(value.item(), 4) for name, value in objective.unweighed(terms).items()})
-    objective.in_own_spaces().save_pretrained(Path(folder))
 
 
 if __name__ == "__main__":
