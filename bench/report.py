@@ -141,19 +141,22 @@ def read(files: list[Path]) -> Measured:
 def _read_file(file: Path) -> tuple[dict[tuple, Group], list[dict], set[str]]:
     """Groups by their key, steps, and what the caption says about them."""
     content = _load(file)
-    groups, steps, notes = {}, [], set()
+    groups, steps, of_groups, of_steps = {}, [], set(), set()
     for part in _parts(content):
+        date, commit = _date_and_commit(content, part)
         found = _group(file, part.get("benchmarks", []))
         groups |= found
-        versions = [group.rows["ours"] for group in found.values()]
+        of_groups |= {_note(group.rows["ours"], date, commit) for group in found.values()}
         if "step_ms" in part:
             steps.append(part)
-            versions.append(part["versions"])
-        date, commit = _date_and_commit(content, part)
-        notes |= {f"torch {known['torch']}, triton {known['triton']}, {date}, commit {commit}" for known in versions}
+            of_steps.add(_note(part["versions"], date, commit))
     if not groups and not steps:
         raise ReportError(f"{file}: no pair of rows ours and eager; was it made by pytest bench/ --benchmark-only?")
-    return groups, steps, notes
+    return groups, steps, of_groups or of_steps  # a step's sentence has its own date
+
+
+def _note(versions: dict, date: str, commit: str) -> str:
+    return f"torch {versions['torch']}, triton {versions['triton']}, {date}, commit {commit}"
 
 
 def _ordered(groups: dict[tuple, Group]) -> list[Group]:
@@ -202,7 +205,7 @@ def _parts(content: dict) -> list[dict]:
 def _date_and_commit(content: dict, part: dict) -> tuple[str, str]:
     date = part.get("date") or content.get("date") or content.get("datetime") or "date unknown"
     info = content.get("commit_info") or {}
-    commit = content.get("commit") or info.get("id") or "unknown"
+    commit = part.get("commit") or content.get("commit") or info.get("id") or "unknown"
     changed = " with changes" if info.get("dirty") or "dirty" in commit else ""
     return date[:10], commit[:10] + changed
 
@@ -326,7 +329,8 @@ def _step(step: dict, on_gpu: bool) -> str:
         text += f"; {step['step_ms']:.1f} ms, {step['images_per_second']:.0f} images/s, {step['ranks']} rank(s)"
     if step.get("images") == "random":
         text += "; random images on the device, nothing decoded"
-    return text + "."
+    date, commit = _date_and_commit(step, {})
+    return f"{text} ({date}, commit {commit})."
 
 
 def _line(cells: list[str]) -> str:

@@ -1,4 +1,6 @@
-"""Time and memory of the training step, part by part:  python bench/step.py --config configs/h100_random.json
+"""Time and memory of the training step, part by part.
+
+    python bench/step.py --config configs/h100_random.json --images random
 
 Runs `--warmup` steps, then `--steps` steps as the training does, without a wait in between (step time, images/s, peak
 memory), then a few steps with a wait after every part (share of each part), on a GPU a few more under torch.profiler

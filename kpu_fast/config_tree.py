@@ -33,7 +33,10 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends: found {kind_of(base)}; expected the name of another config file")
-    return _merge(read_tree(path.parent / base, (*seen, path.resolve())), tree)
+    try:
+        return _merge(read_tree(path.parent / base, (*seen, path.resolve())), tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: extends: {error}") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -104,7 +104,10 @@ def test_step_and_visit(write, tmp_path):
         "device": GPU,
         "config": {"name": "h100_random", "compile": False},
         "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+        "date": "2026-11-20T06:53:17+00:00",
+        "commit": "0123456789abcdef-dirty",
     }
+    of_its_own = "(2026-11-20, commit 0123456789 with changes)."
     step["shares_percent"] = {"data": 10.0, "teachers": 90.0}
     visit = {"device": GPU, "date": "2026-11-22", "commit": "feed", "sections": {}}
     visit["sections"] = {"benches": {"exit": 0, "result": {"benchmarks": three()}}, "step": {"exit": 0, "result": step}}
@@ -119,12 +122,12 @@ def test_step_and_visit(write, tmp_path):
     file.write_text(json.dumps(visit))
     text = report.table(report.read([file]))  # a visit that was cut off after the step
     assert f"**{GPU}**" in text
-    assert "torch 2.11.0, triton 3.6.0, 2026-11-22, commit feed" in text
+    assert "torch 2.11.0, triton 3.6.0, 2026-11-20, commit 0123456789 with changes" in text
     assert "`h100_random`, compiled: data" in text
-    assert text.endswith("300 images/s, 1 rank(s).")
+    assert text.endswith(f"300 images/s, 1 rank(s) {of_its_own}")
     visit["sections"] = {"step": {"exit": 0, "result": step | {"images": "random"}}}
     file.write_text(json.dumps(visit))
-    assert report.table(report.read([file])).endswith("1 rank(s); random images on the device, nothing decoded.")
+    assert report.table(report.read([file])).endswith(f"images on the device, nothing decoded {of_its_own}")
 
 
 @pytest.mark.parametrize(
