@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kpu_fast.data.decode import UNREADABLE, to_rgb
+from kpu_fast.data.mosaic import make_mosaic
 from kpu_fast.data.sources import SourceError
 from kpu_fast.evaluate.images import draw
 from kpu_fast.evaluate.result import EvaluateError
-from kpu_fast.zoo.mosaic import make_mosaic
 
 _STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100")
 

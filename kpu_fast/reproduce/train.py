@@ -26,9 +26,9 @@ def make_mosaics(source: str, folder: Path, count: int) -> Path:
     from PIL import Image
     from tqdm import tqdm
 
+    from kpu_fast.data.mosaic import make_mosaic
     from kpu_fast.data.sources import SourceError
     from kpu_fast.evaluate.images import read_images
-    from kpu_fast.zoo.mosaic import make_mosaic
 
     images = read_images("--images", source)
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kpu_fast.data.labelled import LabelledImages, to_batch
+from kpu_fast.data.mosaic import make_mosaic
 from kpu_fast.evaluate.boxes import Mosaics, average_precision
 from kpu_fast.models.mean_std import IMAGENET_MEAN_STD
 from kpu_fast.zoo.clip import save_tokenizer, write_processor
 from kpu_fast.zoo.fit import ZooError, fit
-from kpu_fast.zoo.mosaic import make_mosaic
 from kpu_fast.zoo.pixels import Pixels, crop_and_flip, generator, rows_of_step
 from kpu_fast.zoo.recipes import GdinoRecipe
 

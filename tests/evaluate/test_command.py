@@ -223,7 +223,6 @@ def test_detect_through_the_student_and_by_the_detector_itself(zoo, student, col
 
 
 def test_detect_on_mosaics(zoo, student, coloured, tmp_path, evaluate):
-    pytest.importorskip("kpu_fast.zoo.mosaic")
     options = ["--images", coloured, "--canvas", 128, "--mosaics", 3, "--picture", tmp_path / "m.png"]
     found = evaluate("detect", "--model", student, "--detector", zoo["gdino"], *options, *COMMON)
     assert found["images"] == 3

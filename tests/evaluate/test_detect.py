@@ -17,6 +17,7 @@ pytest.importorskip("pycocotools")
 
 from types import SimpleNamespace  # noqa: E402
 
+from kpu_fast.data.labelled import LabelledImages  # noqa: E402
 from kpu_fast.evaluate.boxes import CocoImages, Mosaics, Truth, average_precision  # noqa: E402
 from kpu_fast.evaluate.detect import Detector, detect, load_detector, save_picture, see_through  # noqa: E402
 from kpu_fast.evaluate.detector import Prompt, detect_boxes, make_prompt, with_student_backbone  # noqa: E402
@@ -478,9 +479,6 @@ def test_a_picture_that_cannot_be_finished_leaves_the_one_before(tmp_path, monke
 
 
 def test_mosaics_are_the_same_again_and_their_boxes_hold_the_images(coloured):
-    pytest.importorskip("kpu_fast.zoo.mosaic")
-    from kpu_fast.data.labelled import LabelledImages
-
     images = LabelledImages(coloured)
     mosaics = Mosaics(images, 3, 128, seed=0)
     mean = {
