@@ -107,7 +107,7 @@ def count_classes(train: Dataset, test: Dataset) -> int:
             f"the classes of the test images {list(test.classes)[:5]} are not those of the images to learn from, "
             f"{list(train.classes)[:5]}; numbers would mean different things"
         )
-    classes = max(max(train.labels), max(test.labels)) + 1
+    classes = int(max(max(train.labels), max(test.labels))) + 1
     if classes < 2:
         raise EvaluateError("the images to learn from and to test on are of one class only; nothing can be told apart")
     return classes

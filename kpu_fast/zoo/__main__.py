@@ -13,8 +13,8 @@ from pathlib import Path
 
 from kpu_fast.machine import is_out_of_memory, memory_advice, missing, usable_device
 
-NEEDED = "torch transformers tokenizers safetensors PIL tqdm"
-NEEDED_BY_GDINO = "scipy torchmetrics pycocotools"
+NEEDED = "torch transformers tokenizers safetensors PIL tqdm torchmetrics"
+NEEDED_BY_GDINO = "scipy pycocotools"
 
 
 def main(argv: list[str] | None = None) -> int:

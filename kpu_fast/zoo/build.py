@@ -9,23 +9,28 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from kpu_fast.data.labelled import LabelledImages
+from kpu_fast.evaluate.boxes import Mosaics
+from kpu_fast.evaluate.detect import detect, load_detector
+from kpu_fast.evaluate.encoder import load_encoder
 from kpu_fast.evaluate.images import check_apart, draw
+from kpu_fast.evaluate.knn import knn
 from kpu_fast.evaluate.result import EvaluateError
+from kpu_fast.evaluate.zero_shot import embed_texts, zero_shot
 from kpu_fast.machine import device_name
 from kpu_fast.zoo.card import write_card
-from kpu_fast.zoo.clip import check_captions, save_clip, train_clip, zero_shot_accuracy
-from kpu_fast.zoo.dinov2 import knn_accuracy, save_dinov2, train_dinov2
+from kpu_fast.zoo.clip import TEMPLATES, check_captions, save_clip, train_clip
+from kpu_fast.zoo.dinov2 import save_dinov2, train_dinov2
 from kpu_fast.zoo.fit import ZooError
-from kpu_fast.zoo.gdino import check_prompt, detection_figures, save_gdino, train_gdino
+from kpu_fast.zoo.gdino import check_prompt, save_gdino, train_gdino
 from kpu_fast.zoo.pixels import STORED, Pixels, read
 from kpu_fast.zoo.recipes import GdinoRecipe, Zoo
 from kpu_fast.zoo.sample import write_samples
 
 NAMES = ("clip", "gdino", "dinov2")
 _BANK = 10_000  # training images among which kNN looks: the whole set would take as long as some training
+_MOSAICS_SEED = 1  # of the mosaics of test images, of which there are any number
 _WORK = ".training"
 
 
@@ -89,25 +94,17 @@ def _make(name, recipe, train: Pixels, test: Pixels, out: Path, facts: dict, dev
     if name == "clip":
         model, tokenizer, told = train_clip(train, recipe, work, **common)
         save_clip(model, tokenizer, new)
-        saved = _reload("CLIPModel", new, device)
-        accuracy = zero_shot_accuracy(saved, tokenizer, test)
-        figures = {"zero-shot top-1": {"value": accuracy, "on": f"{len(test):,} test images"}}
     elif name == "gdino":
         model, tokenizer, told = train_gdino(train, recipe, work, **common)
         save_gdino(model, tokenizer, new, recipe)
-        saved = _reload("GroundingDinoForObjectDetection", new, device)
-        on = f"{recipe.test_mosaics:,} mosaics of test images, {recipe.canvas}×{recipe.canvas} pixels"
-        figures = {key: {"value": v, "on": on} for key, v in detection_figures(saved, tokenizer, test, recipe).items()}
     else:
         model, told = train_dinov2(train, recipe, work, **common)
         save_dinov2(model, new)
-        saved = _reload("Dinov2WithRegistersModel", new, device)
-        bank = _bank(train, seed)
-        accuracy = knn_accuracy(saved, bank, test)
-        drawn = " drawn at random" if len(bank) < len(train) else ""
-        on = f"{len(test):,} test images, 20 nearest of {len(bank):,} training images{drawn}"
-        figures = {"kNN top-1": {"value": accuracy, "on": on}}
-    facts["parameters"] = sum(p.numel() for p in saved.parameters())
+    try:
+        figures = _measure(name, recipe, new, train, test, device, seed)
+    except EvaluateError as error:
+        raise ZooError(f"{name} cannot be measured ({error}); remove {work} to train it again") from error
+    facts["parameters"] = sum(p.numel() for p in model.parameters())
     write_card(new, name, facts, told, figures)
     _join_metrics(work, new / "metrics.jsonl")
     for file in new.iterdir():
@@ -116,11 +113,23 @@ def _make(name, recipe, train: Pixels, test: Pixels, out: Path, facts: dict, dev
     return figures
 
 
-def _reload(kind: str, folder: Path, device: torch.device) -> nn.Module:
-    import transformers
-
-    model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.to(device).eval()
+def _measure(name: str, recipe, folder: Path, train: Pixels, test: Pixels, device, seed: int) -> dict[str, dict]:
+    """What kpu_fast.evaluate finds of the model in `folder`, in fp32: {figure: {"value", "on"}}."""
+    if name == "gdino":
+        mosaics = Mosaics(test, recipe.test_mosaics, recipe.canvas, _MOSAICS_SEED)
+        found = detect(load_detector(folder, device=device), mosaics, test.classes)
+        on = f"{recipe.test_mosaics:,} mosaics of test images, {recipe.canvas}×{recipe.canvas} pixels"
+        return {key: {"value": found[key.lower()], "on": on} for key in ("AP", "AP50", "AP75")}
+    encoder = load_encoder(folder, device=device)
+    if name == "clip":
+        texts = embed_texts(folder, test.classes, TEMPLATES, device=device)
+        found = zero_shot(encoder, texts, test, size=recipe.image_size)
+        return {"zero-shot top-1": {"value": found["top1"], "on": f"{len(test):,} test images"}}
+    bank = _bank(train, seed)
+    found = knn(encoder, bank, test, size=recipe.image_size)
+    drawn = " drawn at random" if len(bank) < len(train) else ""
+    on = f"{len(test):,} test images, {found['k']} nearest of {len(bank):,} training images{drawn}"
+    return {"kNN top-1": {"value": found["top1"], "on": on}}
 
 
 def _join_metrics(work: Path, target: Path) -> None:

@@ -26,6 +26,7 @@ TEMPLATES = (
     "{}",
 )
 _TEXT_LENGTH = 32
+_PADDED = {"padding": "max_length", "max_length": _TEXT_LENGTH, "truncation": True, "return_tensors": "pt"}
 _MAX_SCALE = 4.6052  # ln 100, as CLIP
 
 
@@ -91,26 +92,6 @@ def embed_text(net: nn.Module, tokens: Tensor) -> Tensor:
     # The end token also pads: what stands behind the first one cannot be seen by it.
     pooled = net.text_model(input_ids=tokens).pooler_output
     return F.normalize(net.text_projection(pooled).float(), dim=-1)
-
-
-@torch.no_grad()
-def zero_shot_accuracy(model: nn.Module, tokenizer, pixels: Pixels, *, batch: int = 250) -> float:
-    """Share of `pixels` whose class's captions (mean over templates) are the nearest to the image."""
-    device = model.logit_scale.device
-    texts = [embed_text(model, tokenizer([t.format(n) for n in pixels.classes], **_PADDED)["input_ids"].to(device))
-             for t in TEMPLATES]  # fmt: skip
-    text = F.normalize(torch.stack(texts).mean(0), dim=-1)
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in CLIP_MEAN_STD)
-    size = model.config.vision_config.image_size
-    right = 0
-    for first in range(0, len(pixels.labels), batch):
-        images = (to_batch(pixels.images[first : first + batch].to(device), size) - mean) / std
-        found = (embed_images(model, images) @ text.T).argmax(1).cpu()
-        right += (found == pixels.labels[first : first + batch]).sum().item()
-    return right / len(pixels.labels)
-
-
-_PADDED = {"padding": "max_length", "max_length": _TEXT_LENGTH, "truncation": True, "return_tensors": "pt"}
 
 
 def check_captions(classes: tuple[str, ...]) -> None:

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kpu_fast.data.labelled import to_batch
-from kpu_fast.evaluate.knn import TEMPERATURE, K, vote
 from kpu_fast.models.mean_std import IMAGENET_MEAN_STD
 from kpu_fast.zoo.clip import attention, centre_crop, write_processor
 from kpu_fast.zoo.fit import fit
@@ -111,24 +110,6 @@ def distort(images: Tensor, random: torch.Generator) -> Tensor:
     cast = torch.randn(count, 3, 1, 1, generator=random).to(device, non_blocking=True)
     pixels = pixels * (1 + 0.1 * cast)
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
-@torch.no_grad()
-def knn_accuracy(vit: nn.Module, bank: Pixels, test: Pixels, *, batch: int = 250) -> float:
-    """Share of `test` whose 20 nearest images of `bank` (cosine of cls) vote for their class, weighted as in DINO."""
-    known, asked = _cls(vit, bank, batch), _cls(vit, test, batch)
-    votes = vote(asked, known, bank.labels, len(bank.classes), K, TEMPERATURE)
-    return (votes.argmax(1) == test.labels).float().mean().item()
-
-
-def _cls(vit: nn.Module, pixels: Pixels, batch: int) -> Tensor:
-    device, dtype = vit.layernorm.weight.device, vit.layernorm.weight.dtype
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in IMAGENET_MEAN_STD)
-    rows = []
-    for first in range(0, len(pixels), batch):
-        images = to_batch(pixels.images[first : first + batch].to(device), vit.config.image_size)
-        rows.append(F.normalize(vit(pixel_values=((images - mean) / std).to(dtype)).pooler_output.float(), dim=-1))
-    return torch.cat(rows).cpu()
 
 
 def _network(recipe: Dinov2Recipe, device: torch.device) -> nn.Module:

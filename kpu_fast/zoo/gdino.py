@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kpu_fast.data.labelled import LabelledImages, to_batch
+from kpu_fast.data.labelled import to_batch
 from kpu_fast.data.mosaic import make_mosaic
-from kpu_fast.evaluate.boxes import Mosaics, average_precision
 from kpu_fast.models.mean_std import IMAGENET_MEAN_STD
 from kpu_fast.zoo.clip import save_tokenizer, write_processor
 from kpu_fast.zoo.fit import ZooError, fit
@@ -22,7 +21,6 @@ _FIXED_IDS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 10
 _CLASSIFY_SIZE = 64  # pixels: about what an object has on a canvas
 _TEXT_LENGTH = 64  # tokens, at least: as many as the prompt has where those are more
 _CE_WEIGHT = 2.0  # what transformers' loss gives the classes' term
-_TEST_SEED = 1  # of the mosaics that are reported on
 
 
 def train_gdino(pixels: Pixels, recipe: GdinoRecipe, folder: Path, *, device, seed, facts, minutes=None):
@@ -129,57 +127,8 @@ def prompt(classes) -> str:
     return " ".join(f"{name.lower()}." for name in classes)
 
 
-@torch.no_grad()
-def detection_figures(
-    model: nn.Module, tokenizer, pixels: Pixels | LabelledImages, recipe: GdinoRecipe, *, batch: int = 25
-) -> dict:
-    """COCO's AP, AP50 and AP75 on `recipe.test_mosaics` mosaics of `pixels`."""
-    device = next(model.parameters()).device
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in IMAGENET_MEAN_STD)
-    mosaics = Mosaics(pixels, recipe.test_mosaics, recipe.canvas, _TEST_SEED)
-    truths, results = [], []
-    text = tokenizer(prompt(pixels.classes), return_tensors="pt").to(device)
-    words = _word_of_class(text["input_ids"][0], len(pixels.classes))
-    for first in range(0, len(mosaics), batch):
-        pictures, some = zip(*(mosaics[i] for i in range(first, min(first + batch, len(mosaics)))), strict=True)
-        count = len(pictures)
-        images = torch.from_numpy(np.stack(pictures)).to(device)
-        images = (to_batch(images, recipe.canvas) - mean) / std
-        found = model(pixel_values=images, **{key: value.expand(count, -1) for key, value in text.items()})
-        scores = torch.stack([found.logits[..., at].amax(-1) for at in words], -1).sigmoid().cpu()  # (B, Q, classes)
-        corners = _corners(found.pred_boxes.cpu() * recipe.canvas)
-        results += [_best(corners[i], scores[i]) for i in range(count)]
-        truths += some
-    values = average_precision(truths, results, pixels.classes)
-    return {name: values[key] for name, key in (("AP", "ap"), ("AP50", "ap50"), ("AP75", "ap75"))}
-
-
-def _best(boxes: Tensor, scores: Tensor, most: int = 100) -> dict[str, Tensor]:
-    """The `most` surest (query, class) pairs, as DETR-like detectors are evaluated."""
-    values, at = scores.flatten().topk(min(most, scores.numel()))
-    return {"boxes": boxes[at // scores.shape[1]], "labels": at % scores.shape[1], "scores": values}
-
-
-def _word_of_class(ids: Tensor, classes: int) -> list[Tensor]:
-    """For each phrase of a prompt, the places of its tokens."""
-    ends = [_FIXED_IDS["."], _FIXED_IDS["[CLS]"], _FIXED_IDS["[SEP]"]]
-    places: list[list[int]] = [[]]
-    for place, token in enumerate(ids.tolist()):
-        if token in ends:
-            places.append([])
-        else:
-            places[-1].append(place)
-    found = [torch.tensor(group) for group in places if group]
-    assert len(found) == classes
-    return found
-
-
 def _centre_size(boxes: Tensor) -> Tensor:
     return torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
-
-
-def _corners(boxes: Tensor) -> Tensor:
-    return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
 
 
 def check_prompt(classes: tuple[str, ...]) -> None:

@@ -447,6 +447,40 @@ def test_a_detector_that_is_right_has_ap_1_on_images_of_several_sizes(zoo, tmp_p
     assert detect(wrong, images, images.classes, size=size, batch_size=3)["ap50"] == pytest.approx(0.5)
 
 
+class Knows(nn.Module):
+    """Answers with the objects of `truths`, image by image, each under its class; boxes moved by `shift`."""
+
+    places = ([1], [3], [5, 6])  # tokens: <s> green . red . sky blue . </s>
+
+    def __init__(self, truths, canvas, shift):
+        super().__init__()
+        self.truths, self.canvas, self.shift = iter(truths), canvas, shift
+        self.config = SimpleNamespace(max_text_len=32)
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids, **_):
+        logits, pred = torch.full((len(input_ids), 8, 32), -9.0), torch.full((len(input_ids), 8, 4), 0.01)
+        for row, boxes in zip(logits, pred, strict=True):
+            found = next(self.truths)
+            first, last = (found.boxes / self.canvas).split(2, dim=1)
+            boxes[: len(first)] = torch.cat([(first + last) / 2, last - first], dim=1) + self.shift
+            for query, label in enumerate(found.labels):
+                row[query, self.places[label]] = 9.0
+        return SimpleNamespace(logits=logits, pred_boxes=pred)
+
+
+@pytest.mark.parametrize(("shift", "ap"), [(0.0, 1.0), (0.9, 0.0)])
+def test_a_detector_that_knows_the_mosaics_has_ap_1_and_with_every_box_moved_aside_0(zoo, coloured, shift, ap):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(zoo["gdino"])
+    mosaics = Mosaics(LabelledImages(coloured), 5, 128, seed=1)
+    truths = [mosaics[i][1] for i in range(len(mosaics))]
+    assert {len(t.labels) for t in truths} > {1, 2}
+    assert {label for t in truths for label in t.labels.tolist()} == {0, 1, 2}
+    knows = Detector(Knows(truths, 128, shift), tokenizer, MEAN.flatten().tolist(), STD.flatten().tolist())
+    found = detect(knows, mosaics, ("green", "red", "sky blue"), batch_size=3)
+    assert (found["ap"], found["ap50"], found["ap75"]) == pytest.approx((ap, ap, ap))
+
+
 def test_one_image_at_a_time_has_no_padding_but_what_a_student_needs(zoo, student, coco):
     images = CocoImages(coco / "annotations.json", coco)  # 50×90 and 70×40
     detectors = load_detector(zoo["gdino"]), see_through(load_detector(zoo["gdino"]), load_encoder(student))

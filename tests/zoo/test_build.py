@@ -16,12 +16,14 @@ from PIL import Image
 
 from kpu_fast.data.labelled import LabelledImages, to_batch
 from kpu_fast.data.sources import SourceError
+from kpu_fast.evaluate.knn import knn
 from kpu_fast.evaluate.zero_shot import class_names
 from kpu_fast.models.teachers import build_teacher
 from kpu_fast.models.vit import ViT
 from kpu_fast.zoo import build
 from kpu_fast.zoo.__main__ import main
 from kpu_fast.zoo.build import build_zoo
+from kpu_fast.zoo.dinov2 import save_dinov2
 from kpu_fast.zoo.fit import ZooError
 from kpu_fast.zoo.pixels import Pixels
 from kpu_fast.zoo.sample import balanced
@@ -189,7 +191,7 @@ def test_an_interrupted_zoo_goes_on(made, shapes, tiny, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build, "zero_shot_accuracy", interrupted)
+    monkeypatch.setattr(build, "zero_shot", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_zoo(*images, tmp_path, zoo=tiny, only=("clip",))
     assert not (tmp_path / "clip").exists()
@@ -210,7 +212,7 @@ def test_a_checkpoint_knows_its_images(shapes, tiny, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kpu_fast.zoo.build.zero_shot_accuracy", interrupted)
+    monkeypatch.setattr("kpu_fast.zoo.build.zero_shot", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build()
     monkeypatch.undo()
@@ -254,12 +256,12 @@ def test_small_sets_and_banks_are_counted_as_they_are(shapes, tiny, tmp_path, mo
     """A batch is at most the set; what kNN looks among has every class though the images are sorted by class."""
     banks = []
 
-    def watched(vit, bank, test):
+    def watched(encoder, bank, test, **kwargs):
         banks.append(bank)
-        return 0.5
+        return knn(encoder, bank, test, **kwargs)
 
     monkeypatch.setattr(build, "_BANK", 30)
-    monkeypatch.setattr(build, "knn_accuracy", watched)
+    monkeypatch.setattr(build, "knn", watched)
     fit = dataclasses.replace(tiny.dinov2.fit, batch=256)
     zoo = dataclasses.replace(tiny, dinov2=dataclasses.replace(tiny.dinov2, fit=fit))
     images = LabelledImages(shapes / "train"), LabelledImages(shapes / "test")
@@ -271,6 +273,19 @@ def test_small_sets_and_banks_are_counted_as_they_are(shapes, tiny, tmp_path, mo
     assert min(banks[0].labels.bincount(minlength=3)) >= 5
     assert build._within(tiny.gdino, 5).classify.batch == 5
     assert build._within(tiny.gdino, 1).fit == tiny.gdino.fit  # of mosaics there are any number
+
+
+def test_what_cannot_be_measured_is_not_handed_over(shapes, tiny, tmp_path, monkeypatch):
+    def broken(vit, folder):
+        vit.layernorm.bias.data[0] = torch.nan
+        save_dinov2(vit, folder)
+
+    monkeypatch.setattr(build, "save_dinov2", broken)
+    images = LabelledImages(shapes / "train"), LabelledImages(shapes / "test")
+    message = r"dinov2 cannot be measured \(.*NaN or Inf in .*\); remove .*training/dinov2 to train it again"
+    with pytest.raises(ZooError, match=message):
+        build_zoo(*images, tmp_path, zoo=tiny, only=("dinov2",), say=lambda line: None)
+    assert not (tmp_path / "dinov2").exists()
 
 
 def cifar(folder):
@@ -388,14 +403,16 @@ def test_bad_input_is_named_and_exits_with_2(shapes, tmp_path, capsys):
 def test_only_gdino_needs_what_judges_boxes(shapes, tmp_path, capsys, monkeypatch):
     made = []
     monkeypatch.setattr(build, "build_zoo", lambda *args, only, **kwargs: made.append(only))
-    for name in ("pycocotools", "torchmetrics"):
-        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
     sources = ["--images", str(shapes / "train"), "--test-images", str(shapes / "test"), "--out", str(tmp_path)]
     assert main([*sources, "--only", "dinov2"]) == 0
     assert made == [("dinov2",)]
     for arguments in ([], ["--only", "gdino"]):
         assert main([*sources, *arguments]) == 2
-        assert "not installed: torchmetrics, pycocotools" in capsys.readouterr().err
+        assert "not installed: pycocotools" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)  # which counts what the other two get right
+    assert main([*sources, "--only", "dinov2"]) == 2
+    assert "not installed: torchmetrics;" in capsys.readouterr().err
 
 
 def test_help_needs_no_torch():

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kpu_fast.data.mosaic import make_mosaic
+from kpu_fast.evaluate.boxes import Mosaics
+from kpu_fast.evaluate.detect import detect, load_detector
+from kpu_fast.evaluate.detector import make_prompt
 from kpu_fast.zoo import clip, dinov2, gdino
 from kpu_fast.zoo.pixels import Pixels, generator
 
@@ -57,27 +59,6 @@ def test_views_are_repeatable_and_differ(tiny):
     # A plain image stays plain whatever part is taken: only its colour may change.
     plain = dinov2.distort(torch.full((20, 32, 32, 3), 120, dtype=torch.uint8), generator(3))
     assert (plain.amax((1, 2)) == plain.amin((1, 2))).all()
-
-
-def test_knn_votes_as_many_neighbours_say(tiny):
-    class Constant(torch.nn.Module):
-        """Its cls is the mean colour of the image."""
-
-        def __init__(self):
-            super().__init__()
-            self.layernorm = torch.nn.LayerNorm(3)
-            self.config = type("C", (), {"image_size": 32})
-
-        def forward(self, pixel_values):
-            return type("O", (), {"pooler_output": pixel_values.mean((2, 3))})
-
-    colours = torch.tensor([[250, 0, 0], [0, 250, 0], [0, 0, 250]], dtype=torch.uint8)
-    labels = torch.arange(90) % 3
-    images = colours[labels][:, None, None].expand(-1, 32, 32, -1)
-    bank = Pixels(images, labels, CLASSES)
-    assert dinov2.knn_accuracy(Constant(), bank, bank) == 1.0
-    wrong = Pixels(images, (labels + (torch.arange(90) >= 60)) % 3, CLASSES)  # a third has another class
-    assert dinov2.knn_accuracy(Constant(), bank, wrong) == pytest.approx(60 / 90)
 
 
 def attention_of(model, tokens, layers, heads):
@@ -168,20 +149,19 @@ def test_gdino_tokenizer_keeps_berts_numbers_and_words_whole():
     )
     assert tokenizer.tokenize("a Box, hats")[:3] == ["a", "box", ","]
     assert tokenizer.unk_token not in tokenizer.tokenize("any words of letters 123")
-    places = gdino._word_of_class(torch.tensor(ids), 3)
-    assert [place.tolist() for place in places] == [[1, 2], [4], [6]]
+    asked = make_prompt(CLASSES, tokenizer, 64)  # the evaluation asks in the words of the training
+    assert asked.input_ids[0].tolist() == ids
+    assert [span.nonzero().flatten().tolist() for span in asked.spans] == [[1, 2], [4], [6]]
 
 
 def test_gdino_tokenizer_knows_words_as_bert_cuts_them():
     names = ("Größe", "it's", "日本", "t-shirt")
     tokenizer = gdino.make_tokenizer(names)
     gdino.check_prompt(names)
-    assert [tokenizer.tokenize(name) for name in names] == [
-        ["große"],
-        ["it", "'", "s"],
-        ["日", "本"],
-        ["t", "-", "shirt"],
-    ]
+    words = [["große"], ["it", "'", "s"], ["日", "本"], ["t", "-", "shirt"]]
+    assert [tokenizer.tokenize(name) for name in names] == words
+    asked = make_prompt(names, tokenizer, 64)
+    assert [tokenizer.convert_ids_to_tokens(asked.input_ids[0, span > 0]) for span in asked.spans] == words
 
 
 def test_gdinos_tokenizer_for_cifar10_is_the_one_in_the_zoo():
@@ -196,8 +176,6 @@ def test_gdinos_tokenizer_for_cifar10_is_the_one_in_the_zoo():
 
 def test_a_prompt_of_many_classes_fits_the_text_tower(tiny, tmp_path):
     """162 tokens; the towers take 64 where that is enough."""
-    from transformers import AutoTokenizer, GroundingDinoForObjectDetection
-
     names = tuple(f"class number {i}" for i in range(40))
     gdino.check_prompt(names)
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8))
@@ -205,15 +183,17 @@ def test_a_prompt_of_many_classes_fits_the_text_tower(tiny, tmp_path):
     common = {"device": CPU, "seed": 0, "facts": {"recipe": {}}}
     model, tokenizer, _ = gdino.train_gdino(pixels, tiny.gdino, tmp_path / "work", **common)
     gdino.save_gdino(model, tokenizer, tmp_path, tiny.gdino)
-    again = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
-    model = GroundingDinoForObjectDetection.from_pretrained(tmp_path, dtype=torch.float32, local_files_only=True)
-    assert again.model_max_length == model.config.max_text_len == len(again(gdino.prompt(names))["input_ids"]) == 162
-    text = again(gdino.prompt(names), return_tensors="pt")
+    again = load_detector(tmp_path)
+    assert again.tokenizer.model_max_length == again.net.config.max_text_len == 162
+    text = again.tokenizer(gdino.prompt(names), return_tensors="pt")
+    asked = again.prompt(names)
+    assert asked.input_ids.tolist() == text["input_ids"].tolist()
+    assert asked.input_ids.shape == (1, 162)
     with torch.no_grad():
-        logits = model.eval()(pixel_values=torch.randn(1, 3, 64, 64), **text).logits
-    last = gdino._word_of_class(text["input_ids"][0], 40)[-1]
-    assert logits[..., last].isfinite().all()
-    assert gdino.detection_figures(model, again, pixels, tiny.gdino).keys() == {"AP", "AP50", "AP75"}
+        logits = again.net(pixel_values=torch.randn(1, 3, 64, 64), **text).logits
+    assert logits[..., :162][..., asked.spans[-1] > 0].isfinite().all()
+    found = detect(again, Mosaics(pixels, 3, 64, seed=1), names)
+    assert all(0 <= found[figure] <= 1 for figure in ("ap", "ap50", "ap75"))
 
 
 @pytest.fixture(scope="module")
@@ -251,37 +231,3 @@ def test_detector_begins_unsure_and_its_proposals_are_trained(detector):
         for layer in ("", "_0")
     )
     assert parts["loss"].item() == pytest.approx((decoder + parts["proposals"]).item(), rel=1e-6)
-
-
-def test_detection_figures_of_a_detector_that_is_right(detector):
-    """A network that answers with the truth has AP 1; with every box moved aside, 0."""
-    *_, recipe, tokenizer = detector
-    random = np.random.default_rng(1)
-    images = torch.from_numpy(random.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8))
-    pixels = Pixels(images, torch.arange(9) % 3, CLASSES)
-    mosaics = [make_mosaic(pixels, gdino._TEST_SEED, i, 64) for i in range(recipe.test_mosaics)]
-    places = [[1, 2], [4], [6]]
-    asked = []
-
-    class Knows(torch.nn.Module):
-        def __init__(self, shift):
-            super().__init__()
-            self.weight, self.shift = torch.nn.Parameter(torch.zeros(1)), shift
-
-        def forward(self, pixel_values, input_ids, **_):
-            logits = torch.full((len(input_ids), 8, 64), -torch.inf)
-            logits[..., : input_ids.shape[1]] = -9
-            boxes = torch.zeros(len(input_ids), 8, 4) + 0.01
-            for i in range(len(input_ids)):
-                _, truth, labels = mosaics[len(asked)]
-                asked.append(i)
-                boxes[i, : len(truth)] = gdino._centre_size(torch.from_numpy(truth) / 64) + self.shift
-                for q, label in enumerate(labels):
-                    logits[i, q, places[label]] = 9
-            return type("Found", (), {"logits": logits, "pred_boxes": boxes})
-
-    figures = gdino.detection_figures(Knows(0.0), tokenizer, pixels, recipe, batch=100)
-    assert figures == {"AP": 1.0, "AP50": 1.0, "AP75": 1.0}
-    asked.clear()
-    figures = gdino.detection_figures(Knows(0.9), tokenizer, pixels, recipe, batch=100)
-    assert max(figures.values()) == 0.0

@@ -1,6 +1,5 @@
 """The teachers in zoo/ can do what their cards say: on held-out images, through the loaders that training uses."""
 
-import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +10,11 @@ import torch.nn.functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from kpu_fast.data.labelled import LabelledImages, to_batch
+from kpu_fast.evaluate.boxes import Mosaics
+from kpu_fast.evaluate.detect import detect, load_detector
 from kpu_fast.models.mean_std import CLIP_MEAN_STD
 from kpu_fast.models.teachers import build_teacher
 from kpu_fast.models.vit import ViT
-from kpu_fast.zoo import gdino
 from kpu_fast.zoo.clip import embed_text
 from kpu_fast.zoo.recipes import GdinoRecipe
 
@@ -89,13 +89,9 @@ def test_features_tell_classes_apart(test_images):
 
 
 def test_gdino_finds_images_on_canvases(test_images):
-    from transformers import AutoTokenizer, GroundingDinoForObjectDetection
-
-    model = GroundingDinoForObjectDetection.from_pretrained(ZOO / "gdino", dtype=torch.float32, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(ZOO / "gdino", local_files_only=True)
-    recipe = dataclasses.replace(GdinoRecipe(), test_mosaics=50)
-    figures = gdino.detection_figures(model.eval(), tokenizer, test_images, recipe)
-    assert figures["AP50"] > AP50_BOUND
+    mosaics = Mosaics(test_images, 50, GdinoRecipe().canvas, seed=1)
+    found = detect(load_detector(ZOO / "gdino"), mosaics, test_images.classes)
+    assert found["ap50"] > AP50_BOUND
 
 
 def test_cards_and_sizes():
