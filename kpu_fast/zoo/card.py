@@ -1,12 +1,10 @@
 """The README.md of a teacher of the zoo: every number in it comes from the run."""
 
 import json
-import platform
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
+from kpu_fast.machine import circumstances
 
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _CIFAR10_LICENCE = """The images come from CIFAR-10 (A. Krizhevsky, "Learning Multiple Layers of Features from Tiny
@@ -47,13 +45,11 @@ def write_card(folder: Path, name: str, facts: dict, told: dict, figures: dict) 
     a dict of these by phase. figures: {name: {"value", "on"}} measured with the saved weights.
     """
     phases = told if "steps" not in told else {"training": told}
-    circumstances = {
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
-    record = {**facts, "phases": phases, "figures": figures, "versions": circumstances}
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    where = circumstances()
+    versions = {name: where["versions"][name] for name in ("torch", "transformers")} | {"python": where["python"]}
+    record = {**facts, "phases": phases, "figures": figures, "versions": versions | {"date": date}}
+    record["commit"] = where["commit"]
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     title, how = _WHAT[name]
     classes = facts["classes"]
@@ -71,8 +67,9 @@ def write_card(folder: Path, name: str, facts: dict, told: dict, figures: dict) 
         ("device", facts["device"]),
         ("parameters", f"{facts['parameters']:,} in bf16"),
         ("seed", str(facts["seed"])),
-        ("versions", ", ".join(f"{key} {value}" for key, value in circumstances.items() if key != "date")),
-        ("date", circumstances["date"]),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("date", date),
+        ("commit", where["commit"] or "unknown"),
     ]
     measured = [f"| {key} | {value['value']:.4f} | {value['on']} |" for key, value in figures.items()]
     licence = _CIFAR10_LICENCE if tuple(classes) == _CIFAR10 else _OTHER_LICENCE

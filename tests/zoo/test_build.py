@@ -110,6 +110,7 @@ def test_cards_say_what_was_measured(made, tiny, name):
     steps = "3 steps, 24 images seen" if name != "gdino" else "3 steps, 6 mosaics seen"
     assert steps in card
     assert "72 from `" in card
+    assert f"| commit | {record['commit'] or 'unknown'} |" in card
     assert "3: box, red ball, stick" in card
     assert "CIFAR" not in card  # these images are not its
     assert str(out.parent) not in card + json.dumps(record)  # nor are a machine's folders anyone's business
