@@ -362,7 +362,7 @@ def insert(page: Path, text: str) -> None:
 
 def _picture(measured: Measured, file: Path) -> None:
     """The rows of `table` drawn. Raises ReportError where `file` cannot be written."""
-    groups = _by_op(_short(measured.groups, measured.on_gpu))
+    groups, _ = _halves(measured, every=False)
     caption = _caption(measured, groups).replace("**", "").partition(". ×")[0]
     figure = draw(groups, caption, measured.on_gpu)
     try:
