@@ -263,6 +263,15 @@ def test_refused_mixtures(write, tmp_path):
         report.read([tmp_path / "none.json"])
 
 
+def test_the_picture_is_of_the_device_alone_where_that_was_measured(write, command, tmp_path):
+    pictures = []
+    for further in ([], three(op="moments")):
+        file = tmp_path / f"{len(pictures)}.png"
+        assert command(write([*three(mode="graph"), *further]), "--picture", file)[0] == 0
+        pictures.append(file.read_bytes())
+    assert pictures[0] == pictures[1]
+
+
 @pytest.mark.parametrize("with_compile", [True, False])
 def test_picture(write, command, tmp_path, with_compile):
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
