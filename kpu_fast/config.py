@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from kpu_fast.config_deepspeed import check_deepspeed
 from kpu_fast.config_errors import explain
@@ -19,7 +19,8 @@ from kpu_fast.config_objective import GKDConfig, KPUConfig, ObjectiveBlock
 from kpu_fast.config_strict import Strict, changed, impossible
 from kpu_fast.config_tree import ConfigError, apply_override, read_tree, settle_teachers
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$")]
+_Text = Annotated[str, BeforeValidator(lambda x: str(x) if type(x) is int else x)]  # --set name=20261129 is JSON
+Name = Annotated[_Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$")]
 Source = str | list[str]  # folder, shards, glob, package:NAME/path, or a list of these
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -158,7 +159,7 @@ class OptimizerConfig(Strict):
 
     impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"  # whose fused AdamW; auto: torch's
     lr: float = Field(default=2e-4, gt=0.0)  # after the warm-up
-    min_lr: float = Field(default=0.0, ge=0.0)  # at the last step
+    min_lr: float = Field(default=0.0, ge=0.0)  # what it falls towards, and has reached after the last step
     weight_decay: float = Field(default=0.05, ge=0.0)  # of linear layers' and convolutions' weights, nothing else's
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0.0)
@@ -289,12 +290,12 @@ class Config(Strict):
 
 
 def _check_kpu(cfg: Config, objective: KPUConfig) -> None:
-    kinds = {teacher.kind for teacher in cfg.teachers.values()}
-    if not (objective.cos_weight or objective.l1_weight or kinds & _WITH_X):
-        raise impossible(
-            "objective.cos_weight: found 0 for cos_weight and l1_weight, but no teacher has an x "
-            f"(kind {' and '.join(map(json.dumps, sorted(kinds)))}), which trains nothing; set one above 0"
-        )
+    for name, teacher in cfg.teachers.items():
+        if not (objective.cos_weight or objective.l1_weight or teacher.kind in _WITH_X):
+            raise impossible(
+                f'objective.cos_weight: found 0 for cos_weight and l1_weight, but teacher "{name}" has no x (kind '
+                f'"{teacher.kind}"), which trains nothing; set one above 0'
+            )
 
 
 def _check_gkd(cfg: Config, objective: GKDConfig) -> None:

@@ -72,6 +72,18 @@ def check_deepspeed(cfg: Config) -> None:
         raise impossible(f"deepspeed.zero_optimization: found {zero}; expected an object with stage 0, 1, 2 or 3")
     if "cpu_offload" in zero:
         raise impossible('deepspeed.zero_optimization.cpu_offload: set "offload_optimizer": {"device": "cpu"} instead')
+    if zero.get("round_robin_gradients"):
+        raise impossible(
+            "deepspeed.zero_optimization.round_robin_gradients: not supported: it orders the optimizer's state "
+            "otherwise and no checkpoint says so, so that a resume would mix it up; leave it out"
+        )
+    for key in ("wall_clock_breakdown", "flops_profiler"):
+        on = _enabled(block, key) if isinstance(block.get(key), dict) else block.get(key)
+        if on and len(cfg.streams()) > 1:
+            raise impossible(
+                f"deepspeed.{key}: found it on, but DeepSpeed's timers take one forward in a step and here are "
+                f"{len(cfg.streams())}; leave it out, bench/step.py times the parts of a step"
+            )
     if zero.get("compute_grad_norm", True) is not True and cfg.optimizer.clip_grad_norm is not None:
         raise impossible(
             "deepspeed.zero_optimization.compute_grad_norm: not true, but clipping needs the norm; "

@@ -28,6 +28,8 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: found {kind_of(tree)} at the top; expected an object")
+    if {"config", "commit", "versions"} <= tree.keys():  # what a run leaves: config.resolved.json
+        tree = tree["config"]
     base = tree.pop("extends", None)
     if base is None:
         return tree

@@ -197,7 +197,7 @@ def test_a_resolved_config_is_a_config(path):
 def test_deepspeed_block_goes_through_untouched():
     block = {
         "zero_optimization": {"stage": 3, "overlap_comm": False},
-        "wall_clock_breakdown": True,
+        "memory_breakdown": True,
         "steps_per_print": 7,
         "seq_parallel_communication_data_type": "fp32",  # no slip of the pen for communication_data_type
         "key_of_a_later_deepspeed": {},
@@ -320,27 +320,56 @@ def test_famo_needs_the_whole_batch_of_its_step():
 def test_an_objective_without_any_loss_is_refused():
     weights = [f"objective.{name}=0" for name in ("x_weight", "cos_weight", "l1_weight")]
     for left_out in weights:
-        load_config(ROOT / "configs" / "random.json", [weight for weight in weights if weight != left_out])
+        others = [weight for weight in weights if weight != left_out]
+        load_config(ROOT / "configs" / "random.json", [*others, "teachers.gdino=null"])
     with pytest.raises(ConfigError, match=r"objective\.x_weight: found 0 for x_weight, cos_weight and l1_weight"):
         load_config(ROOT / "configs" / "random.json", weights)
 
 
-def test_an_objective_of_x_alone_needs_a_teacher_with_an_x():
+def test_an_objective_of_x_alone_needs_teachers_with_an_x():
     x_alone, random = ["objective.cos_weight=0", "objective.l1_weight=0"], ROOT / "configs" / "random.json"
-    for left_out in ("teachers.clip=null", "teachers.dinov2=null"):
-        load_config(random, [*x_alone, left_out])
-    gdino = ["teachers.clip=null", "teachers.dinov2=null"]
-    load_config(random, [*gdino, x_alone[0]])
-    message = r"objective\.cos_weight: found 0 for cos_weight and l1_weight, but no teacher has an x \(kind "
-    with pytest.raises(ConfigError, match=message + r'"grounding_dino"\)'):
-        load_config(random, [*gdino, *x_alone])
+    load_config(random, [*x_alone, "teachers.gdino=null"])
+    load_config(random, [x_alone[0]])
+    load_config(random, [x_alone[1]])
+    message = r"objective\.cos_weight: found 0 for cos_weight and l1_weight, but teacher "
+    with pytest.raises(ConfigError, match=message + r'"gdino" has no x \(kind "grounding_dino"\)'):
+        load_config(random, x_alone)
     for kind in ("siglip", "dinov3", "dinov2"):
-        load_config(random, ["teachers.clip=null", f"teachers.dinov2.kind={kind}", *x_alone])
-    with pytest.raises(ConfigError, match=message + r'"grounding_dino" and "sam"\)'):
-        load_config(random, ["teachers.clip=null", "teachers.dinov2.kind=sam", *x_alone])
-    swin = ["teachers.clip=null", "teachers.dinov2.kind=backbone", "teachers.dinov2.levels=[1]"]
-    with pytest.raises(ConfigError, match=message + r'"backbone" and "grounding_dino"\)'):
+        load_config(random, ["teachers.gdino=null", f"teachers.dinov2.kind={kind}", *x_alone])
+    with pytest.raises(ConfigError, match=message + r'"dinov2" has no x \(kind "sam"\)'):
+        load_config(random, ["teachers.gdino=null", "teachers.dinov2.kind=sam", *x_alone])
+    swin = ["teachers.gdino=null", "teachers.dinov2.kind=backbone", "teachers.dinov2.levels=[1]"]
+    with pytest.raises(ConfigError, match=message + r'"dinov2" has no x \(kind "backbone"\)'):
         load_config(random, [*swin, "teachers.dinov2.arch.model_type=swin", *x_alone])
+
+
+def test_deepspeeds_switches_that_do_not_go_with_several_forwards():
+    random, one = ROOT / "configs" / "random.json", ["teachers.gdino=null", "teachers.dinov2=null"]
+    for switch in ("wall_clock_breakdown=true", 'flops_profiler={"enabled": true}'):
+        name = switch.partition("=")[0]
+        with pytest.raises(ConfigError, match=rf"deepspeed\.{name}: found it on.* here are [23]; leave it out"):
+            load_config(random, [f"deepspeed.{switch}"])
+        load_config(random, [f"deepspeed.{switch}", *one])
+    load_config(random, ['deepspeed.flops_profiler={"enabled": false}', "deepspeed.wall_clock_breakdown=false"])
+    with pytest.raises(ConfigError, match=r"deepspeed\.zero_optimization\.round_robin_gradients: not supported"):
+        load_config(random, ['deepspeed.zero_optimization={"stage": 2, "round_robin_gradients": true}'])
+
+
+def test_a_number_is_a_name():
+    random = ROOT / "configs" / "random.json"
+    assert load_config(random, ["name=20241129"]).name == "20241129"
+    with pytest.raises(ConfigError, match="name: found true"):
+        load_config(random, ["name=true"])
+
+
+def test_what_a_run_recorded_is_a_config(tmp_path):
+    cfg = load_config(ROOT / "configs" / "random.json", ["steps=70"])
+    path = tmp_path / "config.resolved.json"
+    record = {"config": cfg.model_dump(mode="json"), "commit": None, "versions": {}, "python": "3", "machine": "m"}
+    path.write_text(json.dumps(record))
+    assert load_config(path) == cfg
+    (tmp_path / "mine.json").write_text(json.dumps({"extends": path.name, "steps": 80}))
+    assert load_config(tmp_path / "mine.json") == cfg.model_copy(update={"steps": 80})
 
 
 def test_the_weight_of_a_reconstruction_that_is_off_is_refused():

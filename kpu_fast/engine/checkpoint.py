@@ -165,9 +165,8 @@ class Checkpoints:
             return
         newest = newest_checkpoint(self.folder)
         kept = f"the last good checkpoint is {newest}" if newest else "there is no earlier checkpoint"
-        raise shared(
-            CheckpointError(f"{self.folder}: the checkpoint of step {step} was not written: {problem}; {kept}")
-        )
+        what = f"{self.folder}: the checkpoint of step {step} was not written: {problem}{_room(self.folder)}"
+        raise shared(CheckpointError(f"{what}; {kept}"))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -247,6 +246,14 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _room(folder: Path) -> str:
+    """How much the folder's disk has left: what torch says of a full one is of its own file format."""
+    try:
+        return f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there)"
+    except OSError:
+        return ""
 
 
 def _unwritten(work: Callable[[], None]) -> str | None:

@@ -189,7 +189,10 @@ def _run_steps(cfg, world, parts: Parts, streams: dict[str, Stream], checkpoints
     """Steps start+1 ... cfg.steps; True if it got there, False if a signal ended it after a checkpoint."""
     engine, balance = parts.engine, parts.balance
     images = world.size * cfg.images_per_step()
-    monitor = Monitor(checkpoints.folder.parent, world, start=start, steps=cfg.steps, images_per_step=images)
+    others = engine.monitor if engine.monitor.enabled else None
+    monitor = Monitor(
+        checkpoints.folder.parent, world, start=start, steps=cfg.steps, images_per_step=images, others=others
+    )
     with _stop_signals() as asked:
         try:
             began = time.perf_counter()
@@ -249,11 +252,16 @@ def _next_batch(name: str, stream: Stream):
         raise RunError(f"teachers.{name}.data: {error}") from error
 
 
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT while steps run, instead of dying in the middle of one.
+    """Collect what asks a run to stop while steps run, instead of dying in the middle of one.
 
-    Launchers send both, and more than once; only a Ctrl-C seconds after the first one means "now".
+    SIGHUP comes when a terminal goes, SIGUSR1 from SLURM where it is told so (--signal); a run that was started to
+    ignore one, as by nohup, does. Launchers send several, and more than once; only a Ctrl-C seconds after the first one
+    means "now".
     """
     asked: list[int] = []
     first = 0.0
@@ -267,7 +275,7 @@ def _stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield asked
     finally:

@@ -41,10 +41,14 @@ class _Pending(NamedTuple):
 
 
 class Monitor:
-    """Reports steps. Every rank makes one; rank 0 writes. `stop` turns true on all ranks at the same step."""
+    """Reports steps. Every rank makes one; rank 0 writes. `stop` turns true on all ranks at the same step.
 
-    def __init__(self, folder: Path, world: World, *, start: int, steps: int, images_per_step: int):
+    others: DeepSpeed's monitors (wandb …), which are told what TensorBoard is.
+    """
+
+    def __init__(self, folder: Path, world: World, *, start: int, steps: int, images_per_step: int, others=None):
         self.world, self.images_per_step, self.stop = world, images_per_step, False
+        self._others = others
         self._pending: _Pending | None = None
         self._bar = self._file = self._board = None
         if world.rank == 0:
@@ -127,13 +131,14 @@ class Monitor:
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-            for key, value in row.items():
-                self._board.add_scalar(f"loss/{key}", value, step)
-            for name, value in shares.items():
-                self._board.add_scalar(f"share/{name}", value, step)
-            for key in ("lr", "grad_norm", "images_per_second", "data_wait_percent"):
-                if key in record:
-                    self._board.add_scalar(f"run/{key}", record[key], step)
+            told = {f"loss/{key}": value for key, value in row.items()}
+            told |= {f"share/{name}": value for name, value in shares.items()}
+            keys = ("lr", "grad_norm", "images_per_second", "data_wait_percent")
+            told |= {f"run/{key}": record[key] for key in keys if key in record}
+            for tag, value in told.items():
+                self._board.add_scalar(tag, value, step)
+            if self._others is not None:
+                self._others.write_events([(tag, value, step) for tag, value in told.items()])
         except OSError as error:
             raise OutputError(f"{self._file.name} or tensorboard/ cannot be written ({error.strerror})") from error
         teachers = {key.partition("/")[0] for key in row if "/" in key}

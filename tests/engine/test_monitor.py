@@ -1,6 +1,7 @@
 """What is reported of a step."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ def test_the_rank_that_waits_for_data_is_named(monkeypatch, tmp_path):
         vector[-3:-1] = torch.tensor([80.0, 10.0])
 
     monkeypatch.setattr(monitor.dist, "all_reduce", all_reduce)
-    reports = Monitor(tmp_path, World(0, 3, torch.device("cpu"), 0, None), start=0, steps=1, images_per_step=6)
+    events = []
+    place = {"start": 0, "steps": 1, "images_per_step": 6, "others": SimpleNamespace(write_events=events.extend)}
+    reports = Monitor(tmp_path, World(0, 3, torch.device("cpu"), 0, None), **place)
     facts = {"lr": 0.1, "step_seconds": 2.0, "data_wait_percent": 1.5}
     one = torch.tensor(1.0)
     reports.push(1, {"clip/s2t": one}, one, 4 * one, {"clip": one / 4}, False, facts)
@@ -33,3 +36,7 @@ def test_the_rank_that_waits_for_data_is_named(monkeypatch, tmp_path):
     }  # fmt: skip
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.value for event in board.Scalars("run/data_wait_percent")] == [80.0]
+    # DeepSpeed's monitors get the same.
+    assert {tag for tag, _, _ in events} == set(board.Tags()["scalars"])
+    for tag, value, step in events:
+        assert [(event.value, event.step) for event in board.Scalars(tag)] == [(pytest.approx(value), step)]

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ from processes import HELPERS, TRAIN, Run, finish, free_port, losses, steps_done
 from safetensors.torch import load_file
 
 from kpu_fast.config import load_config
-from kpu_fast.engine import result
+from kpu_fast.engine import loop, result
 from kpu_fast.engine.distributed import World
 from kpu_fast.export import main as export
 from kpu_fast.machine import slow_bf16
@@ -106,11 +107,12 @@ def test_nodes_that_share_no_folder_do_not_start(tiny, environment, tmp_path):
     assert str(tmp_path / "1" / "runs" / "tiny") in err
 
 
-def test_sigterm_writes_a_checkpoint_and_exits_0(whole, start, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_writes_a_checkpoint_and_exits_0(number, whole, start, tmp_path):
     run = tmp_path / "tiny"
     first = start("checkpoint.every=1000")
     wait_for(lambda: steps_done(run) >= 3, first)
-    first.send_signal(signal.SIGTERM)
+    first.send_signal(number)
     out, _ = finish(first)
     stopped = steps_done(run)
     assert f"stopped after step {stopped}; go on with --resume auto" in out
@@ -119,6 +121,20 @@ def test_sigterm_writes_a_checkpoint_and_exits_0(whole, start, tmp_path):
     finish(start("checkpoint.every=1000", resume="auto"))
     assert losses(run) == losses(whole)
     assert weights(run) == weights(whole)
+
+
+def test_signals_that_ask_to_stop():
+    """Each is noted, but for those that were ignored before (nohup); afterwards all is as it was."""
+    before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGHUP)]
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with loop._stop_signals() as asked:
+            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
+                signal.raise_signal(number)
+            assert asked == [signal.SIGUSR1, signal.SIGTERM]
+        assert [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGHUP)] == [before[0], signal.SIG_IGN]
+    finally:
+        signal.signal(signal.SIGHUP, before[1])
 
 
 def test_a_second_ctrl_c_seconds_later_stops_at_once(tiny, environment, tmp_path):
@@ -292,7 +308,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(start, tmp_path, environment
     before = {p: p.read_bytes() for p in kept.rglob("*.pt")}
     limited = ["bash", "-c", 'ulimit -f 100; trap "" XFSZ; exec "$0" "$@"', sys.executable]
     _, err = finish(start("steps=6", launcher=limited, resume="auto"), code=4)
-    assert "the checkpoint of step 6 was not written" in err
+    assert re.search(r"the checkpoint of step 6 was not written: .+ \([\d,]+ MiB free there\)", err)
     assert f"the last good checkpoint is {kept}" in err
     assert {p: p.read_bytes() for p in kept.rglob("*.pt")} == before
     assert len(before) == 3
