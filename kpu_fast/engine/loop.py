@@ -190,6 +190,7 @@ def _run_steps(cfg, world, parts: Parts, streams: dict[str, Stream], checkpoints
     engine, balance = parts.engine, parts.balance
     images = world.size * cfg.images_per_step()
     others = engine.monitor if engine.monitor.enabled else None
+    engine.monitor.enabled = False  # what DeepSpeed would tell them itself counts images, and wandb takes no step back
     monitor = Monitor(
         checkpoints.folder.parent, world, start=start, steps=cfg.steps, images_per_step=images, others=others
     )
