@@ -8,6 +8,7 @@ import json
 import threading
 import warnings
 import weakref
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kpu_fast.data.dali import import_dali
+from kpu_fast.data.dali import Decoder, import_dali
 from kpu_fast.data.index import Index
 from kpu_fast.data.sampler import Sampler, canvases_of
 from kpu_fast.data.sources import SourceError
@@ -26,6 +27,7 @@ READERS = 8  # threads that read files; they hide latency, not work: a read keep
 READ_AHEAD = 3  # batches being read beside the PREFETCH ones that DALI decodes
 PREFETCH = 2
 _READ_CHUNK = 16
+_NAMED = 3  # images in a message
 
 
 class Batch(NamedTuple):
@@ -85,7 +87,12 @@ class Stream:
         # A stream that is dropped goes at once, DALI's memory and all threads with it. A cycle would keep them until
         # Python looks for cycles, which may be never, and DALI has one that holds what it calls.
         reader = weakref.ref(self._reader)
-        self._pipe = _build(data_cfg, self._device, lambda: reader()())
+        self._decoding = {
+            "device": "mixed" if self._device.type == "cuda" else "cpu",
+            "hw_decoder_load": data_cfg.hw_decoder_load,
+            "jpeg_fancy_upsampling": True,  # on a GPU too: the pixels of the scan, of evaluation and of a CPU
+        }
+        self._pipe = _build(data_cfg, self._device, self._decoding, lambda: reader()())
 
     def __iter__(self):
         return self
@@ -98,10 +105,8 @@ class Stream:
         except Exception as error:  # DALI raises RuntimeError, ValueError, IndexError, … on data it cannot use
             if is_out_of_memory(error):
                 raise
-            raise RuntimeError(
-                f"source {self._source!r}: DALI could not make a batch. If a file changed since the scan, run "
-                f"`python -m kpu_fast.data.scan` on it again. DALI said: {error}"
-            ) from error
+            decoder = Decoder(_device_id(self._device), **self._decoding)
+            raise RuntimeError(f"source {self._source!r}: {self._reader.what_failed(decoder, error)}") from error
         self._images_seen += self._stride
         images, *size = outputs = [torch.from_dlpack(output.as_tensor()) for output in (images, *size)]
         if self._device.type == "cuda":
@@ -173,6 +178,7 @@ class _Reader:
         self._failed = threading.Event()
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="kpu_fast-read")
         self._reads = deque()
+        self._given = deque(maxlen=PREFETCH)  # numbers of the images of each batch that DALI has yet to hand out
         for _ in range(READ_AHEAD):
             self._read_next()
 
@@ -194,26 +200,59 @@ class _Reader:
             self._failed.set()
             self._pool.shutdown(wait=False, cancel_futures=True)
             raise
+        self._given.append(plan.image)
         canvas = (np.full(len(data), side, np.float32) for side in plan.canvas)
         return (data, plan.target, plan.flip, *canvas) + ((plan.start, plan.shape) if self._crop else ())
 
+    def what_failed(self, decoder: Decoder, error: Exception) -> str:
+        """Of the batches that DALI had when it raised `error`, the images that fail alone too, and what to do."""
+        index, bad, changed = self._index, [], []
+        images = sorted({i for given in self._given for i in given.tolist()})
+        in_source = len(index.source_files())  # the checksum of a converted image is of the one in the source
+        for i in images:
+            data = index.read(i)
+            if not _decodes(decoder, data, (index.height[i], index.width[i])):
+                bad.append(i)
+                if index.file[i] < in_source and zlib.crc32(data) != index.crc[i]:
+                    changed.append(i)
+        if changed:
+            return (
+                f"DALI cannot use {self._names(changed)}, changed since the scan; put back what was there, or run "
+                "`python -m kpu_fast.data.scan` on the source, which leaves out what cannot be decoded"
+            )
+        if 0 < len(bad) < len(images):  # where all fail it may be the device that does
+            return f"DALI cannot decode {self._names(bad)}, which the scan could; replace or remove what is named"
+        said = " ".join(str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0].split())[:300]
+        return f"DALI could not make a batch ({said}); it was decoding {self._names(images)}"
 
-def _build(data_cfg, device: torch.device, read):
-    """The DALI graph; the same on both devices but for where the decoder runs."""
+    def _names(self, images: list[int]) -> str:
+        names = ", ".join(self._index.name(i) for i in images[:_NAMED])
+        return names + (f" and {len(images) - _NAMED:,} more" if len(images) > _NAMED else "")
+
+
+def _decodes(decoder: Decoder, data: np.ndarray, size: tuple[int, int]) -> bool:
+    try:
+        return decoder(data).shape[:2] == size
+    except Exception as error:  # see Decoder
+        return is_out_of_memory(error)  # which says nothing about the image
+
+
+def _device_id(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    return device.index if device.index is not None else torch.cuda.current_device()
+
+
+def _build(data_cfg, device: torch.device, decoding: dict, read):
+    """The DALI graph; the same on both devices but for where the decoder runs. decoding: options of the decoder."""
     dali = import_dali()
     fn, types = dali.fn, dali.types
     crop = data_cfg.fit == "crop"
     gpu = device.type == "cuda"
-    device_id = (device.index if device.index is not None else torch.cuda.current_device()) if gpu else None
-    pipe = dali.Pipeline(data_cfg.batch_size, data_cfg.threads, device_id, prefetch_queue_depth=PREFETCH)
+    pipe = dali.Pipeline(data_cfg.batch_size, data_cfg.threads, _device_id(device), prefetch_queue_depth=PREFETCH)
     with pipe:
         data, target, flip, height, width, *part = fn.external_source(read, num_outputs=7 if crop else 5, batch=True)
-        images = fn.decoders.image(
-            data,
-            device="mixed" if gpu else "cpu",
-            hw_decoder_load=data_cfg.hw_decoder_load,
-            jpeg_fancy_upsampling=True,  # on a GPU too: the pixels of the scan, of evaluation and of a CPU
-        )
+        images = fn.decoders.image(data, **decoding)
         if crop:
             # Not image_slice, which decodes the part alone: nvImageCodec 0.9.0 (DALI 2.3 and later) ends with a
             # segmentation fault there on an H100 (github.com/NVIDIA/nvImageCodec/issues/55). On a CPU decoding the

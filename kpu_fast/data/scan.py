@@ -26,7 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from kpu_fast.data import index as index_file
-from kpu_fast.data.dali import import_dali
+from kpu_fast.data.dali import Decoder, import_dali
 from kpu_fast.data.decode import to_rgb
 from kpu_fast.data.index import Index
 from kpu_fast.data.sources import (
@@ -257,30 +257,18 @@ def _check(file: SourceFile, candidate: Candidate, folder: Path) -> str | tuple:
 
 def _dali_agrees(data: bytes, pixels: np.ndarray) -> bool:
     """Whether DALI decodes `data`, and to `pixels`; it takes some files for what they are not, such as LAB for RGB."""
-    pipe = getattr(_local, "pipe", None) or _dali_decoder()
-    _local.pipe = None  # DALI calls a pipeline that raised invalid: keep it only after a success
-    pipe.feed_input("data", [np.frombuffer(data, np.uint8)])
+    if not hasattr(_local, "decoder"):
+        _local.decoder = Decoder()
+    _local.decoder.prepare()
     try:
-        (images,) = pipe.run()
+        decoded = _local.decoder(np.frombuffer(data, np.uint8))
     except Exception:  # DALI raises RuntimeError, ValueError, IndexError, … on broken data
         return False
-    _local.pipe = pipe
-    decoded = np.asarray(images.at(0))
     if decoded.shape != pixels.shape:
         return False
     step = max(1, len(pixels) // _ROWS)
     difference = np.subtract(decoded[::step], pixels[::step], dtype=np.int16)
     return np.abs(difference).mean() <= _LEVELS
-
-
-def _dali_decoder():
-    dali = import_dali()
-    pipe = dali.Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    with pipe:
-        data = dali.fn.external_source(name="data", dtype=dali.types.UINT8, ndim=1)
-        pipe.set_outputs(dali.fn.decoders.image(data, device="cpu"))
-    pipe.build()
-    return pipe
 
 
 def _converted_exist(stored: Index) -> bool:

@@ -87,7 +87,8 @@ def train(cfg: Config, resume: str | None = None, skip: int = 0) -> None:
         finished = _run_steps(cfg, world, parts, streams, checkpoints, state["step"])
     except (Diverged, OutputError, RunError) as error:
         newest = newest_checkpoint(checkpoints.folder) or checkpoint or "none: no step was saved"
-        past = "; if a batch is to blame, --resume auto --skip N passes over the next N" * isinstance(error, Diverged)
+        blame = isinstance(error, (Diverged, RunError))
+        past = "; if a batch is to blame, --resume auto --skip N passes over the next N" * blame
         named = type(error)(f"{error}. The last good checkpoint is {newest}{past}")
         raise (shared(named) if hasattr(error, "shared") else named) from error
     if finished:

@@ -3,7 +3,9 @@
 import errno
 import gc
 import hashlib
+import io
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -378,22 +380,97 @@ def test_batches_can_be_passed_over(folder, make):
     assert skipping.images_seen == whole.images_seen
 
 
-def test_a_file_that_no_longer_decodes_names_the_source(folder, make):
+def failure(one):
+    """What `one` says when it fails, which is to be one line for a person."""
+    with pytest.raises(RuntimeError) as caught:
+        take(one, 20)
+    assert "\n" not in str(caught.value)
+    assert "pipeline.py" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_the_image_that_dali_cannot_decode_is_named(tmp_path, make, device, photo):
+    """Alone among good ones, some batches into the stream, in a shard too."""
+    for number in range(10):
+        photo[0].rotate(number).save(tmp_path / f"{number}.jpg", quality=90)
+    make.tar(tmp_path / "a.tar", [(f"{n}.png", make.encoded(make.ramp(n))) for n in range(10)])
+    index = scan([str(tmp_path / "?.jpg"), str(tmp_path / "a.tar")])
+    for number in (7, 13):
+        path, at = index.files[index.file[number]].path, index.offset[number]
+        with open(path, "r+b") as file:
+            file.seek(at)
+            kept = file.read(index.length[number])
+            file.seek(at)
+            file.write(bytes(len(kept)))
+        said = failure(stream(index, make.config(), device=device))
+        assert said.startswith(f"source 'the source': DALI cannot use {index.name(number)}, changed since the scan; ")
+        assert "python -m kpu_fast.data.scan" in said
+        with open(path, "r+b") as file:
+            file.seek(at)
+            file.write(kept)
+
+
+def test_images_that_dali_refuses_unchanged_are_told_from_a_device_that_fails(folder):
+    """A GPU's decoder may refuse what the scan's took, and after a fault on the GPU it refuses everything."""
+    index = scan(str(folder))
+    sampler = SimpleNamespace(
+        plan=lambda at: SimpleNamespace(image=np.array([3, 1, 4]) + at, flip=0, target=0, canvas=())
+    )
+    reader = _Reader(index, sampler, 0, 1, crop=False)
+    reader(), reader()
+    error = RuntimeError("Error in operator\n  File pipeline.py\nencountered:\n\n no\nCurrent pipeline object is …")
+
+    def refusing(*numbers):
+        files = [(folder / f"{number}.png").read_bytes() for number in numbers]
+
+        def decode(data):
+            if bytes(data) in files:
+                raise ValueError("refused")
+            return np.asarray(Image.open(io.BytesIO(data)))
+
+        return decode
+
+    some = reader.what_failed(refusing(2, 5), error)
+    assert some.startswith(
+        f"DALI cannot decode {folder / '2.png'}, {folder / '5.png'}, which the scan could; replace or"
+    )
+    candidates = f"DALI could not make a batch (no); it was decoding {folder / '1.png'}, {folder / '2.png'}, "
+    candidates += f"{folder / '3.png'} and 2 more"
+    assert reader.what_failed(refusing(), error) == candidates
+    assert reader.what_failed(refusing(*range(10)), error) == candidates
+    assert reader.what_failed(refusing(0, 6), error) == candidates  # of other batches
+
+
+def test_a_converted_image_that_was_damaged_is_named(folder, make, cache):
+    """Its checksum is of the image that it stands in for."""
+    for number in range(4):
+        make.ramp(number).convert("CMYK").save(folder / f"cmyk-{number}.jpg")
+    index = scan(str(folder))
+    damaged = sorted(cache.glob("*/converted/*.png"))[0]
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    assert f"DALI cannot decode {damaged}, which the scan could" in failure(stream(index, make.config()))
+
+
+def test_many_images_that_no_longer_decode_are_counted(folder, make):
     index = scan(str(folder))
     for path in folder.iterdir():
         path.write_bytes(bytes(len(path.read_bytes())))
-    with pytest.raises(RuntimeError, match=r"source 'the source': DALI could not make a batch.*kpu_fast.data.scan"):
-        take(stream(index, make.config()), 1)
+    said = failure(stream(index, make.config()))
+    assert f"DALI cannot use {folder}/" in said
+    assert re.search(r"\d\.png and \d more, changed since the scan", said)
 
 
-def test_an_image_that_shrank_after_the_scan_names_the_source(tmp_path, make):
+def test_an_image_that_shrank_after_the_scan_is_named(tmp_path, make):
     path = tmp_path / "a.bmp"
     make.ramp(1, 200, 10).save(path)
     index = scan(str(path))
     make.ramp(1, 10, 200).save(path)  # another shape in at least as many bytes
     path.write_bytes(path.read_bytes().ljust(index.length[0], b"0"))
-    with pytest.raises(RuntimeError, match="source 'the source': DALI could not make a batch"):
-        take(stream(index, make.config()), 1)
+    assert f"DALI cannot use {path}, changed since the scan" in failure(stream(index, make.config()))
 
 
 def test_bad_arguments_are_named(folder, make):

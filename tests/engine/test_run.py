@@ -20,6 +20,7 @@ from processes import HELPERS, TRAIN, Run, finish, free_port, losses, steps_done
 from safetensors.torch import load_file
 
 from kpu_fast.config import load_config
+from kpu_fast.data.scan import scan
 from kpu_fast.engine import loop, result
 from kpu_fast.engine.distributed import World
 from kpu_fast.export import main as export
@@ -406,6 +407,22 @@ def test_a_second_run_at_once_is_refused_and_a_lost_image_is_named(start, photos
     assert last.startswith("error: teachers.")
     assert "3.jpg" in last
     assert "The last good checkpoint is" in last
+
+
+def test_an_image_that_cannot_be_decoded_is_named_in_one_line(start, photos, environment, monkeypatch, tmp_path):
+    """Its bytes changed after the scan, its size and time did not: no start would scan it again."""
+    source = Path(shutil.copytree(photos, tmp_path / "source"))
+    monkeypatch.setenv("KPU_FAST_CACHE", environment["KPU_FAST_CACHE"])
+    scan(str(source))
+    damaged, seen = source / "3.jpg", (source / "3.jpg").stat()
+    damaged.write_bytes(bytes(seen.st_size))
+    os.utime(damaged, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    _, err = finish(start(f"source={source}"), code=2)
+    (said,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert said.startswith("error: teachers.")
+    assert f"DALI cannot use {damaged}, changed since the scan" in said
+    assert said.endswith("if a batch is to blame, --resume auto --skip N passes over the next N")
+    assert "Traceback" not in err
 
 
 def test_a_rank_that_cannot_write_stops_all_ranks(start_helper, tmp_path):
