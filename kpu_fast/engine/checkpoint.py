@@ -7,6 +7,7 @@ checkpoints/step-00000120/    state/ (DeepSpeed: model and optimiser), rank-<r>.
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Checkpoints:
             own = partial / f"rank-{self.world.rank}.pt"
             self._agree(_save_engine(engine, partial) or _unwritten(lambda: torch.save(rank_state, own)), step)
             meta = {"step": step, "world_size": self.world.size, **self._constants(engine), **self.notes}
-            meta |= {"torch": torch.__version__}
+            meta |= {"torch": torch.__version__, "id": uuid.uuid4().hex}
             self._agree(_unwritten(lambda: self._publish(partial, final, meta)) if self.world.rank == 0 else None, step)
         except CheckpointError:
             if self.world.rank == 0:
@@ -56,8 +57,9 @@ class Checkpoints:
     def load(self, engine, folder: Path, changed: Sequence[str] = ()) -> dict[str, Any]:
         """Load a checkpoint into the engine; returns this rank's state, with "step" and "ranks", how many wrote it.
 
-        Where that is another number than now, the state is rank 0's: nothing in it is of one rank alone. Raises
-        CheckpointError. changed: settings that the run had otherwise, named where the checkpoint does not fit.
+        Where that is another number than now, the state is rank 0's: nothing in it is of one rank alone. "origin" is,
+        of this run's own checkpoint, that of another run from which it began, or None; meta.json has it from then on.
+        Raises CheckpointError. changed: settings that the run had otherwise, named where the checkpoint does not fit.
         """
         meta = self._read_meta(folder)
         for key, value in self._constants(engine).items():
@@ -71,7 +73,13 @@ class Checkpoints:
             self._agree_on_load(_problem(lambda: _load_engine(engine, folder)), folder, changed)
         else:
             self._load_of_other_ranks(engine, folder, changed)
-        return state | {"step": meta["step"], "ranks": meta["world_size"]}
+        origin = None
+        if folder.resolve().parent != self.folder.resolve():
+            self.notes["origin"] = {"checkpoint": str(folder.resolve()), "id": meta.get("id")}
+        elif meta.get("origin") is not None:
+            self.notes["origin"] = meta["origin"]
+            origin = meta["origin"]["checkpoint"]
+        return state | {"step": meta["step"], "ranks": meta["world_size"], "origin": origin}
 
     def _load_of_other_ranks(self, engine, folder: Path, changed: Sequence[str]) -> None:
         merged, weights = self.folder / ".partial-merged", {}
@@ -177,7 +185,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def resolve_resume(resume: str | None, folder: Path) -> Path | None:
     """The checkpoint that `--resume` means: None and "auto" look in the run's own folder, else a folder is named.
 
-    Raises CheckpointError when a run is there but no --resume was given, or when the named folder holds none.
+    A run that began from the named checkpoint goes on from its own newest: a job that is submitted again as it was.
+    Raises CheckpointError when a run is there but no --resume was given, when the named folder holds none, or when the
+    run's own folder holds others.
     """
     newest = newest_checkpoint(folder)
     if resume is None:
@@ -189,12 +199,35 @@ def resolve_resume(resume: str | None, folder: Path) -> Path | None:
     if resume == "auto":
         return newest
     named = Path(resume)
-    for candidate in (named, newest_checkpoint(named), newest_checkpoint(named / "checkpoints")):
-        if candidate is not None and (candidate / META).is_file():
-            return _check_rewind(candidate.resolve(), folder.resolve())
-    raise CheckpointError(
-        f"--resume {resume}: no checkpoint there; name a run's folder, a step-… folder in it, or auto"
-    )
+    candidates = filter(None, (named, newest_checkpoint(named), newest_checkpoint(named / "checkpoints")))
+    found = next((path for path in candidates if (path / META).is_file()), None)
+    if newest is not None and _all_began_from((found or named).resolve(), folder):
+        return newest
+    if found is None:
+        raise CheckpointError(
+            f"--resume {resume}: no checkpoint there; name a run's folder, a step-… folder in it, or auto"
+        )
+    return _check_rewind(found.resolve(), folder.resolve())
+
+
+def _all_began_from(chosen: Path, folder: Path) -> bool:
+    """Whether every checkpoint in `folder` says that its run began from `chosen`, which may have been pruned since.
+
+    The id tells it from another run's that has come to its place; what an older version wrote has its path alone.
+    """
+    written = _read(chosen).get("id")
+    origins = [_read(path).get("origin") or {} for path in whole_checkpoints(folder)]
+    if written is not None:
+        return all(origin.get("id") == written for origin in origins)
+    return all(origin.get("checkpoint") == str(chosen) for origin in origins)
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    """Its meta.json; nothing where that cannot be read."""
+    try:
+        return dict(json.loads((checkpoint / META).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _check_rewind(chosen: Path, folder: Path) -> Path:

@@ -78,7 +78,8 @@ def train(cfg: Config, resume: str | None = None, skip: int = 0) -> None:
         begin = "from the beginning"
         if checkpoint is not None:
             others = f", which {state['ranks']} rank{'s' * (state['ranks'] > 1)} wrote" * (state["ranks"] != world.size)
-            begin = f"from step {state['step']} of {checkpoint}{others}"
+            origin = f", the newest of this run, which began from {state['origin']}" * (state["origin"] is not None)
+            begin = f"from step {state['step']} of {checkpoint}{others}{origin}"
         after = f", passing over {skip:,} batches of each stream" * (skip > 0)
         print(begin + after)
         if changes:

@@ -122,6 +122,21 @@ def test_a_second_run_needs_resume(whole, start, tmp_path):
     assert weights(tmp_path / "tiny") == weights(whole)
 
 
+def test_a_run_begun_from_anothers_checkpoint_may_be_started_by_the_same_command_again(whole, start, tmp_path):
+    """As a job that is put back into the queue: from its own newest, with where it began on record."""
+    own, base = tmp_path / "next" / "checkpoints", whole / "checkpoints" / "step-00000008"
+    command = ["name=next", "steps=12"]
+    out, _ = finish(start(*command, resume=str(whole)))
+    assert f"from step 8 of {base}\n" in out
+    expected = losses(tmp_path / "next"), weights(tmp_path / "next")
+    shutil.rmtree(own / "step-00000012")  # stopped after step 10
+    out, _ = finish(start(*command, resume=str(whole)))
+    assert f"from step 10 of {own / 'step-00000010'}, the newest of this run, which began from {base}\n" in out
+    assert (losses(tmp_path / "next"), weights(tmp_path / "next")) == expected
+    metas = [json.loads((folder / "meta.json").read_text()) for folder in (base, *sorted(own.glob("step-*")))]
+    assert [meta.get("origin") for meta in metas] == [None, *[{"checkpoint": str(base), "id": metas[0]["id"]}] * 2]
+
+
 def test_settings_changed_on_resume_hold(whole, start, tmp_path):
     """More steps and another optimiser: the schedule is that of the new config, not a mixture."""
     shutil.copytree(whole, tmp_path / "tiny")
