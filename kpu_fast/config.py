@@ -178,6 +178,13 @@ class CheckpointConfig(Strict):
 
     every: int = Field(default=1000, ge=1)  # steps
     keep: int = Field(default=3, ge=1)  # the newest
+    keep_every: int | None = Field(default=None, ge=1)  # checkpoints at multiples of this many steps stay as well
+
+    @model_validator(mode="after")
+    def _stays_what_is_written(self) -> CheckpointConfig:
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise impossible(f"keep_every: found {self.keep_every}; expected a multiple of every = {self.every}")
+        return self
 
 
 class Config(Strict):

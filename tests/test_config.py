@@ -277,6 +277,8 @@ MISTAKES = [
     ("objective.standardize=phi-s", "objective.standardize: found \"phi-s\" (a string); it should be 'none'"),
     ("objective.standardize_batches=0", "objective.standardize_batches: found 0 (an integer); it should be greater"),
     ("objective.standardize_batches=9", 'objective.standardize_batches: belongs to standardize "meanstd" or "phi_s"'),
+    ("checkpoint.keep_every=60", "checkpoint.keep_every: found 60; expected a multiple of every = 40"),
+    ("checkpoint.keep_every=0", "checkpoint.keep_every: found 0 (an integer); it should be greater than or equal to 1"),
     ("optimizer.warmup_steps=121", "optimizer.warmup_steps: found 121, more than steps = 120"),
     ("deepspeed.zero_optimization.stage=4", "deepspeed.zero_optimization: found"),
     ("deepspeed.zero_optimization.compute_grad_norm=false", "not true, but clipping needs the norm"),

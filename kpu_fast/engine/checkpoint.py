@@ -6,6 +6,7 @@ checkpoints/step-00000120/    state/ (DeepSpeed: model and optimiser), rank-<r>.
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -28,14 +29,22 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of one run; keeps the newest `keep`. All ranks save and load together.
+    """The checkpoints of one run; keeps the newest `keep`, and all at multiples of `keep_every` steps.
 
-    constants: settings by name, as JSON has them, that a run may go on only with as they were. notes: what else
-    meta.json tells, for readers of the checkpoint.
+    All ranks save and load together. constants: settings by name, as JSON has them, that a run may go on only with as
+    they were. notes: what else meta.json tells, for readers of the checkpoint.
     """
 
-    def __init__(self, folder: Path, keep: int, world: World, constants: Mapping[str, Any] | None = None):
-        self.folder, self.keep, self.world, self.constants = folder, keep, world, dict(constants or {})
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        world: World,
+        constants: Mapping[str, Any] | None = None,
+        keep_every: int | None = None,
+    ):
+        self.folder, self.world, self.constants = folder, world, dict(constants or {})
+        self.keep, self.keep_every = keep, keep_every
         self.notes: dict[str, Any] = {}
 
     def save(self, engine, step: int, rank_state: dict[str, Any]) -> None:
@@ -161,10 +170,14 @@ class Checkpoints:
         _flush_to_disk(pointer)
         os.replace(pointer, self.folder / LATEST)
         _flush_to_disk(self.folder)
-        for old in whole_checkpoints(self.folder)[: -self.keep]:
+        for old in filter(self._may_go, whole_checkpoints(self.folder)[: -self.keep]):
             gone = old.with_name(f".partial-{old.name}")  # a kill in the middle must not leave half a checkpoint
             os.replace(old, gone)
             shutil.rmtree(gone, ignore_errors=True)
+
+    def _may_go(self, old: Path) -> bool:
+        step = re.fullmatch(r"step-(\d+)", old.name)
+        return self.keep_every is None or step is None or int(step[1]) % self.keep_every != 0
 
     def _agree(self, problem: str | None, step: int) -> None:
         """Raise CheckpointError on every rank if any rank has a problem."""

@@ -53,7 +53,8 @@ def train(cfg: Config, resume: str | None = None, skip: int = 0) -> None:
     folder = Path(os.path.expanduser(cfg.output)) / cfg.name  # Path.expanduser raises where a user has no home
     constants = {"objective.recipe": cfg.objective.recipe, "precision": cfg.precision, "seed": cfg.seed}
     constants |= {"teachers": list(cfg.teachers)}
-    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, world, constants)
+    keep, keep_every = cfg.checkpoint.keep, cfg.checkpoint.keep_every
+    checkpoints = Checkpoints(folder / "checkpoints", keep, world, constants, keep_every)
     with together(world):
         lock = claim_run_folder(folder) if world.rank == 0 else None
         checkpoint = resolve_resume(resume, checkpoints.folder) if world.rank == 0 else None

@@ -1,12 +1,14 @@
-"""Which checkpoint a start goes on from: of runs that began from another one's, without running any."""
+"""Which checkpoints stay, and which a start goes on from, as folders that no run has written."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from kpu_fast.engine.checkpoint import CheckpointError, resolve_resume
+from kpu_fast.engine.checkpoint import CheckpointError, Checkpoints, resolve_resume
+from kpu_fast.engine.distributed import World
 
 
 def _write(folder: Path, step: int, **meta) -> Path:
@@ -97,3 +99,24 @@ def test_no_run_descends_from_its_own_checkpoints(base, own):
     assert resolve_resume(str(own.parent), own) == newest.resolve()
     with pytest.raises(CheckpointError, match="holds step-00000010, which a run from there would contradict"):
         resolve_resume(str(first), own)
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "left"),
+    [
+        (2, None, [9, 10]),
+        (2, 4, [4, 8, 9, 10]),  # 9: a signal came
+        (1, 10, [10]),  # the newest is a milestone as well
+        (3, 2, [2, 4, 6, 8, 9, 10]),
+    ],
+)
+def test_the_newest_stay_and_those_at_multiples_of_keep_every(keep, keep_every, left, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep, World(0, 1, torch.device("cpu"), 0, None), keep_every=keep_every)
+    _write(tmp_path, 3).rename(tmp_path / "step-00000004 copy")  # of a person, with no number: as before
+    for step in (2, 4, 6, 8, 9, 10):
+        partial = tmp_path / f".partial-step-{step:08d}"
+        partial.mkdir()
+        (partial / "rank-0.pt").write_bytes(b"")
+        checkpoints._publish(partial, tmp_path / f"step-{step:08d}", {"step": step})
+    assert sorted(path.name for path in tmp_path.glob("*step-*")) == [f"step-{step:08d}" for step in left]
+    assert (tmp_path / "latest").read_text() == "step-00000010"

@@ -125,7 +125,7 @@ def test_a_second_run_needs_resume(whole, start, tmp_path):
 def test_a_run_begun_from_anothers_checkpoint_may_be_started_by_the_same_command_again(whole, start, tmp_path):
     """As a job that is put back into the queue: from its own newest, with where it began on record."""
     own, base = tmp_path / "next" / "checkpoints", whole / "checkpoints" / "step-00000008"
-    command = ["name=next", "steps=12"]
+    command = ["name=next", "steps=12", "checkpoint.keep=1", "checkpoint.keep_every=10"]
     out, _ = finish(start(*command, resume=str(whole)))
     assert f"from step 8 of {base}\n" in out
     expected = losses(tmp_path / "next"), weights(tmp_path / "next")
