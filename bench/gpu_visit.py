@@ -277,7 +277,7 @@ class Visit:
 
     def _images(self) -> Path:
         """As bench/test_data.py has them."""
-        from images import noise_images
+        from noise import noise_images
 
         folder = self.scratch / "images"
         folder.mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from images import noise_images
+from noise import noise_images
 from PIL import Image, ImageOps
 
 from kpu_fast.data.pipeline import Stream

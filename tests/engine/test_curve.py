@@ -2,22 +2,22 @@
 
 import pytest
 
-plt = pytest.importorskip("matplotlib.pyplot")
+figure = pytest.importorskip("matplotlib.figure")
 
 from kpu_fast.engine.curve import save_curve  # noqa: E402
 
 
 def lines(monkeypatch, folder, rows):
     """{(panel, teacher): the points of its line} of the figure that save_curve draws."""
-    found, close = {}, plt.close
+    found, save = {}, figure.Figure.savefig
 
-    def look(figure):
-        for axis in figure.axes:
+    def look(drawn, *args, **kwargs):
+        for axis in drawn.axes:
             for line in axis.lines:
                 found[axis.get_title().partition(":")[0], line.get_label()] = line.get_xydata().tolist()
-        close(figure)
+        save(drawn, *args, **kwargs)
 
-    monkeypatch.setattr(plt, "close", look)
+    monkeypatch.setattr(figure.Figure, "savefig", look)
     assert save_curve(folder, rows).read_bytes().startswith(b"\x89PNG")
     return found
 

@@ -1,9 +1,9 @@
-"""bench/images.py: images that cost what photographs of their size do, the same ones for every benchmark."""
+"""bench/noise.py: images that cost what photographs of their size do, the same ones for every benchmark."""
 
 import pytest
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
-from images import noise_images
+from noise import noise_images
 from PIL import Image
 
 
