@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import subprocess
+import time
 import timeit
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -115,15 +116,21 @@ def device_name(device) -> str:
 def slow_bf16() -> float | None:
     """How many times as long this CPU takes for a product of matrices in bf16 as in fp32, where that is above 4.
 
-    Without AVX-512 (or AMX, or ARM's bf16) it is some 30; with it about 1, or less.
+    Without AVX-512 (or AMX, or ARM's bf16) it is some 50; with it about 1, or less. Measured in the time of one thread:
+    several would wait for each other where other work runs beside them.
     """
     import torch
 
     def seconds(dtype: torch.dtype) -> float:
         x = torch.ones(256, 256, dtype=dtype)
-        return min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
+        return min(timeit.repeat(lambda: x @ x, timer=time.thread_time, number=1, repeat=5))
 
-    times = seconds(torch.bfloat16) / seconds(torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        times = seconds(torch.bfloat16) / seconds(torch.float32)
+    finally:
+        torch.set_num_threads(threads)
     return times if times > 4 else None
 
 
