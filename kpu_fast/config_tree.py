@@ -29,7 +29,10 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: found {kind_of(tree)} at the top; expected an object")
     if {"config", "commit", "versions"} <= tree.keys():  # what a run leaves: config.resolved.json
-        tree = tree["config"]
+        try:
+            tree = with_older_ways(tree["config"])
+        except (AttributeError, KeyError, TypeError):
+            raise ConfigError(f"{path}: looks like what a run records, but its config is damaged") from None
     base = tree.pop("extends", None)
     if base is None:
         return tree
@@ -39,6 +42,20 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return _merge(read_tree(path.parent / base, (*seen, path.resolve())), tree)
     except ConfigError as error:
         raise ConfigError(f"{path}: extends: {error}") from None
+
+
+def with_older_ways(tree: dict[str, Any]) -> dict[str, Any]:
+    """A recorded config with the keys that the version which recorded it had not, as it did.
+
+    Only those whose default is something else, or that are read as they are. Raises KeyError, TypeError or
+    AttributeError where it is none.
+    """
+    if tree["objective"].setdefault("recipe", "kpu") == "kpu":
+        tree["objective"].setdefault("centre", False)
+    for teacher in tree["teachers"].values():
+        teacher["data"].setdefault("aspect_ratio_grouping", teacher["data"].get("fit") != "pad")
+        teacher["data"].setdefault("buckets", [])
+    return tree
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -370,6 +370,15 @@ def test_what_a_run_recorded_is_a_config(tmp_path):
     record = {"config": cfg.model_dump(mode="json"), "commit": None, "versions": {}, "python": "3", "machine": "m"}
     path.write_text(json.dumps(record))
     assert load_config(path) == cfg
+    del record["config"]["objective"]["centre"]  # of a version that did not centre yet
+    path.write_text(json.dumps(record))
+    assert not load_config(path).objective.centre
+    for damaged in ([1], None, {"objective": {}}):
+        (tmp_path / "damaged.json").write_text(json.dumps(record | {"config": damaged}))
+        with pytest.raises(ConfigError, match=r"damaged\.json: .* a run records, but its config is damaged"):
+            load_config(tmp_path / "damaged.json")
+    record["config"] = cfg.model_dump(mode="json")
+    path.write_text(json.dumps(record))
     (tmp_path / "mine.json").write_text(json.dumps({"extends": path.name, "steps": 80}))
     assert load_config(tmp_path / "mine.json") == cfg.model_copy(update={"steps": 80})
 

@@ -204,6 +204,13 @@ def test_a_cpu_that_is_slow_in_bf16_trains_in_fp32(times, gpu, precision, tmp_pa
     settings.check(args)
     assert config_of("kpu", 0, args).precision == precision
     assert ("30 times as slowly" in capsys.readouterr().out) == (precision == "fp32")
+    settings.settle(args)
+    for times in (None, 30.0):  # the same command on another machine goes on as it began
+        monkeypatch.setattr(settings, "slow_bf16", lambda times=times: times)
+        again = command._parser().parse_args(["--out", str(tmp_path / "out"), "--device", "cpu"])
+        settings.check(again)
+        settings.settle(again)
+        assert config_of("kpu", 0, again).precision == precision
 
 
 def test_figures_of_other_settings_are_not_mixed(tmp_path, capsys, monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from kpu_fast.config import Config
+from kpu_fast.config_tree import with_older_ways
 from kpu_fast.machine import circumstances, written_whole
 
 RESOLVED = "config.resolved.json"
@@ -117,17 +118,11 @@ def changed_settings(folder: Path, cfg: Config) -> list[str]:
 
 
 def read_recorded(folder: Path) -> dict:
-    """The config that the run in the folder was last started with, as its version took it. Raises one of NOT_A_RECORD.
+    """The config that the run in the folder was last started with, as its version took it.
 
-    Of keys that an older version had not, what it did is filled in, where that is not the default or the key is read.
+    Raises one of NOT_A_RECORD.
     """
-    tree = json.loads((folder / RESOLVED).read_text(encoding="utf-8"))["config"]
-    if tree["objective"].setdefault("recipe", "kpu") == "kpu":
-        tree["objective"].setdefault("centre", False)
-    for teacher in tree["teachers"].values():
-        teacher["data"].setdefault("aspect_ratio_grouping", teacher["data"].get("fit") != "pad")
-        teacher["data"].setdefault("buckets", [])
-    return tree
+    return with_older_ways(json.loads((folder / RESOLVED).read_text(encoding="utf-8"))["config"])
 
 
 def recorded(folder: Path) -> dict | None:

@@ -18,6 +18,7 @@ from kpu_fast.reproduce.report import MARKS, split_page
 from kpu_fast.reproduce.train import config_of
 
 _KEPT = ("steps", "mosaics", "train_limit", "test_limit")
+_PRECISION = "precision instead of --config's"
 _HEAD = 1 << 20  # bytes of each image file or shard that are compared
 
 
@@ -54,17 +55,24 @@ def check(args: argparse.Namespace) -> None:
         if not args.report.is_file() or split_page(args.report.read_text(encoding="utf-8")) is None:
             raise EvaluateError(f"--report {args.report}: expected a page with the lines {' and '.join(MARKS)}, once")
         check_writable("--report", args.report)
-    if (times := _slow(config_of(args.runs[0], 0, args))) is not None:
-        print(f"in fp32: this CPU multiplies in bf16 {times:.0f} times as slowly", flush=True)
-        args.precision = "fp32"
+    args.precision = _precision(args)
     for run in args.runs:
         if (recipe := config_of(run, 0, args).objective.recipe) != "kpu":
             raise EvaluateError(f'--config {args.config}: its objective.recipe is "{recipe}"; the ablation is KPU\'s')
 
 
-def _slow(cfg) -> float | None:
-    """How many times as slowly as in fp32 the trainings would multiply; None where that is no matter."""
-    return slow_bf16() if cfg.precision == "bf16" and not torch.cuda.is_available() else None
+def _precision(args: argparse.Namespace) -> str | None:
+    """Of all trainings in this --out, as its first command chose: fp32 where a CPU is slow in bf16, else --config's."""
+    path = args.out / "settings.json"
+    if path.is_file():
+        with contextlib.suppress(ValueError):  # damaged: `settle` says so
+            return json.loads(path.read_text(encoding="utf-8")).get(_PRECISION)
+    cfg = config_of(args.runs[0], 0, args)
+    times = slow_bf16() if cfg.precision == "bf16" and not torch.cuda.is_available() else None
+    if times is None:
+        return None
+    print(f"in fp32: this CPU multiplies in bf16 {times:.0f} times as slowly", flush=True)
+    return "fp32"
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -76,6 +84,7 @@ def settle(args: argparse.Namespace) -> None:
     for name in REFERENCES:
         settings[f"{name} in the zoo"] = digest_model(args.zoo / name)
     settings["--config"] = _digest([args.config])
+    settings[_PRECISION] = args.precision
     path = args.out / "settings.json"
     with _alone(args.out):
         if path.is_file():

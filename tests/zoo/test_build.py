@@ -143,6 +143,27 @@ def test_the_reported_figures_are_those_of_the_saved_weights(made, shapes):
     assert accuracy == pytest.approx(figures["clip"]["zero-shot top-1"]["value"], abs=1e-6)
 
 
+def test_figures_are_of_the_test_images(tiny, monkeypatch):
+    train, test = (
+        Pixels(torch.zeros(n, 8, 8, 3, dtype=torch.uint8), torch.zeros(n, dtype=torch.long), ("a", "b")) for n in (5, 7)
+    )
+    seen = []
+
+    def figures(_, *given, **options):
+        seen.append(next(images for images in reversed(given) if isinstance(images, Pixels)))
+        return {"top1": 0.5, "k": 3, "ap": 0.5, "ap50": 0.5, "ap75": 0.5}
+
+    for name in ("load_encoder", "load_detector", "embed_texts"):
+        monkeypatch.setattr(build, name, lambda *_, **__: None)
+    for name in ("zero_shot", "knn", "detect"):
+        monkeypatch.setattr(build, name, figures)
+    monkeypatch.setattr(build, "Mosaics", lambda images, *_: images)
+    for name in NAMES:
+        build._measure(name, getattr(tiny, name), None, train, test, torch.device("cpu"), 0)
+    assert len(seen) == 3
+    assert all(images is test for images in seen)
+
+
 def test_cifar10_gets_a_word_on_its_licence(made, tmp_path):
     from kpu_fast.zoo.card import _CIFAR10, write_card
 
