@@ -348,9 +348,14 @@ def test_what_cannot_run_says_so_and_exits_2(overrides, resume, message, start, 
     assert "Traceback" not in err
 
 
-def test_a_deepspeed_key_that_nobody_knows_is_named(start):
-    _, err = finish(start('deepspeed={"zero": {"stage": 2}}', "steps=2"))
+def test_a_deepspeed_key_that_nobody_knows_is_named_and_its_monitors_hear_of_losses(start, tmp_path):
+    csv = {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "run"}
+    _, err = finish(start(f"deepspeed={json.dumps({'zero': {'stage': 2}, 'csv_monitor': csv})}", "steps=2"))
     assert "deepspeed.zero: no key that kpu_fast knows" in err
+    told = [line.split(",") for line in (tmp_path / "csv/run/loss_loss.csv").read_text().splitlines()[1:]]
+    rows = [json.loads(line) for line in (tmp_path / "tiny/metrics.jsonl").read_text().splitlines()]
+    assert [(int(step), float(loss)) for step, loss in told] == [(r["step"], pytest.approx(r["loss"])) for r in rows]
+    assert {path.name.partition("_")[0] for path in (tmp_path / "csv/run").iterdir()} == {"loss", "run"}  # as ours
 
 
 def test_bf16_without_zero_takes_the_steps_that_bf16_with_zero_takes(start, tmp_path):

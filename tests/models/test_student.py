@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kpu_fast.models import FeatureSpec, Student, ViT
+from kpu_fast.models.attention import BackendError
 from kpu_fast.models.hub import WeightsError
 from kpu_fast.models.vit import resize_to_stride_16
 
@@ -396,6 +397,12 @@ def edit(path, change):
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
+
+
+def test_a_backend_that_is_not_there_is_no_damaged_export(tmp_path):
+    build().save_pretrained(tmp_path)
+    with pytest.raises(BackendError, match="'fa3' needs"):
+        Student.from_pretrained(tmp_path, attention="fa3")
 
 
 @pytest.mark.parametrize(
